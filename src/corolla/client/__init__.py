@@ -1,0 +1,1 @@
+"""Sessions over tokens; no weights."""

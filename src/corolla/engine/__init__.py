@@ -1,0 +1,1 @@
+"""One server's compute: scheduler, KV pages, executor, sampler."""

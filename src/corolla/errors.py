@@ -1,0 +1,102 @@
+"""Every error that Corolla raises on purpose.
+
+CorollaError
+ x CallerError                 the caller's fault: no retry helps, no server is blamed
+   . InvalidSetting            a setting outside its range
+   . EmptyPrompt               nothing to go on from
+   . PromptTooLong             more tokens than the context holds
+   . ModelNotFound             no such alias, directory or hub id (or no network to fetch it)
+   . UnsupportedModel          a family or a variant that Corolla has no mathematics for
+   . CheckpointError           a model's files are missing, damaged, of the wrong shape, or pickled
+ x CapacityError               the callee is full: come back after `retry_after` seconds
+   . Busy
+ x ServerFault                 a server failed: the step is retried elsewhere
+ x NetworkError                a message did not arrive: retried until the deadline
+   . DeadlineExceeded
+ x StorageError                this machine's disk refused a write
+
+Each carries the HTTP `status` that the gateway answers with, and one sentence that says what to do.
+"""
+
+from __future__ import annotations
+
+
+class CorollaError(Exception):
+    """The root of the tree."""
+
+    status = 500
+
+
+class CallerError(CorollaError):
+    status = 400
+
+
+class InvalidSetting(CallerError):
+    """A setting outside its range; `setting` is its name."""
+
+    status = 422
+
+    def __init__(self, setting: str, problem: str) -> None:
+        super().__init__(f"{setting}: {problem}")
+        self.setting = setting
+
+
+class EmptyPrompt(CallerError):
+    status = 422
+
+    def __init__(self) -> None:
+        super().__init__("the prompt is empty: give at least one character")
+
+
+class PromptTooLong(CallerError):
+    """`tokens` of prompt do not fit a context of `limit`."""
+
+    status = 413
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(f"the prompt has {tokens} tokens and the context holds {limit}, an answer included: shorten it")
+        self.tokens = tokens
+        self.limit = limit
+
+
+class ModelNotFound(CallerError):
+    status = 404
+
+
+class UnsupportedModel(CallerError):
+    pass
+
+
+class CheckpointError(CallerError):
+    pass
+
+
+class CapacityError(CorollaError):
+    status = 503
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Busy(CapacityError):
+    status = 429
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"all places are taken: try again in {retry_after:g} s", retry_after)
+
+
+class ServerFault(CorollaError):
+    status = 502
+
+
+class NetworkError(CorollaError):
+    status = 503
+
+
+class DeadlineExceeded(NetworkError):
+    status = 504
+
+
+class StorageError(CorollaError):
+    status = 507

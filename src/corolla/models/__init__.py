@@ -1,0 +1,1 @@
+"""A model's mathematics and files: families, spans, checkpoints, quantization."""

@@ -1,0 +1,1 @@
+"""A span offered to the swarm: engine and transport."""

@@ -1,0 +1,1 @@
+"""Peers: frames, transport, directory, routing, placement."""

@@ -1,0 +1,217 @@
+"""The words of docs/architecture.md as plain dataclasses: what every part of Corolla speaks.
+
+Nothing here imports torch: a thin client and `corolla --help` need these words too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from corolla.errors import CorollaError, InvalidSetting
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """A contiguous range of blocks `[start, end)`."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end:
+            raise InvalidSetting("blocks", f"{self.start}:{self.end} is no range; give START:END with 0 <= START < END")
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.end}"
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"  # an end token or a stop sequence
+    LENGTH = "length"  # the limit of tokens, or the end of the context
+
+
+# The spellings that other interfaces use for the same settings.
+_ALIASES = {
+    "max_new_tokens": "max_tokens_to_generate",
+    "max_tokens": "max_tokens_to_generate",
+    "stop": "stop_sequences",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSettings:
+    """How an answer is sampled and where it ends; names and ranges are BLOOMChat's inference settings.
+
+    Raises `InvalidSetting` for a value outside its range. `parse` also takes the common spellings.
+    """
+
+    max_tokens_to_generate: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0  # (0, 1]
+    top_k: int | None = None  # 1..vocabulary; None keeps every token
+    top_p: float = 1.0  # (0, 1]
+    repetition_penalty: float = 1.0  # [1, 2], after CTRL (Keskar et al., 2019)
+    top_logprobs: int = 0  # 0..20 alternatives reported for each token
+    seed: int = 0  # the token at position p is drawn by a generator of (seed, p)
+    stop_sequences: tuple[str, ...] = ()  # matched in text by the client; never part of the answer
+    stop_token_ids: tuple[int, ...] = ()  # matched by the engine; never part of the answer's text
+
+    def __post_init__(self) -> None:
+        _check_integer("max_tokens_to_generate", self.max_tokens_to_generate, 1)
+        _check_real("temperature", self.temperature, 0.0, 1.0, open_low=True)
+        _check_real("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_real("repetition_penalty", self.repetition_penalty, 1.0, 2.0)
+        if self.top_k is not None:
+            _check_integer("top_k", self.top_k, 1)
+        _check_integer("top_logprobs", self.top_logprobs, 0, 20)
+        _check_integer("seed", self.seed, 0, 2**63 - 1)
+        if not isinstance(self.do_sample, bool):
+            raise InvalidSetting("do_sample", f"{self.do_sample!r} is neither true nor false")
+        if isinstance(self.stop_sequences, str):
+            raise InvalidSetting("stop_sequences", "give a list of strings, not one string")
+        object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for stop in self.stop_sequences:
+            if not isinstance(stop, str) or not stop:
+                raise InvalidSetting("stop_sequences", f"{stop!r} is not a non-empty string")
+
+    @classmethod
+    def parse(cls, **options: Any) -> GenerationSettings:
+        """Settings from an interface: `None` means the default, a `temperature` of 0 means greedy.
+
+        A positive temperature given without `do_sample` asks for sampling.
+        """
+        names = {field.name for field in fields(cls)}
+        given: dict[str, Any] = {}
+        for spelling, value in options.items():
+            name = _ALIASES.get(spelling, spelling)
+            if name not in names:
+                raise InvalidSetting(spelling, f"there is no such setting; there are {', '.join(sorted(names))}")
+            if value is None:
+                continue
+            if name in given:
+                raise InvalidSetting(spelling, f"given twice: it is the same setting as {name}")
+            given[name] = value
+        if isinstance(given.get("stop_sequences"), str):
+            given["stop_sequences"] = (given["stop_sequences"],)
+        if given.get("temperature") == 0 and not isinstance(given["temperature"], bool):
+            del given["temperature"]
+            given["do_sample"] = False
+        elif "temperature" in given:
+            given.setdefault("do_sample", True)
+        return cls(**given)
+
+
+def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    inside = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    if not inside:
+        raise InvalidSetting(name, f"{value!r} is not an integer {f'from {low} to {high}' if high is not None else f'of at least {low}'}")
+
+
+def _check_real(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (real and (low < value if open_low else low <= value) and value <= high):  # type: ignore[operator]
+        raise InvalidSetting(name, f"{value!r} is not a number in {'(' if open_low else '['}{low:g}, {high:g}]")
+
+
+# Messages from a client (or the server before) to a server.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One forward of some tokens of a session: "from position `start`, here is `payload`".
+
+    A server that has cached more than `start` truncates to `start`; one that has less answers `Gap`.
+    """
+
+    session: str
+    start: int
+    payload: Sequence[int] | torch.Tensor  # token ids for the span with block 0, else hidden states [tokens, hidden]
+    generation: int = 0  # of the route; replies of an older one are ignored
+    settings: GenerationSettings | None = None  # sample after the last token and go on, until the answer ends
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop the answer that is being written; what is cached stays cached."""
+
+    session: str
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Forget the session: its pages are free at once."""
+
+    session: str
+
+
+Message = Step | Cancel | Close
+
+# Replies. `position` and `start` count tokens from the beginning of the session.
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A sampled token and the place it takes in the session's history."""
+
+    session: str
+    generation: int
+    position: int
+    token_id: int
+    logprob: float  # natural logarithm, of the distribution that was sampled from before temperature and cuts
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hidden:
+    """The hidden states [tokens, hidden] that leave a span without the head."""
+
+    session: str
+    generation: int
+    start: int
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """The answer to a step without settings: the session is cached up to `position`."""
+
+    session: str
+    generation: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """The server has fewer tokens than the step's start: send again from `have`."""
+
+    session: str
+    generation: int
+    have: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Failed:
+    """The step ended in an error; the session's cache may be gone, the client's history is not."""
+
+    session: str
+    generation: int
+    error: CorollaError
+
+
+Reply = Token | Hidden | Cached | Gap | Failed
