@@ -1,0 +1,43 @@
+# make chat    the environment, the default model, a conversation
+# make test    the same environment, then every check and test
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  ?=
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help environment chat test lint format bench clean
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+environment: $(VENV)/.made  ## the virtual environment in .venv, with what was tested
+
+$(VENV)/.made: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Corolla needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+chat: environment  ## a conversation; MODEL=alias, directory or hub id, ARGS="--temperature 0"
+	@$(BIN)/corolla chat $(MODEL) $(ARGS)
+
+test: lint  ## every check, then every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: environment  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: environment  ## let ruff write the format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: environment  ## the table of docs/performance.md, measured here
+	$(BIN)/python benchmarks/engine.py $(ARGS)
+
+clean:  ## remove the environment and caches (models stay)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
