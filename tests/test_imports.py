@@ -19,7 +19,8 @@ FLOORS = (
     ("types",),
     ("models",),
     ("engine", "swarm"),
-    ("client", "remote", "data", "chat"),
+    ("client",),
+    ("remote", "data", "chat"),
     ("gateway", "tuning", "server"),
     ("cli",),
 )
