@@ -1,0 +1,256 @@
+"""A model's directory of safetensors: which tensors there are, and one of them at a time.
+
+Opening reads the headers of the shards and nothing else: a missing, truncated or pickled file is found before any
+memory is taken. `Checkpoint.tensor` then reads just the tensor it is asked for, so a span costs its own blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corolla.errors import CheckpointError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import torch
+    from transformers import PretrainedConfig
+
+Progress = Callable[[str, int, int | None], None]
+"""Called as `progress(stage, done, total)`, in bytes; a `total` of None is not known beforehand."""
+
+CHECKSUMS = "SHA256SUMS"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    shard: Path
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class Checkpoint:
+    """The tensors and the configuration in a model's `directory`.
+
+    Names are as stored: whether they begin with `model.` or `transformer.` is the family's to know.
+    Raises `CheckpointError` for files that are missing, damaged or pickled.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self.bytes_read = 0  # of the tensors handed out, as stored
+        self._config: PretrainedConfig | None = None
+        self._handles: dict[Path, Any] = {}
+        self._entries = _entries(self.directory)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files; tensors handed out stay valid."""
+        self._handles.clear()
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration. Raises `CheckpointError` or, for a family unknown to transformers, `UnsupportedModel`."""
+        if self._config is None:
+            self._config = _config(self.directory)
+        return self._config
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._entries)
+
+    def has(self, name: str) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header. Raises `CheckpointError` where there is no such tensor."""
+        return self._entry(name).shape
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, *, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """One tensor, in `dtype` (None: as stored), of the given `shape` where one is given.
+
+        It may be a view of the mapped file. Raises `CheckpointError` for a tensor that is missing or of another shape.
+        """
+        from safetensors import safe_open
+
+        entry = self._entry(name)
+        if shape is not None and entry.shape != tuple(shape):
+            raise CheckpointError(
+                f"{entry.shard}: tensor {name} has shape {list(entry.shape)} where the configuration asks for {list(shape)}: "
+                "config.json and the weights are not of the same model"
+            )
+        if entry.shard not in self._handles:
+            self._handles[entry.shard] = safe_open(entry.shard, framework="pt")
+        found: torch.Tensor = self._handles[entry.shard].get_tensor(name)
+        self.bytes_read += entry.nbytes
+        return found if dtype is None else found.to(dtype)
+
+    def verify(self, progress: Progress | None = None) -> int:
+        """Read every file that SHA256SUMS names and compare; how many were compared (0 where there is no SHA256SUMS).
+
+        Raises `CheckpointError` naming the first file that is damaged or missing.
+        """
+        sums = _checksums(self.directory / CHECKSUMS)
+        sizes = {name: _size(self.directory / name) for name in sums}
+        done, total = 0, sum(sizes.values())
+        for name, expected in sums.items():
+            path = self.directory / name
+            if sha256(path, progress, "verifying", done, total) != expected:
+                raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {CHECKSUMS}; fetch the model again")
+            done += sizes[name]
+        return len(sums)
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.directory}: there is no tensor {name}; the checkpoint is incomplete or of another family"
+            ) from None
+
+
+def sha256(path: Path, progress: Progress | None = None, stage: str = "checking", done: int = 0, total: int | None = None) -> str:
+    """The SHA-256 of a file, in hexadecimal; `progress` goes on from `done`."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(stage, done, total)
+    return digest.hexdigest()
+
+
+def write_checksums(directory: Path) -> None:
+    """Write SHA256SUMS over the files in `directory`, in the format of the `sha256sum` command."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    (directory / CHECKSUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files), encoding="utf-8")
+
+
+def _entries(directory: Path) -> dict[str, _Entry]:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory: name the directory that holds config.json and the safetensors")
+    if (directory / SINGLE).exists():
+        return _header(directory / SINGLE)
+    if not (directory / INDEX).exists():
+        raise CheckpointError(_no_safetensors(directory))
+    weight_map = _weight_map(directory / INDEX)
+    for shard in sorted(set(weight_map.values())):
+        if not (directory / shard).is_file():
+            raise CheckpointError(f"{directory / shard} is missing, though {INDEX} names it: fetch the model again")
+    headers = {shard: _header(directory / shard) for shard in set(weight_map.values())}
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise CheckpointError(f"{directory / shard} does not hold tensor {name}, though {INDEX} says so: fetch the model again")
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _no_safetensors(directory: Path) -> str:
+    pickled = next((path.name for pattern in PICKLES for path in sorted(directory.glob(pattern))), None)
+    if pickled is None:
+        return f"{directory} holds neither {SINGLE} nor {INDEX}: name a model's directory with its weights as safetensors"
+    return (
+        f"{directory} holds its weights pickled ({pickled}), which are never read because a pickle can run any code: get the model as "
+        "safetensors or, if you trust the file, convert it with transformers' from_pretrained(...).save_pretrained(...)"
+    )
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = _json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(_is_plain_name(shard) for shard in weight_map.values()):
+        raise CheckpointError(f"{path} is damaged: its weight_map does not name a file beside it for each tensor; fetch the model again")
+    return weight_map
+
+
+def _is_plain_name(name: object) -> bool:
+    # A name from a file that others wrote must not lead out of the directory.
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+
+
+def _header(path: Path) -> dict[str, _Entry]:
+    """What a safetensors file says about its tensors: 8 bytes of length, a JSON object, then the data it points into."""
+    size = _size(path)
+    damaged = f"{path} is damaged: it is no whole safetensors file; fetch it again"
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(damaged)
+        try:
+            header = json.loads(file.read(length))
+            entries = {name: _entry_of(path, value) for name, value in header.items() if name != "__metadata__"}
+            end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(damaged) from error
+    if size != 8 + length + end:
+        raise CheckpointError(f"{path} is truncated or damaged: it has {size} bytes and its header says {8 + length + end}; fetch it again")
+    return entries
+
+
+def _entry_of(path: Path, value: Mapping[str, Any]) -> _Entry:
+    start, end = value["data_offsets"]
+    return _Entry(path, tuple(int(length) for length in value["shape"]), int(end) - int(start))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: fetch the model again") from None
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    sums = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition(" ")
+        name = name[1:]  # one more blank, or `*` for a binary file
+        if len(digest) != 64 or not _is_plain_name(name):
+            raise CheckpointError(f"{path} is damaged: {line!r} is no line of sha256sum; fetch the model again")
+        sums[name] = digest.lower()
+    return sums
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: a model's directory holds it beside the weights") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: it is no JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object; fetch it again")
+    return value
+
+
+def _config(directory: Path) -> PretrainedConfig:
+    path = directory / "config.json"
+    family = _json_object(path).get("model_type")
+    if not isinstance(family, str):
+        raise CheckpointError(f"{path} does not say its model_type: the model's family cannot be told")
+
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if family not in CONFIG_MAPPING:
+        raise UnsupportedModel(f"{path}: the installed transformers knows no model_type {family}, and code beside a model is never run")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is not valid for the family {family}: {reason}") from error
+    return config
