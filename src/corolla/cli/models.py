@@ -53,16 +53,21 @@ def models(
 def fetching() -> Iterator[Progress]:
     """A progress bar on standard error for whatever `catalog.resolve` has to fetch; nothing appears where it has nothing to do."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks = {}
+    bar = Bar(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
+    )
+    tasks: dict[str, TaskID] = {}
 
-        def show(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
+    def show(stage: str, done: int, total: int | None) -> None:
+        bar.start()  # not before there is something to show: the hub's client draws bars of its own
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=total)
+        bar.update(tasks[stage], completed=done)
 
+    try:
         yield show
+    finally:
+        bar.stop()
