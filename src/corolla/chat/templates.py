@@ -1,0 +1,223 @@
+"""How a conversation becomes tokens for a given family of models, and where an answer stops.
+
+A declared template is data: one entry of `TEMPLATES`. The entry `tokenizer` stands for the model's own template, in Jinja's
+language; one renderer serves all others.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from corolla.client.tokenizer import TextTokenizer
+from corolla.errors import CallerError, CheckpointError, InvalidSetting
+
+if TYPE_CHECKING:
+    import jinja2
+
+Role = Literal["user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side said."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """The marks around what is said. An answer is asked for by `answer_prefix` without trailing spaces.
+
+    Only in marks do the written forms of `special_tokens` mean these tokens; in what is said they stay text. Other marks
+    are text too, and tokenized together with what they surround, as they were in training.
+    """
+
+    name: str
+    about: str
+    system: str = ""  # the system prompt when the user gives none
+    system_prefix: str = ""
+    system_suffix: str = ""
+    question_prefix: str = ""
+    question_suffix: str = ""
+    answer_prefix: str = ""
+    answer_suffix: str = ""
+    opening: tuple[Turn, ...] = ()  # said before any conversation
+    special_tokens: tuple[str, ...] = ()
+    stop_sequences: tuple[str, ...] = ()
+    stop_tokens: tuple[str, ...] = ()  # beside the model's own end tokens; those the vocabulary lacks are passed over
+    own: bool = False  # the tokenizer's: nothing above counts
+
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        Template(name="tokenizer", about="the model's own chat template", own=True),
+        Template(
+            name="bloomchat",
+            about="BLOOMChat: <human>: question, <bot>: answer",
+            system_suffix="\n",
+            question_prefix="<human>: ",
+            question_suffix="\n",
+            answer_prefix="<bot>: ",
+            answer_suffix="\n",
+            stop_sequences=("<human>",),
+            stop_tokens=("</s>",),
+        ),
+        Template(
+            # The </s> that closes an answer is the one that opens the next question, so answers have no suffix of their own.
+            name="sft-chat",
+            about="bloomz-sft-chat: </s>question<s>answer</s>question<s>",
+            system_suffix="\n",
+            question_prefix="</s>",
+            question_suffix="<s>",
+            special_tokens=("</s>", "<s>"),
+            stop_tokens=("</s>",),
+        ),
+        Template(
+            name="petals",
+            about="chat.petals.dev: Human and Assistant, turns separated by ###",
+            system="A conversation of a human with an AI assistant that answers questions helpfully, in detail and politely.",
+            system_suffix="###",
+            question_prefix="Human: ",
+            question_suffix="###",
+            answer_prefix="Assistant: ",
+            answer_suffix="###",
+            opening=(Turn("assistant", "Hi! How can I help you?"),),
+            stop_sequences=("###",),
+            stop_tokens=("</s>",),
+        ),
+        Template(
+            name="plain",
+            about="models without a template: User and Assistant, one line each",
+            system_suffix="\n\n",
+            question_prefix="User: ",
+            question_suffix="\n",
+            answer_prefix="Assistant: ",
+            answer_suffix="\n",
+            stop_sequences=("\nUser:", "\nAssistant:"),
+        ),
+    )
+}
+
+
+def template_named(name: str) -> Template:
+    """The template of that name. Raises `InvalidSetting` when there is none."""
+    try:
+        return TEMPLATES[name]
+    except KeyError:
+        raise InvalidSetting("template", f"there is no {name!r}; there are {', '.join(TEMPLATES)}") from None
+
+
+def default_template(tokenizer: TextTokenizer, model: str = "") -> Template:
+    """The tokenizer's own template if it has one, else the one of its family (by the `model`'s name or type), else `plain`."""
+    if tokenizer.chat_template is not None:
+        return TEMPLATES["tokenizer"]
+    name = f"{model} {tokenizer.directory.name}".lower()
+    if "sft-chat" in name:
+        return TEMPLATES["sft-chat"]
+    if tokenizer.model_type == "bloom":
+        return TEMPLATES["bloomchat"]
+    return TEMPLATES["plain"]
+
+
+def stop_ids(template: Template, tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """The tokens that end an answer: the model's own and the template's."""
+    declared = (tokenizer.token_id(token) for token in template.stop_tokens)
+    return tuple(sorted({*tokenizer.end_ids, *(token_id for token_id in declared if token_id is not None)}))
+
+
+def encode(template: Template, tokenizer: TextTokenizer, system: str, turns: Sequence[Turn]) -> list[int]:
+    """The tokens of a conversation up to where the next answer begins.
+
+    A growing conversation's tokens begin with those of the shorter one (a model's own template may decide otherwise).
+    Raises `CallerError` when the model's own template refuses the conversation, `CheckpointError` when it is missing or damaged.
+    """
+    if template.own:
+        return tokenizer.encode(_render_own(tokenizer, system, turns))
+    tokens = list(tokenizer.opening_ids)
+    text = ""
+    for piece, marked in _render(template, system, turns):
+        token_id = tokenizer.token_id(piece) if marked else None
+        if token_id is None:
+            text += piece
+            continue
+        tokens += tokenizer.encode_plain(text) if text else []
+        tokens.append(token_id)
+        text = ""
+    return tokens + (tokenizer.encode_plain(text) if text else [])
+
+
+def _render(template: Template, system: str, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
+    """Pieces of text, each with whether it is a special token written out."""
+    if system:
+        yield from _marks(template, template.system_prefix)
+        yield system, False
+        yield from _marks(template, template.system_suffix)
+    for turn in (*template.opening, *turns):
+        asks = turn.role == "user"
+        yield from _marks(template, template.question_prefix if asks else template.answer_prefix)
+        yield turn.content, False
+        yield from _marks(template, template.question_suffix if asks else template.answer_suffix)
+    yield from _marks(template, template.answer_prefix.rstrip())
+
+
+def _marks(template: Template, text: str) -> Iterator[tuple[str, bool]]:
+    if not template.special_tokens:
+        yield text, False
+        return
+    for piece in re.split(f"({'|'.join(map(re.escape, template.special_tokens))})", text):
+        if piece:
+            yield piece, piece in template.special_tokens
+
+
+def _render_own(tokenizer: TextTokenizer, system: str, turns: Sequence[Turn]) -> str:
+    import jinja2
+
+    if tokenizer.chat_template is None:
+        raise CheckpointError(f"{tokenizer.directory} has no chat template: choose one with --template")
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": turn.role, "content": turn.content} for turn in turns]
+    try:
+        compiled = _environment().from_string(tokenizer.chat_template)
+    except jinja2.TemplateError as error:
+        raise CheckpointError(f"the chat template in {tokenizer.directory} is damaged ({error}): choose one with --template") from None
+    try:
+        return compiled.render(messages=messages, add_generation_prompt=True, **tokenizer.special_tokens)
+    except jinja2.TemplateError as error:
+        raise CallerError(f"the model's chat template refuses this conversation ({error}): choose another with --template") from None
+
+
+def _environment() -> jinja2.Environment:
+    """Jinja as models' templates expect it: as transformers sets it up."""
+    import jinja2.ext
+    import jinja2.nodes
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}...{% endgeneration %}` marks what a model is trained on; here it is only its content."""
+
+        tags = {"generation"}  # noqa: RUF012 (the library's interface)
+
+        def parse(self, parser: Any) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: object, **options: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    return environment

@@ -1,0 +1,74 @@
+"""`corolla generate`: one completion of a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from corolla.cli import options
+from corolla.errors import EmptyPrompt
+from corolla.types import GenerationSettings
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; - reads it from standard input.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    top_logprobs: Annotated[int, typer.Option(help="With --json: this many alternatives for each token, 0 to 20.")] = 0,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    weights: options.Weights = None,
+) -> None:
+    """Continue a text.
+
+    The continuation alone goes to standard output, as it is written. With --json it is one object with text, token_ids,
+    logprobs, timings (seconds) and finish_reason.
+    """
+    settings = GenerationSettings.parse(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or None,
+        top_logprobs=top_logprobs,
+    )
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise EmptyPrompt
+
+    from corolla.client.completion import Completion
+    from corolla.client.session import Session
+    from corolla.client.tokenizer import TextTokenizer
+    from corolla.server.embedded import open_model
+
+    with open_model(model, dtype=dtype, threads=threads, weights=weights) as embedded:
+        tokenizer = TextTokenizer(embedded.directory)
+        settings = dataclasses.replace(settings, stop_token_ids=tokenizer.end_ids)
+        tokens = tokenizer.encode(text, opening=True)
+        with Session(embedded.transport, embedded.peer) as session:
+            completion = Completion(session, tokenizer, tokens, settings, timeout=options.ANSWER_TIMEOUT)
+            for piece in completion:
+                if not as_json:
+                    print(piece.text, end="", flush=True)
+    result = completion.result
+    assert result is not None
+    if not as_json:
+        print()
+        return
+    fields = dataclasses.asdict(result)
+    if not top_logprobs:
+        del fields["top_logprobs"]
+    print(json.dumps({"model": model, **fields}, ensure_ascii=False))

@@ -1,0 +1,55 @@
+"""The `corolla` command: its subcommands, and what an error looks like."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import corolla
+from corolla.cli.chat import chat
+from corolla.cli.doctor import doctor
+from corolla.cli.generate import generate
+from corolla.cli.models import models
+from corolla.errors import CorollaError
+
+
+class _Commands(TyperGroup):
+    """Every command's errors are one line, with exit code 2; an interruption is exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CorollaError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="corolla",
+    cls=_Commands,
+    help="Run a large language model on this machine, or on a swarm of ordinary ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"corolla {corolla.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False) -> None:
+    pass
+
+
+for command in (chat, generate, models, doctor):
+    app.command()(command)

@@ -1,0 +1,148 @@
+"""A session as its client sees it: the whole token history, and answers that continue it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Generator, Sequence
+from queue import Empty, SimpleQueue
+
+from corolla.errors import Busy, CallerError, DeadlineExceeded, EmptyPrompt, NetworkError, ServerFault
+from corolla.swarm.transport import Transport
+from corolla.types import Cancel, Close, Failed, Gap, GenerationSettings, Reply, Step, Token
+
+
+class Session:
+    """One conversation's token history and the link to the server that caches it.
+
+    `tokens` holds every token in order: prompts and answers, sampled end tokens included. The server's cache is only a
+    copy of its beginning, so a server that forgot (evicted, restarted, replaced) is sent what it lacks.
+    Not for several threads at once. Raises `NetworkError` when `peer` cannot be reached.
+    """
+
+    def __init__(self, transport: Transport, peer: str) -> None:
+        self.name = uuid.uuid4().hex
+        self.tokens: list[int] = []
+        self._cached = 0  # how many tokens the server is known to have
+        self._generation = 0
+        self._replies: SimpleQueue[Reply] = SimpleQueue()
+        self._link = transport.connect(peer, self._replies.put)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def position(self) -> int:
+        """How many tokens the history has."""
+        return len(self.tokens)
+
+    def common_prefix(self, tokens: Sequence[int]) -> int:
+        """How many tokens `tokens` and the history share from the beginning."""
+        for index, (ours, theirs) in enumerate(zip(self.tokens, tokens, strict=False)):
+            if ours != theirs:
+                return index
+        return min(len(self.tokens), len(tokens))
+
+    def rollback(self, position: int) -> None:
+        """Forget every token from `position` on; the next step tells the server. Raises `ValueError` outside the history."""
+        if not 0 <= position <= len(self.tokens):
+            raise ValueError(f"position {position} lies outside a history of {len(self.tokens)} tokens")
+        del self.tokens[position:]
+        self._cached = min(self._cached, position)
+
+    def generate(self, token_ids: Sequence[int], settings: GenerationSettings, *, timeout: float = 60.0) -> Generator[Token, None, None]:
+        """Append `token_ids` to the history and yield the answer's tokens, each as it joins the history.
+
+        The last one carries `finish`. Closing the iterator early cancels the answer; what was yielded stays in the history.
+        `timeout` is the longest wait for one token, in seconds; a busy server is asked again until then.
+        Without `token_ids` the answer continues the history as it stands.
+
+        Raises `EmptyPrompt` when there is nothing to go on from, `DeadlineExceeded`, and whatever error the server answers
+        with. After a `CallerError` before the first token the history is as it was.
+        """
+        before = self.position
+        self.tokens.extend(token_ids)
+        if not self.tokens:
+            raise EmptyPrompt
+        expected = self.position
+        finished = False
+        try:
+            deadline = time.monotonic() + timeout
+            self._step(settings, deadline)
+            while not finished:
+                reply = self._wait(deadline)
+                if isinstance(reply, Token):
+                    if reply.position != self.position:
+                        continue  # a repetition
+                    self.tokens.append(reply.token_id)
+                    self._cached = reply.position
+                    deadline = time.monotonic() + timeout
+                    finished = reply.finish is not None
+                    yield reply
+                elif isinstance(reply, Gap):
+                    self._close_gap(reply.have)
+                    self._step(settings, deadline)
+                elif isinstance(reply, Failed):
+                    if not isinstance(reply.error, Busy):
+                        finished = True  # nothing runs that could be cancelled
+                        raise reply.error
+                    self._sleep(reply.error, deadline)
+                    self._step(settings, deadline)
+        except CallerError:
+            finished = True
+            if self.position == expected:
+                self.rollback(before)
+            raise
+        finally:
+            if not finished:
+                self._cancel()
+
+    def close(self) -> None:
+        """Tell the server that the session is over and leave. Closing twice is no error."""
+        try:
+            self._link.send(Close(self.name))
+        except NetworkError:
+            pass  # a server that is gone holds nothing of ours
+        self._link.close()
+
+    def _step(self, settings: GenerationSettings, deadline: float) -> None:
+        """Send what the server lacks: at least one token, for it has to compute the logits after the last one."""
+        while True:
+            self._generation += 1
+            start = min(self._cached, self.position - 1)
+            try:
+                self._link.send(Step(self.name, start, tuple(self.tokens[start:]), self._generation, settings))
+            except Busy as busy:
+                self._sleep(busy, deadline)
+            else:
+                return
+
+    def _close_gap(self, have: int) -> None:
+        start = min(self._cached, self.position - 1)
+        if not 0 <= have < start:
+            raise ServerFault(f"the server says it lacks tokens before {start} and yet has {have}")
+        self._cached = have
+
+    def _wait(self, deadline: float) -> Reply:
+        """The next reply to the step under way; late ones to earlier steps are ignored."""
+        while True:
+            try:
+                reply = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
+            except Empty:
+                raise DeadlineExceeded("the server did not answer in time: try again, or allow a longer timeout") from None
+            if reply.session == self.name and reply.generation == self._generation:
+                return reply
+
+    def _sleep(self, busy: Busy, deadline: float) -> None:
+        if time.monotonic() + busy.retry_after > deadline:
+            raise busy
+        time.sleep(busy.retry_after)
+
+    def _cancel(self) -> None:
+        try:
+            self._link.send(Cancel(self.name, self._generation))
+        except NetworkError:
+            pass  # the answer died with its server
