@@ -115,10 +115,10 @@ def _plain(turns: Iterable[Turn]) -> list[dict[str, str]]:
 def _turns(entries: Any, path: Path) -> list[Turn]:
     turns = []
     for entry in entries if isinstance(entries, list) else [None]:
-        valid = isinstance(entry, dict) and entry.get("role") in ("user", "assistant") and isinstance(entry.get("content"), str)
-        if not valid:
+        role, content = (entry.get("role"), entry.get("content")) if isinstance(entry, dict) else (None, None)
+        if role not in ("user", "assistant") or not isinstance(content, str):
             raise CallerError(f'{path}: turns are a list of {{"role": "user" or "assistant", "content": "..."}}')
-        turns.append(Turn(entry["role"], entry["content"]))
+        turns.append(Turn(role, content))
     return turns
 
 

@@ -92,9 +92,9 @@ class Repl:
     def _say(self, text: str) -> None:
         self._console.print(Text(text, style="dim"))
 
-    def _help(self, _: str) -> None:
-        for name, (argument, about, _) in self._commands.items():
-            self._console.print(Text.assemble((f"{name} {argument}".ljust(22), "bold"), about))
+    def _help(self, argument: str) -> None:
+        for name, (operand, about, _) in self._commands.items():
+            self._console.print(Text.assemble((f"{name} {operand}".ljust(22), "bold"), about))
 
     def _reset(self, _: str) -> None:
         self._dialogue.conversation.reset()

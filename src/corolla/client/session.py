@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from corolla.errors import Busy, CallerError, DeadlineExceeded, EmptyPrompt, NetworkError, ServerFault
@@ -102,10 +103,8 @@ class Session:
 
     def close(self) -> None:
         """Tell the server that the session is over and leave. Closing twice is no error."""
-        try:
+        with suppress(NetworkError):  # a server that is gone holds nothing of ours
             self._link.send(Close(self.name))
-        except NetworkError:
-            pass  # a server that is gone holds nothing of ours
         self._link.close()
 
     def _step(self, settings: GenerationSettings, deadline: float) -> None:
@@ -142,7 +141,5 @@ class Session:
         time.sleep(busy.retry_after)
 
     def _cancel(self) -> None:
-        try:
+        with suppress(NetworkError):  # the answer died with its server
             self._link.send(Cancel(self.name, self._generation))
-        except NetworkError:
-            pass  # the answer died with its server
