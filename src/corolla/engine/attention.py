@@ -1,0 +1,280 @@
+"""Attention of one step over the paged cache.
+
+A step's rows belong to several sessions. They are attended in groups: a session with many rows (prefill) alone, sessions
+with one row each (decode) together. Keys are read where they lie when a session's pages follow one another, else gathered.
+With grouped queries, the query heads that share a key head take the place of query rows, so that keys are read once.
+
+Legend: T rows, S sessions, N rows of one session, L cached positions, H query heads, K key heads, G = H / K, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from corolla.engine.cache import KVCache
+from corolla.engine.pages import PageTable
+from corolla.models.architecture import Architecture
+
+# In the batch-invariant mode keys are padded to this many positions: the size of the blocks in which torch's CPU kernel reduces.
+INVARIANT_KEYS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """`count` consecutive positions of one session from `start`; its table already holds room for them."""
+
+    table: PageTable
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+class PagedAttention:
+    """`models.block.Attention` for one step: writes the rows' keys and values, attends, returns [padded T, H * D].
+
+    Args:
+        padded: rows that the blocks compute; those past the sessions' rows are padding and come back as zeros.
+        invariant: attend each row in fixed shapes, so that the bits do not depend on what is in the batch.
+    """
+
+    def __init__(
+        self, arch: Architecture, cache: KVCache, rows: Sequence[Rows], padded: int, device: torch.device, *, invariant: bool
+    ) -> None:
+        self._arch, self._cache = arch, cache
+        slots = [slot for r in rows for slot in r.table.slots(r.start, r.end)]
+        self._slots = torch.tensor(slots, device=device)
+        self._count, self._padded = len(slots), padded
+        self._groups = _invariant_groups(arch, cache, rows, device) if invariant else _groups(arch, cache, rows, device)
+
+    def __call__(self, block: int, qkv_TxHKKxD: torch.Tensor) -> torch.Tensor:
+        arch, count = self._arch, self._count
+        pool = self._cache.of(block)
+        real = qkv_TxHKKxD[:count] if self._padded != count else qkv_TxHKKxD
+        pool.index_copy_(0, self._slots, real[:, arch.heads :])
+        query, window = real[:, : arch.heads], arch.window[block]
+        if len(self._groups) == 1 and self._padded == count:
+            return self._groups[0].attend(query, pool, window).reshape(count, -1)
+        out = query.new_zeros(self._padded, arch.heads, arch.head_dim)
+        for group in self._groups:
+            out[group.rows] = group.attend(query[group.rows], pool, window)
+        return out.view(self._padded, -1)
+
+
+class _Group(Protocol):
+    @property
+    def rows(self) -> slice | torch.Tensor:
+        """Which rows of the step."""
+        ...
+
+    def attend(self, query_NxHxD: torch.Tensor, pool: torch.Tensor, window: int | None) -> torch.Tensor: ...
+
+
+class _OneSession:
+    """Rows of one session: a single query, or a chunk of prefill."""
+
+    def __init__(self, arch: Architecture, cache: KVCache, rows: Rows, at: int, device: torch.device) -> None:
+        self.rows = slice(at, at + rows.count)
+        self._arch, self._span_of = arch, rows
+        self._page_size = cache.page_size
+        self._first = rows.table.first_slot_if_contiguous
+        pages = -(-rows.end // cache.page_size)
+        self._pages = None if self._first is not None else torch.tensor(rows.table.pages[:pages], device=device)
+        self._masks: dict[tuple[int | None, torch.dtype], torch.Tensor | None] = {}
+
+    def attend(self, query_NxHxD: torch.Tensor, pool: torch.Tensor, window: int | None) -> torch.Tensor:
+        arch, rows = self._arch, self._span_of
+        # A decoding row needs no mask for its window: the keys before it are left out.
+        begin = max(0, rows.end - window) if window is not None and rows.count == 1 else 0
+        kv_LxKKxD = self._keys(pool)[begin : rows.end]
+        key, value = kv_LxKKxD.transpose(0, 1).split(arch.kv_heads)
+        mask = self._mask(window, begin, query_NxHxD.dtype, pool.device)
+        if rows.count == 1:
+            query = query_NxHxD.view(1, arch.kv_heads, arch.group, arch.head_dim)
+            return _attend(arch, query, key[None], value[None], mask).reshape(1, arch.heads, arch.head_dim)
+        causal = mask is None
+        out = _attend(arch, query_NxHxD.transpose(0, 1)[None], key[None], value[None], mask, causal=causal)
+        return out[0].transpose(0, 1)
+
+    def _keys(self, pool: torch.Tensor) -> torch.Tensor:
+        if self._pages is None:
+            return pool[self._first : self._first + self._span_of.end]  # type: ignore[operator]
+        paged = pool.view(-1, self._page_size, *pool.shape[1:])
+        return paged.index_select(0, self._pages).view(-1, *pool.shape[1:])
+
+    def _mask(self, window: int | None, begin: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        """Added to the scores [N, keys from `begin`], or one a head; None where "causal" says it all."""
+        key = (window, dtype)
+        if key not in self._masks:
+            rows, arch = self._span_of, self._arch
+            positions = torch.arange(rows.start, rows.end, device=device)
+            keys = torch.arange(begin, rows.end, device=device)
+            if rows.count == 1 or (rows.start == 0 and (window is None or rows.end <= window) and arch.alibi is None):
+                mask = None
+            else:
+                mask = _hide(_visible(positions, keys, window), dtype)
+            if arch.alibi is not None:
+                bias_HxL = alibi(arch, keys)
+                # For one row, heads are laid out as [K, G]; ALiBi models without grouping have G = 1.
+                shaped = bias_HxL.view(arch.kv_heads, arch.group, -1) if rows.count == 1 else bias_HxL[:, None]
+                mask = shaped.to(dtype) if mask is None else (shaped + mask).to(dtype)
+                mask = mask[None]
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+class _Gathered:
+    """Rows that each attend as one query: one row of each of several sessions, or rows of one session that share its keys.
+
+    Args:
+        pages: [B, W] page ids, padded: a session's each, or one session's.
+        positions: of the N rows; N = B, or B = 1.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        page_size: int,
+        rows: slice | torch.Tensor,
+        pages: list[list[int]],
+        positions: list[int],
+        device: torch.device,
+    ) -> None:
+        self.rows = rows
+        self._arch, self._page_size, self._sessions = arch, page_size, len(pages)
+        self._pages = torch.tensor(pages, device=device).flatten()
+        self._positions = torch.tensor(positions, device=device)
+        self._keys = torch.arange(len(pages[0]) * page_size, device=device)
+        self._masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}
+
+    def attend(self, query_NxHxD: torch.Tensor, pool: torch.Tensor, window: int | None) -> torch.Tensor:
+        arch, count = self._arch, query_NxHxD.shape[0]
+        paged = pool.view(-1, self._page_size, *pool.shape[1:])
+        kv = paged.index_select(0, self._pages).view(self._sessions, -1, *pool.shape[1:]).transpose(1, 2)
+        key, value = kv.expand(count, -1, -1, -1).split(arch.kv_heads, dim=1)
+        query = query_NxHxD.reshape(count, arch.kv_heads, arch.group, arch.head_dim)
+        out = _attend(arch, query, key, value, self._mask(window, query.dtype))
+        return out.reshape(count, arch.heads, arch.head_dim)
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Added to the scores [N, K, G, keys]."""
+        key = (window, dtype)
+        if key not in self._masks:
+            arch = self._arch
+            mask = _hide(_visible(self._positions, self._keys, window), dtype)[:, None, None]
+            if arch.alibi is not None:
+                mask = (alibi(arch, self._keys).view(1, arch.kv_heads, arch.group, -1) + mask).to(dtype)
+            self._masks[key] = mask.expand(-1, -1, arch.group, -1)
+        return self._masks[key]
+
+
+def _groups(arch: Architecture, cache: KVCache, rows: Sequence[Rows], device: torch.device) -> list[_Group]:
+    groups: list[_Group] = []
+    single: list[tuple[int, Rows]] = []
+    at = 0
+    for r in rows:
+        if r.count == 1:
+            single.append((at, r))
+        else:
+            groups.append(_OneSession(arch, cache, r, at, device))
+        at += r.count
+    # Padding to the longest would make short sessions pay for long ones: split where lengths double.
+    single.sort(key=lambda pair: pair[1].end)
+    while single:
+        limit = 2 * max(single[0][1].end, cache.page_size)
+        together = [pair for pair in single if pair[1].end <= limit]
+        single = single[len(together) :]
+        groups.append(_decode_group(arch, cache, together, device))
+    return groups
+
+
+def _decode_group(arch: Architecture, cache: KVCache, together: list[tuple[int, Rows]], device: torch.device) -> _Group:
+    if len(together) == 1:
+        at, alone = together[0]
+        return _OneSession(arch, cache, alone, at, device)
+    together.sort(key=lambda pair: pair[0])
+    places = [at for at, _ in together]
+    first, last = places[0], places[-1]
+    rows = slice(first, last + 1) if last - first + 1 == len(places) else torch.tensor(places, device=device)
+    width = max(-(-r.end // cache.page_size) for _, r in together)
+    pages = [_padded(r, width) for _, r in together]
+    return _Gathered(arch, cache.page_size, rows, pages, [r.start for _, r in together], device)
+
+
+def _invariant_groups(arch: Architecture, cache: KVCache, rows: Sequence[Rows], device: torch.device) -> list[_Group]:
+    """Every row as one query over keys padded to a multiple of `INVARIANT_KEYS`: the same shapes whatever the batch."""
+    assert INVARIANT_KEYS % cache.page_size == 0, "pages must divide the padding of the batch-invariant mode"
+    groups: list[_Group] = []
+    at = 0
+    for r in rows:
+        width = -(-r.end // INVARIANT_KEYS) * (INVARIANT_KEYS // cache.page_size)
+        where = slice(at, at + r.count)
+        groups.append(_Gathered(arch, cache.page_size, where, [_padded(r, width)], list(range(r.start, r.end)), device))
+        at += r.count
+    return groups
+
+
+def _padded(rows: Rows, width: int) -> list[int]:
+    return (rows.table.pages[: -(-rows.end // rows.table.page_size)] + [0] * width)[:width]
+
+
+def _attend(
+    arch: Architecture,
+    query_BxHxNxD: torch.Tensor,
+    key_BxKxLxD: torch.Tensor,
+    value_BxKxLxD: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    causal: bool = False,
+) -> torch.Tensor:
+    grouped = query_BxHxNxD.shape[1] != key_BxKxLxD.shape[1]
+    if arch.attention_softcap is None:
+        return F.scaled_dot_product_attention(
+            query_BxHxNxD, key_BxKxLxD, value_BxKxLxD, attn_mask=mask, is_causal=causal, scale=arch.scale, enable_gqa=grouped
+        )
+    if grouped:
+        key_BxKxLxD, value_BxKxLxD = (t.repeat_interleave(arch.group, dim=1) for t in (key_BxKxLxD, value_BxKxLxD))
+    scores = query_BxHxNxD @ key_BxKxLxD.transpose(-1, -2) * arch.scale
+    scores = torch.tanh(scores / arch.attention_softcap) * arch.attention_softcap
+    if causal:
+        count = scores.shape[-1]
+        mask = _hide(torch.ones(count, count, dtype=torch.bool, device=scores.device).tril(), scores.dtype)
+    if mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores, -1, dtype=torch.float32).to(scores.dtype) @ value_BxKxLxD
+
+
+def _visible(positions_N: torch.Tensor, keys_L: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Which keys a row sees [N, L]: none after it, and none `window` or more before it."""
+    distance = positions_N[:, None] - keys_L
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def _hide(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+def alibi(arch: Architecture, keys_L: torch.Tensor) -> torch.Tensor:
+    """ALiBi's bias [H, L] in float32, rounded as the family rounds it."""
+    assert arch.alibi is not None, "this architecture has no ALiBi"
+    slopes = alibi_slopes(arch.heads).to(keys_L.device, arch.alibi)
+    return (slopes[:, None] * keys_L.to(arch.alibi)).float() * arch.alibi_scale
+
+
+@lru_cache
+def alibi_slopes(heads: int) -> torch.Tensor:
+    """ALiBi's slopes [H]: a geometric sequence, filled up from the next power of two's where H is none."""
+    whole = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
+    slopes += [2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)]
+    return torch.tensor(slopes, dtype=torch.float32)

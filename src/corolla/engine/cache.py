@@ -1,0 +1,48 @@
+"""The tensors of the KV cache: for each block a pool of rows, one row a position.
+
+Legend: P slots (pages * page size), K key heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from corolla.models.architecture import Architecture
+from corolla.types import Span
+
+
+class KVCache:
+    """Keys and values of every block of a span, [P, 2K, D] each: K keys, then K values.
+
+    Memory is taken from the system as pages are first written, not at construction.
+    """
+
+    def __init__(self, arch: Architecture, span: Span, slots: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.page_size = page_size
+        self._span = span
+        shape = (slots, 2 * arch.kv_heads, arch.head_dim)
+        self._blocks = [_untouched(shape, dtype, device) for _ in range(len(span))]
+        self.bytes_per_token = len(span) * math.prod(shape[1:]) * dtype.itemsize
+
+    def of(self, block: int) -> torch.Tensor:
+        """The rows [P, 2K, D] of a block, by the whole model's numbering."""
+        return self._blocks[block - self._span.start]
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages, as (from, to), in every block."""
+        size = self.page_size
+        for rows in self._blocks:
+            for source, target in pairs:
+                rows[target * size : (target + 1) * size] = rows[source * size : (source + 1) * size]
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose pages the system hands out on first write (numpy uses calloc; `torch.zeros` would write them all)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)

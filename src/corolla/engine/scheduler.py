@@ -1,0 +1,81 @@
+"""Which rows the next forward computes: first one row for each session that decodes, then chunks of prefill.
+
+When the pages run out, the session that was idle longest is evicted, and then the latest arrival that is under way is set
+back: it is computed again when pages are free. The rule of positions brings both back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from corolla.engine.attention import Rows
+from corolla.engine.executor import Work
+from corolla.engine.pages import PagePool
+from corolla.engine.sequence import Conversation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Schedule:
+    """The rows of the next forward, and whose pages were taken for them."""
+
+    work: list[tuple[Conversation, Work]] = field(default_factory=list)
+    evicted: list[Conversation] = field(default_factory=list)  # were idle
+    set_back: list[Conversation] = field(default_factory=list)  # are under way, and begin anew
+    reused: int = 0  # tokens whose pages were found in the cache
+
+
+class Scheduler:
+    """Args: `step_rows`, the rows of one forward at most; decoding sessions come before prefill in it."""
+
+    def __init__(self, pool: PagePool, step_rows: int) -> None:
+        self._pool = pool
+        self._step_rows = step_rows
+
+    def schedule(self, conversations: Iterable[Conversation]) -> Schedule:
+        """Reserve pages and choose rows; what could not get pages waits for a later step."""
+        everyone = list(conversations)
+        running = sorted((c for c in everyone if not c.idle and c.pending), key=lambda c: c.arrival)
+        decoding = [c for c in running if c.pending == 1]
+        # Where more sessions decode than fit in a step, the longest unserved go first.
+        decoding.sort(key=lambda c: c.used)
+        prefilling = [c for c in running if c.pending > 1]
+        taken: list[tuple[Conversation, int]] = []
+        schedule = Schedule()
+        budget, reused = self._step_rows, 0
+        for conversation in decoding + prefilling:
+            if not budget:
+                break
+            if conversation in schedule.set_back:
+                continue
+            if not conversation.table.pages and conversation.tokens:
+                reused += self._pool.match(conversation.table, conversation.tokens)
+            count = min(conversation.pending, budget)
+            keep = [c for c, _ in taken] + [conversation]
+            if self._make_room(conversation, count, [c for c in everyone if c not in keep], schedule):
+                taken.append((conversation, count))
+                budget -= count
+        work = [(c, self._work(c, count)) for c, count in taken]
+        return replace(schedule, work=work, reused=reused)
+
+    def _make_room(self, conversation: Conversation, count: int, others: list[Conversation], schedule: Schedule) -> bool:
+        table = conversation.table
+        while not self._pool.reserve(table, table.length + count):
+            holders = [c for c in others if c.table.pages]
+            idle = [c for c in holders if c.idle]
+            later = [c for c in holders if not c.idle and c.arrival > conversation.arrival]
+            if idle:
+                victim = min(idle, key=lambda c: c.used)
+                schedule.evicted.append(victim)
+            elif later:
+                victim = max(later, key=lambda c: c.arrival)
+                schedule.set_back.append(victim)
+            else:
+                return False
+            self._pool.free(victim.table)
+        return True
+
+    def _work(self, conversation: Conversation, count: int) -> Work:
+        rows = Rows(conversation.table, conversation.position, count)
+        last = count == conversation.pending
+        return Work(rows, conversation.payload(count), wants_logits=last and conversation.settings is not None)

@@ -1,0 +1,157 @@
+"""Linear layers in the formats that a server keeps weights in, each with what follows it fused where the backend can.
+
+Shapes: x [rows, in], weight [out, in], bias [out]; every method returns [rows, out] in x's dtype.
+Measured on 2 cores (SmolLM2's shapes, one row, ms for all linears of a token): float32 stock 45, packed 24; bfloat16 stock 19,
+packed 12; int8 9; int4 4.5 to 5.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch.nn import functional as F
+
+from corolla.errors import InvalidSetting
+from corolla.models.architecture import Activation
+
+WeightFormat = Literal["plain", "packed", "int8", "int4"]
+INT4_GROUP = 32
+
+_ACTIVATE: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+_ONEDNN_ACTIVATIONS = {"silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+
+
+class Linear(Protocol):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """activation(linear(x))"""
+        ...
+
+    def added(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """linear(x) + other"""
+        ...
+
+    def multiplied(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """linear(x) * other"""
+        ...
+
+
+class _Unfused(ABC):
+    """What follows the product, as operations of its own."""
+
+    @abstractmethod
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        return _ACTIVATE[activation](self(x))
+
+    def added(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self(x).add_(other)
+
+    def multiplied(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self(x).mul_(other)
+
+
+class PlainLinear(_Unfused):
+    """The stock product: any device and dtype, differentiable. The reference of the others."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class PackedLinear:
+    """Weights reordered once into oneDNN's blocked layout (float32 or bfloat16, CPU): lossless.
+
+    The operators are those that torch's own compiler emits; they are not public, so torch is pinned.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self._bias = bias
+        self._unary = torch.ops.mkldnn._linear_pointwise.default
+        self._binary = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._unary(x, self._weight, self._bias, "none", [], "")
+
+    def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        name, algorithm = _ONEDNN_ACTIVATIONS[activation]
+        return self._unary(x, self._weight, self._bias, name, [], algorithm)
+
+    def added(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self._binary(x, other, self._weight, self._bias, "add")
+
+    def multiplied(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self._binary(x, other, self._weight, self._bias, "mul")
+
+
+class Int8Linear(_Unfused):
+    """Symmetric int8, one scale a row, weights only (CPU)."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        wide = weight.float()
+        scale = wide.abs().amax(1).clamp_(min=1e-12) / 127
+        self._weight = (wide / scale[:, None]).round_().to(torch.int8)
+        self._scale = scale.to(weight.dtype)
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.aten._weight_int8pack_mm(x, self._weight, self._scale)
+        return y if self._bias is None else y.add_(self._bias)
+
+
+class Int4Linear(_Unfused):
+    """Asymmetric int4 in groups of `INT4_GROUP` inputs, weights only (CPU)."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        outputs, inputs = weight.shape
+        groups = weight.float().view(outputs, inputs // INT4_GROUP, INT4_GROUP)
+        low, high = groups.amin(-1), groups.amax(-1)
+        scale = ((high - low) / 15).clamp_(min=1e-12)
+        # The operator computes (q - 8) * scale + zero.
+        codes = ((groups - low[..., None]) / scale[..., None]).round_().clamp_(0, 15).to(torch.int32).view(outputs, inputs)
+        self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        self._scale_and_zero = torch.stack([scale, low + 8 * scale], -1).transpose(0, 1).contiguous().to(weight.dtype)
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._weight, INT4_GROUP, self._scale_and_zero)
+        return y if self._bias is None else y.add_(self._bias)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this machine's oneDNN computes packed products in `dtype`."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, fmt: WeightFormat) -> Linear:
+    """A linear layer that keeps `weight` [out, in] in the format `fmt`; a format that this shape cannot take becomes int8 or packed.
+
+    Raises:
+        InvalidSetting: no such format, or one that the weight's device cannot compute.
+    """
+    if fmt not in get_args(WeightFormat):
+        raise InvalidSetting("weights", f"{fmt!r} is none of {', '.join(get_args(WeightFormat))}")
+    if fmt == "plain":
+        return PlainLinear(weight, bias)
+    if weight.device.type != "cpu":
+        raise InvalidSetting("weights", f"{fmt!r} weights are computed on the CPU only; use 'plain' on {weight.device.type}")
+    if fmt == "packed":
+        return PackedLinear(weight, bias) if can_pack(weight.dtype) else PlainLinear(weight, bias)
+    if fmt == "int4" and weight.shape[1] % INT4_GROUP == 0 and weight.shape[0] % 16 == 0:
+        return Int4Linear(weight, bias)
+    return Int8Linear(weight, bias)

@@ -1,0 +1,213 @@
+"""A span of a model: its blocks, and the embedding or the head where it reaches the ends; only its tensors are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from corolla.errors import CheckpointError, InvalidSetting
+from corolla.models.architecture import Architecture
+from corolla.models.block import Attention, Block, Norm, rotations
+from corolla.models.checkpoint import Checkpoint
+from corolla.models.families import architecture
+from corolla.models.linear import Linear, WeightFormat, make_linear
+from corolla.types import Span
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class SpanModel:
+    """The mathematics of one span, stateless: what attends to what is the caller's `Attention`.
+
+    Attributes:
+        arch, span, dtype, device: of this span.
+        weights: the format the linear layers are kept in.
+        bytes_read: bytes of tensors that loading took from the checkpoint.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        span: Span,
+        dtype: torch.dtype,
+        device: torch.device,
+        weights: WeightFormat,
+        blocks: Sequence[Block],
+        embedding: torch.Tensor | None,
+        embedding_norm: Norm | None,
+        final_norm: Norm | None,
+        head: Linear | None,
+        bytes_read: int,
+    ) -> None:
+        self.arch, self.span, self.dtype, self.device, self.weights = arch, span, dtype, device, weights
+        self.blocks = tuple(blocks)
+        self.bytes_read = bytes_read
+        self._embedding, self._embedding_norm = embedding, embedding_norm
+        self._final_norm, self._head = final_norm, head
+
+    @property
+    def embeds(self) -> bool:
+        return self.span.start == 0
+
+    @property
+    def heads(self) -> bool:
+        return self.span.end == self.arch.blocks
+
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, hidden] of token ids (int64, on the CPU or the model's device)."""
+        assert self._embedding is not None, "this span does not hold block 0"
+        hidden = self._embedding[token_ids_T.to(self._embedding.device)].to(self.device, self.dtype)
+        if self.arch.embedding_scale != 1.0:
+            # Rounded to the working dtype first, as the models were trained.
+            hidden = hidden * torch.tensor(self.arch.embedding_scale, dtype=self.dtype)
+        return hidden if self._embedding_norm is None else self._embedding_norm(hidden)
+
+    def forward(self, hidden_TxE: torch.Tensor, positions_T: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """Hidden states [T, hidden] through every block of the span."""
+        turns = rotations(self.arch, positions_T, self.dtype)
+        for block in self.blocks:
+            hidden_TxE = block(hidden_TxE, attention, turns)
+        return hidden_TxE
+
+    def logits(self, hidden_RxE: torch.Tensor) -> torch.Tensor:
+        """Logits [R, vocabulary] of hidden states that left the last block."""
+        assert self._final_norm is not None, "this span does not hold the last block"
+        assert self._head is not None
+        logits = self._head(self._final_norm(hidden_RxE))
+        if self.arch.logits_softcap is not None:
+            logits = torch.tanh(logits / self.arch.logits_softcap) * self.arch.logits_softcap
+        return logits
+
+
+def load_span(
+    directory: Path,
+    span: Span | None = None,
+    *,
+    dtype: str = "bfloat16",
+    weights: WeightFormat = "packed",
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> SpanModel:
+    """Read a span (the whole model by default) from a directory of safetensors.
+
+    Args:
+        progress: called with (blocks loaded, blocks in all).
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a tensor of the wrong shape; the sentence names it.
+        UnsupportedModel: the family or the variant has no mathematics here.
+        InvalidSetting: blocks that the model does not have, an unknown dtype or format.
+    """
+    if dtype not in DTYPES:
+        raise InvalidSetting("dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
+    with Checkpoint(directory) as checkpoint:
+        arch = architecture(checkpoint.config)
+        span = span or Span(0, arch.blocks)
+        if span.end > arch.blocks:
+            raise InvalidSetting("blocks", f"{span} does not fit: the model has blocks 0:{arch.blocks}")
+        reader = _Reader(checkpoint, arch, DTYPES[dtype], torch.device(device), weights)
+        blocks = []
+        for index in range(span.start, span.end):
+            blocks.append(reader.block(index))
+            if progress is not None:
+                progress(len(blocks), len(span))
+        names = arch.names
+        first, last = span.start == 0, span.end == arch.blocks
+        return SpanModel(
+            arch,
+            span,
+            reader.dtype,
+            reader.device,
+            weights,
+            blocks,
+            embedding=reader.embedding() if first else None,
+            embedding_norm=reader.norm(reader.root + names.embedding_norm) if first and names.embedding_norm else None,
+            final_norm=reader.norm(reader.root + names.final_norm) if last else None,
+            head=reader.head() if last else None,
+            bytes_read=checkpoint.bytes_read,
+        )
+
+
+class _Reader:
+    """Reads one family's tensors into our layout."""
+
+    def __init__(self, checkpoint: Checkpoint, arch: Architecture, dtype: torch.dtype, device: torch.device, weights: WeightFormat) -> None:
+        self.checkpoint, self.arch, self.dtype, self.device, self.weights = checkpoint, arch, dtype, device, weights
+        embedding = f"{arch.names.embedding}.weight"
+        for prefix in arch.names.prefixes:
+            if checkpoint.has(f"{prefix}{embedding}") or checkpoint.has(f"{prefix}{arch.names.blocks}.0.{arch.names.out}.weight"):
+                self.root = prefix
+                return
+        raise CheckpointError(
+            f"{checkpoint.directory}: it holds no tensor {arch.names.prefixes[0]}{embedding}; is it a {arch.family} model?"
+        )
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.checkpoint.tensor(name, shape=shape).to(self.device, self.dtype)
+
+    def bias(self, name: str, size: int) -> torch.Tensor | None:
+        return self.tensor(f"{name}.bias", (size,)) if self.checkpoint.has(f"{name}.bias") else None
+
+    def norm(self, name: str, size: int | None = None) -> Norm:
+        size = size or self.arch.hidden
+        weight = self.checkpoint.tensor(f"{name}.weight", shape=(size,))
+        if self.arch.norm_offset:
+            weight = weight.float() + self.arch.norm_offset
+        return Norm(weight.to(self.device, self.dtype), self.bias(name, size), self.arch.norm_eps, self.arch.norm == "rms")
+
+    def linear(self, name: str, outputs: int, inputs: int) -> Linear:
+        return make_linear(self.tensor(f"{name}.weight", (outputs, inputs)), self.bias(name, outputs), self.weights)
+
+    def embedding(self) -> torch.Tensor:
+        """In the checkpoint's own dtype: rows are converted when they are read."""
+        return self.checkpoint.tensor(f"{self.root}{self.arch.names.embedding}.weight", shape=(self.arch.vocabulary, self.arch.hidden)).to(
+            self.device
+        )
+
+    def head(self) -> Linear:
+        names = self.arch.names
+        name = f"{self.root}{names.embedding}" if self.arch.tied else names.head
+        return self.linear(name, self.arch.vocabulary, self.arch.hidden)
+
+    def qkv(self, at: str) -> Linear:
+        """Query, key and value in one product, as rows [H query heads, K key heads, K value heads] of D."""
+        arch = self.arch
+        rows = [heads * arch.head_dim for heads in (arch.heads, arch.kv_heads, arch.kv_heads)]
+        if len(arch.names.qkv) == 3:
+            parts = [self.tensor(f"{at}{name}.weight", (size, arch.hidden)) for name, size in zip(arch.names.qkv, rows, strict=True)]
+            biases = [self.bias(f"{at}{name}", size) for name, size in zip(arch.names.qkv, rows, strict=True)]
+            weight = torch.cat(parts)
+            bias = torch.cat([b for b in biases if b is not None]) if biases[0] is not None else None
+        else:
+            name = f"{at}{arch.names.qkv[0]}"
+            weight = self._ungroup(self.tensor(f"{name}.weight", (sum(rows), arch.hidden)))
+            bias = self.bias(name, sum(rows))
+            bias = self._ungroup(bias) if bias is not None else None
+        return make_linear(weight, bias, self.weights)
+
+    def _ungroup(self, fused: torch.Tensor) -> torch.Tensor:
+        arch = self.arch
+        grouped = fused.view(arch.kv_heads, arch.group + 2, arch.head_dim, *fused.shape[1:])
+        parts = grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:]
+        return torch.cat([part.reshape(-1, *fused.shape[1:]) for part in parts])
+
+    def block(self, index: int) -> Block:
+        arch, names = self.arch, self.arch.names
+        at = f"{self.root}{names.blocks}.{index}."
+        return Block(
+            arch,
+            index,
+            attention_norm=self.norm(at + names.attention_norm),
+            mlp_norm=self.norm(at + names.mlp_norm) if names.mlp_norm else None,
+            qkv=self.qkv(at),
+            out=self.linear(at + names.out, arch.hidden, arch.heads * arch.head_dim),
+            up=self.linear(at + names.up, arch.intermediate, arch.hidden),
+            gate=self.linear(at + names.gate, arch.intermediate, arch.hidden) if names.gate else None,
+            down=self.linear(at + names.down, arch.hidden, arch.intermediate),
+            query_norm=self.norm(at + names.query_norm, arch.head_dim) if names.query_norm else None,
+            key_norm=self.norm(at + names.key_norm, arch.head_dim) if names.key_norm else None,
+            attention_post_norm=self.norm(at + names.attention_post_norm) if names.attention_post_norm else None,
+            mlp_post_norm=self.norm(at + names.mlp_post_norm) if names.mlp_post_norm else None,
+        )
