@@ -46,7 +46,8 @@ def make_directory(directory: Path, tokenizer: Tokenizer, *, model_type: str = "
     """Write the files that `TextTokenizer` reads into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
+    end = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": end}))
     (directory / "config.json").write_text(json.dumps({"model_type": model_type, "eos_token_id": END}))
     if template is not None:
         (directory / "chat_template.jinja").write_text(template)

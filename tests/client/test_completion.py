@@ -40,7 +40,7 @@ def start(tokenizer: TextTokenizer) -> Iterator[Start]:
 
 
 def test_an_answer_to_its_end_token(start: Start, tokenizer: TextTokenizer) -> None:
-    engine, session, completion = start("fine, thank you!")
+    _engine, session, completion = start("fine, thank you!")
     text = "".join(piece.text for piece in completion)
     result = completion.result
     assert result is not None
@@ -60,7 +60,7 @@ def test_an_answer_cut_at_the_limit(start: Start, tokenizer: TextTokenizer) -> N
 
 
 def test_a_stop_sequence_that_straddles_tokens(start: Start, tokenizer: TextTokenizer) -> None:
-    engine, session, completion = start("hello there\n<human>: fine", stop=["<human>"])
+    _engine, session, completion = start("hello there\n<human>: fine", stop=["<human>"])
     result = completion.run()
     assert result.text == "hello there\n"
     assert result.finish_reason is FinishReason.STOP
@@ -79,13 +79,13 @@ def test_what_only_looked_like_a_stop_comes_out_at_the_end(start: Start) -> None
 
 
 def test_a_stop_behind_a_multibyte_character(start: Start, tokenizer: TextTokenizer) -> None:
-    engine, session, completion = start("a😀###b", stop=["###"])
+    _engine, session, completion = start("a😀###b", stop=["###"])
     assert completion.run().text == "a😀"
     assert tokenizer.decode(session.tokens) == "helloa😀"
 
 
 def test_an_interrupted_answer(start: Start, tokenizer: TextTokenizer) -> None:
-    engine, session, completion = start("hello there", stop_token_ids=(), max_new_tokens=10**6)
+    _engine, session, completion = start("hello there", stop_token_ids=(), max_new_tokens=10**6)
     text = next(iter(completion)).text
     completion.close()
     assert completion.result is not None
@@ -114,7 +114,7 @@ def test_an_edited_prompt_rolls_back_to_what_is_shared(start: Start, tokenizer: 
 
 
 def test_an_error_leaves_a_result_too(start: Start) -> None:
-    engine, session, completion = start("fine")
+    engine, _session, completion = start("fine")
     engine.fail = [PromptTooLong(9, 8)]
     with pytest.raises(PromptTooLong):
         completion.run()

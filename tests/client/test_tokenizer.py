@@ -57,7 +57,7 @@ def test_the_chat_template_may_lie_in_either_file(directory: Path) -> None:
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no tokenizer.json"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
         TextTokenizer(tmp_path)
 
 
