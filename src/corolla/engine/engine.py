@@ -15,7 +15,7 @@ import torch
 from corolla.engine.cache import KVCache
 from corolla.engine.executor import INVARIANT_ROWS, Computed, Executor, Work
 from corolla.engine.pages import PagePool
-from corolla.engine.sampler import Sampled, SampleRequest, sample
+from corolla.engine.sampler import Sampled, SampleRequest, check_vocabulary, sample
 from corolla.engine.scheduler import Scheduler
 from corolla.engine.sequence import Conversation, Deliver
 from corolla.errors import Busy, CapacityError, CorollaError, EmptyPrompt, InvalidSetting, PromptTooLong, ServerFault
@@ -106,9 +106,8 @@ class Engine:
                 raise InvalidSetting("payload", f"{outside} is no token of a vocabulary of {arch.vocabulary}")
         elif not isinstance(step.payload, torch.Tensor) or step.payload.shape != (count, arch.hidden):
             raise InvalidSetting("payload", f"block {self.model.span.start} takes hidden states of shape [tokens, {arch.hidden}]")
-        top_k = step.settings.top_k if step.settings is not None else None
-        if top_k is not None and top_k > arch.vocabulary:
-            raise InvalidSetting("top_k", f"{top_k} is more than the vocabulary of {arch.vocabulary}")
+        if step.settings is not None:
+            check_vocabulary(step.settings, arch.vocabulary)
 
     def _take(self, message: Message, deliver: Deliver | None) -> None:
         known = self._conversations.get(message.session)

@@ -45,7 +45,9 @@ class Conversation:
     @property
     def pending(self) -> int:
         """Rows still to be computed."""
-        return self.hidden.shape[0] if self.hidden is not None else len(self.tokens) - self.table.length
+        if self.hidden is not None:
+            return self.hidden.shape[0]
+        return len(self.tokens) - self.position if self.tokens else 0
 
     def payload(self, count: int) -> Sequence[int] | torch.Tensor:
         """The next `count` rows to compute."""
