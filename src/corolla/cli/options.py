@@ -20,9 +20,13 @@ Temperature = Annotated[float | None, typer.Option(help="0 is greedy; up to 1 th
 RepetitionPenalty = Annotated[float | None, typer.Option(help="From 1 (none) to 2.", rich_help_panel=_SAMPLING)]
 Seed = Annotated[int | None, typer.Option(help="The same seed draws the same answer.", rich_help_panel=_SAMPLING)]
 Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.", rich_help_panel=_SAMPLING)]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.", rich_help_panel=_MACHINE)]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; what this machine computes fast by default.", rich_help_panel=_MACHINE)
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores by default.", rich_help_panel=_MACHINE)]
-Weights = Annotated[str | None, typer.Option(help="Hold the weights in fewer bits: int8 or int4.", rich_help_panel=_MACHINE)]
+Weights = Annotated[
+    str | None, typer.Option(help="packed (lossless), plain, int8 or int4; the quickest lossless by default.", rich_help_panel=_MACHINE)
+]
 
 ANSWER_TIMEOUT = 600.0
 """The longest wait for one token of a model on this machine, in seconds: a long prompt on a slow processor takes minutes."""

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import corolla as package
+from corolla.errors import ModelNotFound
+
+
+def test_help_lists_every_command(corolla: Callable[..., Any]) -> None:
+    result = corolla("--help")
+    assert result.exit_code == 0
+    assert all(command in result.stdout for command in ("chat", "generate", "models", "doctor"))
+
+
+def test_version(corolla: Callable[..., Any]) -> None:
+    assert corolla("--version").stdout == f"corolla {package.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["generate", "--help"]])
+def test_help_is_quick(arguments: list[str]) -> None:
+    code = (
+        f"import sys; sys.argv[1:] = {arguments!r}; import corolla.cli.main as main\n"
+        "try:\n    main.app()\n"
+        "finally:\n    assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
+    )
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 1.0, "0.3 s on an idle machine"
+
+
+def test_an_error_is_one_line_and_exit_code_2(corolla: Callable[..., Any], model: Any) -> None:
+    model.error = ModelNotFound("there is no model 'x'")
+    result = corolla("generate", "x", "--prompt", "hello")
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", "error: there is no model 'x'\n")
+
+
+def test_an_interruption_is_exit_code_130(corolla: Callable[..., Any], model: Any) -> None:
+    model.error = KeyboardInterrupt()
+    assert corolla("generate", "x", "--prompt", "hello").exit_code == 130
+
+
+def test_an_unknown_command_is_exit_code_2(corolla: Callable[..., Any]) -> None:
+    assert corolla("sing").exit_code == 2
