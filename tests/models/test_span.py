@@ -1,0 +1,93 @@
+"""Loading spans: what is read, what is refused, and the variants of BLOOM's checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.engine.driving import Chain, greedy
+from tests.models import tiny
+
+from corolla.errors import CheckpointError, InvalidSetting
+from corolla.models.reference import Reference
+from corolla.models.span import load_span
+from corolla.types import Span
+
+PROMPT = list(range(5, 40))
+
+
+@pytest.fixture
+def bloom(tmp_path: Path) -> Path:
+    return tiny.save("bloom", tmp_path)
+
+
+def rewrite(directory: Path, change: Any) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in change(tensors).items()}, directory / "model.safetensors", {"format": "pt"})
+
+
+def test_a_span_reads_only_its_tensors(bloom: Path) -> None:
+    tensors = load_file(bloom / "model.safetensors")
+    expected = sum(t.nbytes for name, t in tensors.items() if ".h.1." in name or ".h.2." in name)
+    span = load_span(bloom, Span(1, 3), dtype="float32")
+    assert span.bytes_read == expected
+    assert not span.embeds
+    assert not span.heads
+
+
+def test_the_spans_of_a_model_read_each_block_once(bloom: Path) -> None:
+    tensors = load_file(bloom / "model.safetensors")
+    embedding = tensors["transformer.word_embeddings.weight"].nbytes
+    read = sum(load_span(bloom, Span(i, i + 1), dtype="float32").bytes_read for i in range(4))
+    # The tied embedding is read by the first span and, as the head, by the last.
+    assert read == sum(t.nbytes for t in tensors.values()) + embedding
+
+
+def test_bloom_without_its_prefix(bloom: Path) -> None:
+    expected = Reference(bloom).forward(PROMPT)
+    rewrite(bloom, lambda tensors: {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()})
+    assert (Chain.load(bloom, (4,), dtype="float32").all_logits(PROMPT) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_bloom_at_the_shape_of_560m_equals_stock(tmp_path: Path) -> None:
+    # The real shape of the blocks; fewer words, which the blocks do not see.
+    tiny.save("bloom", tmp_path, hidden_size=1024, n_layer=24, n_head=16, vocab_size=2000)
+    rewrite(tmp_path, lambda tensors: {name: t * 0.25 if t.ndim > 1 else t for name, t in tensors.items()})
+    prompts = [PROMPT, PROMPT[:3]]
+    reference = Reference(tmp_path)
+    chain = Chain.load(tmp_path, (10, 24), dtype="float32")
+    expected = reference.forward(PROMPT)
+    assert (chain.all_logits(PROMPT) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert greedy(Chain([stage.model for stage in chain.stages]), prompts, 128) == [reference.greedy(p, 128) for p in prompts]
+
+
+def test_a_tensor_of_the_wrong_shape_is_named(bloom: Path) -> None:
+    name = "transformer.h.2.mlp.dense_h_to_4h.weight"
+    rewrite(bloom, lambda tensors: {**tensors, name: torch.zeros(3, 5)})
+    load_span(bloom, Span(0, 2))
+    with pytest.raises(CheckpointError, match=name):
+        load_span(bloom, Span(2, 4))
+
+
+def test_a_missing_tensor_is_named(bloom: Path) -> None:
+    name = "transformer.h.1.input_layernorm.weight"
+    rewrite(bloom, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name})
+    with pytest.raises(CheckpointError, match=name):
+        load_span(bloom)
+
+
+def test_tensors_of_another_family(bloom: Path) -> None:
+    rewrite(bloom, lambda tensors: {f"other.{name}": tensor for name, tensor in tensors.items()})
+    with pytest.raises(CheckpointError, match="is it a bloom model"):
+        load_span(bloom)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"), [({"span": Span(2, 5)}, "blocks"), ({"dtype": "int3"}, "dtype"), ({"weights": "int3"}, "weights")]
+)
+def test_bad_settings_are_named(bloom: Path, settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(InvalidSetting, match=word):
+        load_span(bloom, **settings)
