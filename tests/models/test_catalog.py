@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from corolla.errors import ModelNotFound
+from corolla.errors import CheckpointError, ModelNotFound
 from corolla.models import catalog
+from corolla.models.checkpoint import write_checksums
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 3, "dtype": "float32"}
 
@@ -47,6 +48,15 @@ def test_resolve_a_directory_without_a_configuration(tmp_path: Path) -> None:
 def test_resolve_an_alias_that_is_here(cache: Path) -> None:
     directory = put_model(cache / "models" / "smollm2")
     assert catalog.resolve("smollm2") == directory
+
+
+def test_resolve_names_a_file_with_a_flipped_byte(cache: Path) -> None:
+    directory = put_model(cache / "models" / "smollm2")
+    write_checksums(directory)
+    (directory / "model.safetensors").write_bytes(bytes(999) + b"\1")
+    for name in ("smollm2", str(directory)):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+            catalog.resolve(name)
 
 
 @pytest.mark.parametrize("name", ["smolm", "", "./nowhere", "/nowhere/at/all", "a/b/c"])

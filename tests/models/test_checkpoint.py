@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from corolla.errors import CheckpointError, UnsupportedModel
-from corolla.models.checkpoint import CHECKSUMS, INDEX, SINGLE, Checkpoint, write_checksums
+from corolla.models.checkpoint import CHECKSUMS, INDEX, SINGLE, Checkpoint, verify, write_checksums
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
@@ -147,10 +147,10 @@ def test_a_bad_configuration(sharded: Path, config: str | None, error: type[Exce
 
 
 def test_verify_reads_every_file_and_reports_bytes(sharded: Path) -> None:
-    assert Checkpoint(sharded).verify() == 0
+    assert verify(sharded) == 0
     write_checksums(sharded)
     calls: list[tuple[str, int, int | None]] = []
-    assert Checkpoint(sharded).verify(lambda *call: calls.append(call)) == len(list(sharded.iterdir())) - 1
+    assert verify(sharded, lambda *call: calls.append(call)) == len(list(sharded.iterdir())) - 1
     stage, done, total = calls[-1]
     assert (stage, done) == ("verifying", total)
 
@@ -161,18 +161,18 @@ def test_verify_names_the_file_with_a_flipped_byte(sharded: Path, shard: Path) -
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{shard.name} is damaged: its SHA-256"):
-        Checkpoint(sharded).verify()
+        verify(sharded)
 
 
 def test_verify_names_a_missing_file(sharded: Path) -> None:
     write_checksums(sharded)
     (sharded / "generation_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"generation_config\.json is missing"):
-        Checkpoint(sharded).verify()
+        verify(sharded)
 
 
 @pytest.mark.parametrize("line", ["short  config.json", f"{'0' * 64}  ../config.json", "0" * 64])
 def test_verify_refuses_a_bad_list(sharded: Path, line: str) -> None:
     (sharded / CHECKSUMS).write_text(line)
     with pytest.raises(CheckpointError, match=f"{CHECKSUMS} is damaged"):
-        Checkpoint(sharded).verify()
+        verify(sharded)

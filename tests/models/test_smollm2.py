@@ -13,7 +13,7 @@ import torch
 
 from corolla.errors import CheckpointError, ModelNotFound, StorageError
 from corolla.models import smollm2 as package
-from corolla.models.checkpoint import Checkpoint
+from corolla.models.checkpoint import Checkpoint, verify
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def write_wheel(path: Path, member: str) -> Path:
 
 
 def test_the_model_is_whole_bfloat16_and_checked(smollm2: Path) -> None:
+    assert verify(smollm2) == 6
     with Checkpoint(smollm2) as checkpoint:
-        assert checkpoint.verify() == 6
         assert (checkpoint.config.model_type, checkpoint.config.num_hidden_layers) == ("llama", 30)
         assert len(checkpoint.names) == 272
         assert {checkpoint.tensor(name).dtype for name in checkpoint.names} == {torch.bfloat16}

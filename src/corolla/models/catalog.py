@@ -16,7 +16,7 @@ from typing import Any
 
 from corolla.errors import CheckpointError, ModelNotFound, StorageError
 from corolla.models import smollm2
-from corolla.models.checkpoint import Progress
+from corolla.models.checkpoint import Progress, verify
 
 CACHE_VARIABLE = "COROLLA_CACHE"
 DEFAULT = "smollm2"
@@ -72,14 +72,18 @@ def resolve(name: str, *, progress: Progress | None = None, revision: str | None
     """The directory of the model called `name`: an alias, else a local directory, else a hub id ORG/NAME.
 
     What is not here yet is fetched: an alias into Corolla's cache, a hub id (at `revision`: a branch, tag or commit) into the
-    hub's, where a download that broke off goes on. Raises `ModelNotFound`, `CheckpointError` or `StorageError`.
+    hub's, where a download that broke off goes on. A directory with a SHA256SUMS is checked against it.
+    Raises `ModelNotFound`, `CheckpointError` or `StorageError`.
     """
     if name in ALIASES:
-        return ALIASES[name].fetch(models_directory(), progress)
+        directory = ALIASES[name].fetch(models_directory(), progress)
+        verify(directory)  # 0.2 s for the default model: less than a bar is worth
+        return directory
     directory = Path(name).expanduser()
     if name and directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ModelNotFound(f"{directory} is no model's directory: it holds no config.json")
+        verify(directory, progress)
         return directory
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFound(

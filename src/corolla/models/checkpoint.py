@@ -98,21 +98,6 @@ class Checkpoint:
         self.bytes_read += entry.nbytes
         return found if dtype is None else found.to(dtype)
 
-    def verify(self, progress: Progress | None = None) -> int:
-        """Read every file that SHA256SUMS names and compare; how many were compared (0 where there is no SHA256SUMS).
-
-        Raises `CheckpointError` naming the first file that is damaged or missing.
-        """
-        sums = _checksums(self.directory / CHECKSUMS)
-        sizes = {name: _size(self.directory / name) for name in sums}
-        done, total = 0, sum(sizes.values())
-        for name, expected in sums.items():
-            path = self.directory / name
-            if sha256(path, progress, "verifying", done, total) != expected:
-                raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {CHECKSUMS}; fetch the model again")
-            done += sizes[name]
-        return len(sums)
-
     def _entry(self, name: str) -> _Entry:
         try:
             return self._entries[name]
@@ -120,6 +105,24 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.directory}: there is no tensor {name}; the checkpoint is incomplete or of another family"
             ) from None
+
+
+def verify(directory: Path, progress: Progress | None = None) -> int:
+    """Read every file that `directory`'s SHA256SUMS names and compare; how many were compared (0 where there is no SHA256SUMS).
+
+    Raises `CheckpointError` naming the first file that is damaged or missing.
+    """
+    sums = _checksums(directory / CHECKSUMS)
+    sizes = {name: _size(directory / name) for name in sums}
+    done, total = 0, sum(sizes.values())
+    for name, expected in sums.items():
+        path = directory / name
+        if sha256(path, progress, "verifying", done, total) != expected:
+            raise CheckpointError(
+                f"{path} is damaged: its SHA-256 is not the one in {CHECKSUMS}; remove {directory} and fetch the model again"
+            )
+        done += sizes[name]
+    return len(sums)
 
 
 def sha256(path: Path, progress: Progress | None = None, stage: str = "checking", done: int = 0, total: int | None = None) -> str:
