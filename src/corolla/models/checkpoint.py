@@ -119,7 +119,7 @@ def verify(directory: Path, progress: Progress | None = None) -> int:
         path = directory / name
         if sha256(path, progress, "verifying", done, total) != expected:
             raise CheckpointError(
-                f"{path} is damaged: its SHA-256 is not the one in {CHECKSUMS}; remove {directory} and fetch the model again"
+                f"{path} is damaged: its SHA-256 is not the one in {CHECKSUMS}; replace it, or remove {directory} and fetch the model again"
             )
         done += sizes[name]
     return len(sums)
