@@ -57,7 +57,7 @@ def corolla(model: FakeModel) -> Callable[..., Any]:
     """Runs the command line in this process; the result has `stdout`, `stderr` and `exit_code`."""
     from corolla.cli.main import app
 
-    def run(*arguments: str, stdin: str = "") -> Any:
+    def run(*arguments: str, stdin: str | bytes = "") -> Any:
         return CliRunner().invoke(app, list(arguments), input=stdin)
 
     return run

@@ -51,10 +51,11 @@ def test_sampling_options(corolla: Run, model: Any) -> None:
         (["--prompt", "a", "--max-new-tokens", "0"], "max_tokens_to_generate: 0"),
         (["--prompt", "a", "--top-logprobs", "21"], "top_logprobs: 21"),
         (["--prompt", "\udcff"], "not valid Unicode"),
+        (["--prompt", "-"], "not valid Unicode"),
     ],
 )
 def test_bad_input_is_one_line(corolla: Run, arguments: list[str], message: str) -> None:
-    result = corolla("generate", "toy", *arguments)
+    result = corolla("generate", "toy", *arguments, stdin=b"\xff")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
     assert message in result.stderr

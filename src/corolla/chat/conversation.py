@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,18 @@ class Conversation:
         Raises `PromptTooLong` if not even the last question fits.
         """
         limit = self.context_length - room
-        turns = self.turns
-        while True:
-            tokens = encode(self.template, self.tokenizer, self.system, [*self.few_shot, *turns])
-            if len(tokens) <= limit:
-                return tokens
-            later = next((at for at, turn in enumerate(turns) if at and turn.role == "user"), None)
-            if later is None:
-                raise PromptTooLong(len(tokens), limit)
-            turns = turns[later:]
+
+        def tokens(start: int) -> list[int]:
+            return encode(self.template, self.tokenizer, self.system, [*self.few_shot, *self.turns[start:]])
+
+        prompt = tokens(0)
+        if len(prompt) > limit:
+            starts = [index for index, turn in enumerate(self.turns) if turn.role == "user"]
+            first = bisect_left(starts, -limit, hi=max(0, len(starts) - 1), key=lambda start: -len(tokens(start)))
+            prompt = tokens(starts[first] if starts else 0)
+        if len(prompt) > limit:
+            raise PromptTooLong(len(prompt), limit)
+        return prompt
 
     def save(self, path: Path) -> None:
         """Write the conversation to `path` as JSON, whole or not at all. Raises `StorageError` when the disk refuses."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.text import Text
@@ -14,6 +16,11 @@ from corolla.chat.dialogue import Dialogue
 from corolla.cli.display import AnswerDisplay
 from corolla.client.completion import Piece
 from corolla.errors import CorollaError, InvalidSetting
+
+try:
+    import readline  # gives `input` its editing keys and history
+except ImportError:  # Windows
+    readline = None  # type: ignore[assignment]
 
 _PROMPT = "\001\x1b[1;36m\002>\001\x1b[0m\002 "  # readline must know which bytes take no room
 
@@ -28,7 +35,7 @@ class Repl:
         self._commands: dict[str, tuple[str, str, Callable[[str], bool | None]]] = {
             "/help": ("", "this list", self._help),
             "/reset": ("", "forget the conversation", self._reset),
-            "/system": ("[TEXT]", "show or change what the model is told before the conversation (- for nothing)", self._system),
+            "/system": ("[TEXT]", "show or change what the model is told first (- for nothing)", self._system),
             "/retry": ("", "another answer to the last question", self._retry),
             "/undo": ("", "take back the last question and its answer", self._undo),
             "/save": ("FILE", "write the conversation to a file", self._save),
@@ -39,13 +46,12 @@ class Repl:
 
     def run(self) -> None:
         """Until /exit, Ctrl-D, or Ctrl-C twice at the empty prompt."""
-        _enable_line_editing()
         template = self._dialogue.conversation.template
         self._say(f"{self._model}, template {template.name}. /help for help, Ctrl-C stops an answer, Ctrl-D leaves.")
         interrupted = False
         while True:
             try:
-                line = input(_PROMPT).strip()
+                line = _type().strip()
             except EOFError:
                 self._console.print()
                 return
@@ -173,10 +179,25 @@ def _value(name: str, text: str) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _enable_line_editing() -> None:
-    """History and editing keys in `input`, where the platform has them."""
+def _type() -> str:
+    """A line from the keyboard; empty if Ctrl-C discarded what was typed of it.
+
+    Raises `KeyboardInterrupt` for Ctrl-C at the empty prompt, `EOFError` for Ctrl-D there.
+    """
+    typed = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal typed
+        typed = readline is not None and bool(readline.get_line_buffer())  # readline empties it before `input` raises
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
-        import readline
-    except ImportError:
-        return
-    readline.set_auto_history(True)
+        return input(_PROMPT if readline is not None else "> ")
+    except KeyboardInterrupt:
+        if not typed:
+            raise
+        print()
+        return ""
+    finally:
+        signal.signal(signal.SIGINT, before)
