@@ -94,7 +94,8 @@ class Benchmark:
         return {"transformers bf16": self.stock} | ({} if self.llama is None else {"llama.cpp Q4_1": self.llama})
 
     def cells(self) -> dict[str, Callable[[int], Mapping[str, float]]]:
-        sizes, cells = self.sizes, {}
+        sizes = self.sizes
+        cells: dict[str, Callable[[int], Mapping[str, float]]] = {}
         for name, peer in self.peers.items():
             cells[f"decode, {name}"] = functools.partial(self.decode_peer, name, peer)
         for name in FORMATS:
@@ -176,8 +177,10 @@ class Benchmark:
 
     def memory(self, _round: int) -> Mapping[str, float]:
         """MB that the process grows by for 1,000 cached tokens, over pages that were never written before."""
-        thousands = self.sizes.cached // 1000
-        runner = Corolla(self.bf16.model, cache_tokens=self.sizes.cached + 2048)
+        thousands, model = self.sizes.cached // 1000, self.bf16.model
+        # glibc gives blocks of over 32 MiB back to the system when they are freed; smaller ones would come back already written.
+        row = 2 * model.arch.kv_heads * model.arch.head_dim * model.dtype.itemsize
+        runner = Corolla(model, cache_tokens=max(self.sizes.cached + 2048, 2**25 // row + 1))
         runner.answer(self.tokens(1000), 1)  # so that the buffers of a prefill are there
         before = resident_bytes()
         for index in range(thousands):
@@ -221,13 +224,9 @@ def check_peer(name: str, peer: Runner, tokenizer: TextTokenizer) -> None:
 def fill(table: Table, benchmark: Benchmark, figures: Mapping[str, list[float]], passage: list[int]) -> None:
     """The rows of the table, the ratios that were to be reached last."""
     sizes, bf16 = benchmark.sizes, benchmark.bf16.model
-    for name in figures:
+    for name, values in figures.items():
         if name.startswith(("decode", "prefill")):
-            table.add(
-                name if name.startswith("decode") else name.replace("prefill", f"prefill, {sizes.prefill} tokens"),
-                "tokens/s",
-                figures[name],
-            )
+            table.add(name.replace("prefill", f"prefill, {sizes.prefill} tokens"), "tokens/s", values)
     kl = {name: divergence(bf16, benchmark.ours[name].model, passage) for name in QUANTIZED}
     for name, value in kl.items():
         table.add(f"KL from bf16, {name}", "nats/token", [value])
@@ -238,8 +237,9 @@ def fill(table: Table, benchmark: Benchmark, figures: Mapping[str, list[float]],
     table.add("memory per 1,000 cached tokens, measured", "MB", figures["memory"])
     for context in sizes.contexts:
         table.add(f"step at {context:,} tokens of context", "ms", figures[f"context {context}"])
-    table.add(f"second turn over {sizes.history:,} tokens: first token", "ms", figures["second turn, first token"])
-    table.add(f"second turn over {sizes.history:,} tokens: time against recomputing", "%", figures["second turn, time"])
+    turn = f"second turn over {sizes.history:,} tokens"
+    table.add(f"{turn}: first token", "ms", figures["second turn, first token"])
+    table.add(f"{turn}: time against recomputing", "%", figures["second turn, time"])
 
     single, together = figures["decode, 1 session, bf16"], figures["decode, 16 sessions, bf16"]
     stock = figures["decode, 1 session, transformers bf16"]
@@ -252,9 +252,7 @@ def fill(table: Table, benchmark: Benchmark, figures: Mapping[str, list[float]],
                 table.ratio(f"{name}, 1 session / llama.cpp Q4_1", "x", figures[f"decode, 1 session, {name}"], llama, reach=0.6, aim=1.0)
         table.ratio("bf16, 16 sessions / llama.cpp Q4_1, 1 session", "x", together, llama, reach=2.0, aim=4.0)
         table.ratio("prefill bf16 / llama.cpp Q4_1", "x", figures["prefill, bf16"], figures["prefill, llama.cpp Q4_1"], reach=3.0, aim=4.0)
-    table.add(
-        f"second turn over {sizes.history:,} tokens: work against recomputing", "%", figures["second turn, work"], reach=5.0, at_most=True
-    )
+    table.add(f"{turn}: work against recomputing", "%", figures["second turn, work"], reach=5.0, at_most=True)
     short, long = sizes.contexts[0], sizes.contexts[-1]
     table.ratio(
         f"step at {long:,} tokens / at {short:,}", "x", figures[f"context {long}"], figures[f"context {short}"], reach=2.0, at_most=True

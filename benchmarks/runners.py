@@ -146,6 +146,7 @@ class LlamaCpp:
 
     def __init__(self, python: Path, gguf: Path, threads: int, context: int) -> None:
         script = Path(__file__).with_name("llama_peer.py")
+        self._python = python
         command = [str(python), str(script), str(gguf), str(threads), str(context)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.version = self._read()["version"]
@@ -165,7 +166,7 @@ class LlamaCpp:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self._process.args[0]} ended with code {self._process.wait()}: can it import llama_cpp?")  # type: ignore[index]
+            raise SystemExit(f"{self._python} ended with code {self._process.wait()}: can it import llama_cpp?")
         return json.loads(line)
 
 
