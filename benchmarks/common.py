@@ -103,12 +103,11 @@ def rounds(repeats: int, cells: Mapping[str, Callable[[int], Mapping[str, float]
     figures: dict[str, list[float]] = {}
     for number in range(-1, repeats):
         for name, cell in cells.items():
-            label = "warm-up" if number < 0 else f"{number + 1}/{repeats}"
-            print(f"\r\033[K{label}  {name}", end="", file=sys.stderr, flush=True)
+            _progress(f"{'warm-up' if number < 0 else f'{number + 1}/{repeats}'}  {name}")
             for figure, value in cell(number).items():
                 if number >= 0:
                     figures.setdefault(figure, []).append(value)
-    print("\r\033[K", end="", file=sys.stderr, flush=True)
+    _progress("")
     return figures
 
 
@@ -139,6 +138,11 @@ def package_versions() -> dict[str, str]:
 def resident_bytes() -> int:
     """What this process holds of the machine's memory."""
     return psutil.Process().memory_info().rss
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _cpu_name() -> str:

@@ -112,7 +112,8 @@ class Transformers:
     """`model.generate` of stock transformers, greedy."""
 
     def __init__(self, directory: Path, *, dtype: str = "bfloat16", device: str = "cpu") -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+        self.model = model.to(device).eval()
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0
 
