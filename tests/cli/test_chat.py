@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -141,18 +144,33 @@ def test_an_error_ends_the_answer_and_not_the_conversation(talk: Talk, model: An
     assert len(dialogue.conversation.turns) == 2
 
 
-def test_an_interruption_stops_the_answer_only(talk: Talk, model: Any, dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(history: list[int]) -> Iterator[int]:
-        yield from model.tokenizer.encode("fine, ")
-        monkeypatch.setattr(dialogue.session, "_wait", lambda deadline: (_ for _ in ()).throw(KeyboardInterrupt))
-        while True:
-            yield 7
+def test_an_interruption_stops_the_answer_only(talk: Talk, dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, wait = itertools.count(), dialogue.session._wait
 
-    model.engine._script = interrupted
-    assert "stopped" in talk("hello")
-    assert dialogue.conversation.turns in ([], [Turn("user", "hello"), Turn("assistant", dialogue.conversation.turns[-1].content)])
+    def interrupted(deadline: float) -> Any:
+        if next(waits) == 2:
+            raise KeyboardInterrupt
+        return wait(deadline)
+
+    monkeypatch.setattr(dialogue.session, "_wait", interrupted)
+    shown = talk("hello", "and you?")
+    assert "2 tokens" in shown
+    assert "stopped" in shown
+    question, answer, *more = dialogue.conversation.turns
+    assert question.content == "hello"
+    assert "fine, thank you!".startswith(answer.content)
+    assert more[1].content == "fine, thank you!"
 
 
 def test_two_interruptions_at_the_prompt_leave(talk: Talk) -> None:
     shown = talk(KeyboardInterrupt, "hello", KeyboardInterrupt, KeyboardInterrupt)
     assert shown.count("Ctrl-C again") == 2
+
+
+def test_the_default_model_answers_in_context(smollm2: Path) -> None:
+    code = "from corolla.cli.main import app; app()"
+    command = [sys.executable, "-c", code, "chat", str(smollm2), "--temperature", "0", "--threads", "1"]
+    questions = "What is the capital of France?\nAnd of Italy?\n"
+    first, second = subprocess.run(command, input=questions, check=True, capture_output=True, text=True, timeout=300).stdout.splitlines()
+    assert "Paris" in first
+    assert "Rome" in second

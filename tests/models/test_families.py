@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.engine.driving import Chain, greedy
-from tests.models import tiny
 
 from corolla.errors import UnsupportedModel
 from corolla.models.families import architecture
 from corolla.models.reference import Reference
+from tests.engine.driving import Chain, greedy
+from tests.models import tiny
 
 PROMPTS = [[5 + i % 180 for i in range(seed, seed + length)] for seed, length in [(0, 7), (11, 40), (23, 1), (31, 70)]]
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.engine.driving import Chain, greedy
-from tests.models import tiny
 
 from corolla.errors import CheckpointError, InvalidSetting
 from corolla.models.reference import Reference
 from corolla.models.span import load_span
 from corolla.types import Span
+from tests.engine.driving import Chain, greedy
+from tests.models import tiny
 
 PROMPT = list(range(5, 40))
 
