@@ -92,9 +92,9 @@ def test_settings_change_whole_or_not_at_all(engine: FakeEngine, tokenizer: Text
 
 
 def test_stops_are_the_templates_and_the_users(engine: FakeEngine, tokenizer: TextTokenizer) -> None:
-    talk = dialogue(engine, tokenizer, stop=["thank"])
+    talk = dialogue(engine, tokenizer, stop=["thank"], stop_token_ids=[9])
     assert "".join(piece.text for piece in talk.ask("hello")) == " fine, "
     settings = engine.steps[0].settings
     assert settings is not None
     assert settings.stop_sequences == ("<human>", "thank")
-    assert settings.stop_token_ids == (toy.END,)
+    assert settings.stop_token_ids == (toy.END, 9)

@@ -82,9 +82,10 @@ class Dialogue:
         options = self.options
         stops = options.pop("stop_sequences", None) or options.pop("stop", None) or ()
         seed = options.pop("seed", None)
+        ends = options.pop("stop_token_ids", None) or ()
         return GenerationSettings.parse(
             **options,
             seed=secrets.randbelow(2**31) if seed is None else seed + self._retries,
             stop_sequences=(*template.stop_sequences, *((stops,) if isinstance(stops, str) else stops)),
-            stop_token_ids=stop_ids(template, self.conversation.tokenizer),
+            stop_token_ids=(*stop_ids(template, self.conversation.tokenizer), *ends),
         )
