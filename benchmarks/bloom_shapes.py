@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import Table, rounds
-from runners import Corolla, Runner, Transformers, decode_rate, median_gap_ms
 
+from common import Table, rounds
 from corolla.models.span import load_span
+from runners import Corolla, Runner, Transformers, decode_rate, median_gap_ms
 
 # hidden, blocks, heads
 SHAPES = {"560m": (1024, 24, 16), "3b": (2560, 30, 32), "7b1": (4096, 30, 32)}
