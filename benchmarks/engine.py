@@ -19,17 +19,18 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import Table, resident_bytes, rounds
-from runners import Corolla, LlamaCpp, Runner, Transformers, decode_rate, median_gap_ms
 
+from common import Table, resident_bytes, rounds
 from corolla.client.tokenizer import TextTokenizer
 from corolla.engine.attention import Rows
 from corolla.engine.cache import KVCache
-from corolla.engine.executor import Executor, Work
+from corolla.engine.executor import Executor
 from corolla.engine.pages import PagePool
+from corolla.engine.work import Work
 from corolla.models import catalog, smollm2
 from corolla.models.linear import WeightFormat
 from corolla.models.span import SpanModel, load_span
+from runners import Corolla, LlamaCpp, Runner, Transformers, decode_rate, median_gap_ms
 
 # How the engine keeps weights: (dtype, format, batch-invariant). The first is what everything else is held against.
 FORMATS: dict[str, tuple[str, WeightFormat, bool]] = {

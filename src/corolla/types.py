@@ -79,13 +79,11 @@ class GenerationSettings:
         _check_integer("seed", self.seed, 0, 2**63 - 1)
         if not isinstance(self.do_sample, bool):
             raise InvalidSetting("do_sample", f"{self.do_sample!r} is neither true nor false")
-        if isinstance(self.stop_sequences, str):
-            raise InvalidSetting("stop_sequences", "give a list of strings, not one string")
-        object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        for stop in self.stop_sequences:
-            if not isinstance(stop, str) or not stop:
-                raise InvalidSetting("stop_sequences", f"{stop!r} is not a non-empty string")
+        for name, kind, what in (("stop_sequences", str, "non-empty strings"), ("stop_token_ids", int, "token ids")):
+            given = getattr(self, name)
+            if not isinstance(given, (list, tuple)) or not all(isinstance(item, kind) and item != "" for item in given):
+                raise InvalidSetting(name, f"{given!r} is not a list of {what}")
+            object.__setattr__(self, name, tuple(given))
 
     @classmethod
     def parse(cls, **options: Any) -> GenerationSettings:

@@ -10,8 +10,9 @@ import torch
 
 from corolla.engine.attention import Rows
 from corolla.engine.cache import KVCache
-from corolla.engine.executor import Executor, Work
+from corolla.engine.executor import Executor
 from corolla.engine.pages import PagePool, PageTable
+from corolla.engine.work import Work
 from corolla.models.linear import WeightFormat
 from corolla.models.span import SpanModel, load_span
 from corolla.types import Span

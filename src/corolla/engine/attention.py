@@ -43,18 +43,24 @@ class PagedAttention:
     """`models.block.Attention` for one step: writes the rows' keys and values, attends, returns [padded T, H * D].
 
     Args:
-        padded: rows that the blocks compute; those past the sessions' rows are padding and come back as zeros.
-        invariant: attend each row in fixed shapes, so that the bits do not depend on what is in the batch.
+        slots: where the rows' keys and values go [T], int64.
+        groups: what attends to what; together they cover the T rows.
+        padded: rows that the blocks compute; those past T are padding and come back as zeros.
     """
 
-    def __init__(
-        self, arch: Architecture, cache: KVCache, rows: Sequence[Rows], padded: int, device: torch.device, *, invariant: bool
-    ) -> None:
+    def __init__(self, arch: Architecture, cache: KVCache, slots_T: torch.Tensor, groups: Sequence[Group], padded: int) -> None:
         self._arch, self._cache = arch, cache
-        slots = [slot for r in rows for slot in r.table.slots(r.start, r.end)]
-        self._slots = torch.tensor(slots, device=device)
-        self._count, self._padded = len(slots), padded
-        self._groups = _invariant_groups(arch, cache, rows, device) if invariant else _groups(arch, cache, rows, device)
+        self._slots, self._groups = slots_T, groups
+        self._count, self._padded = slots_T.shape[0], padded
+
+    @classmethod
+    def of(
+        cls, arch: Architecture, cache: KVCache, rows: Sequence[Rows], padded: int, device: torch.device, *, invariant: bool
+    ) -> PagedAttention:
+        """For these sessions' rows; `invariant` attends each row in shapes that do not depend on what is in the batch."""
+        slots = torch.tensor([slot for r in rows for slot in r.table.slots(r.start, r.end)], device=device)
+        groups = _invariant_groups(arch, cache, rows, device) if invariant else _groups(arch, cache, rows, device)
+        return cls(arch, cache, slots, groups, padded)
 
     def __call__(self, block: int, qkv_TxHKKxD: torch.Tensor) -> torch.Tensor:
         arch, count = self._arch, self._count
@@ -70,7 +76,7 @@ class PagedAttention:
         return out.view(self._padded, -1)
 
 
-class _Group(Protocol):
+class Group(Protocol):
     @property
     def rows(self) -> slice | torch.Tensor:
         """Which rows of the step."""
@@ -132,28 +138,21 @@ class _OneSession:
         return self._masks[key]
 
 
-class _Gathered:
+class Gathered:
     """Rows that each attend as one query: one row of each of several sessions, or rows of one session that share its keys.
 
     Args:
-        pages: [B, W] page ids, padded: a session's each, or one session's.
-        positions: of the N rows; N = B, or B = 1.
+        pages: [B, W] page ids (int64), padded: a session's each, or one session's.
+        positions: of the N rows (int64); N = B, or B = 1.
     """
 
     def __init__(
-        self,
-        arch: Architecture,
-        page_size: int,
-        rows: slice | torch.Tensor,
-        pages: list[list[int]],
-        positions: list[int],
-        device: torch.device,
+        self, arch: Architecture, page_size: int, rows: slice | torch.Tensor, pages_BxW: torch.Tensor, positions_N: torch.Tensor
     ) -> None:
         self.rows = rows
-        self._arch, self._page_size, self._sessions = arch, page_size, len(pages)
-        self._pages = torch.tensor(pages, device=device).flatten()
-        self._positions = torch.tensor(positions, device=device)
-        self._keys = torch.arange(len(pages[0]) * page_size, device=device)
+        self._arch, self._page_size, self._sessions = arch, page_size, pages_BxW.shape[0]
+        self._pages, self._positions = pages_BxW.flatten(), positions_N
+        self._keys = torch.arange(pages_BxW.shape[1] * page_size, device=pages_BxW.device)
         self._masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}
 
     def attend(self, query_NxHxD: torch.Tensor, pool: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -177,8 +176,8 @@ class _Gathered:
         return self._masks[key]
 
 
-def _groups(arch: Architecture, cache: KVCache, rows: Sequence[Rows], device: torch.device) -> list[_Group]:
-    groups: list[_Group] = []
+def _groups(arch: Architecture, cache: KVCache, rows: Sequence[Rows], device: torch.device) -> list[Group]:
+    groups: list[Group] = []
     single: list[tuple[int, Rows]] = []
     at = 0
     for r in rows:
@@ -197,7 +196,7 @@ def _groups(arch: Architecture, cache: KVCache, rows: Sequence[Rows], device: to
     return groups
 
 
-def _decode_group(arch: Architecture, cache: KVCache, together: list[tuple[int, Rows]], device: torch.device) -> _Group:
+def _decode_group(arch: Architecture, cache: KVCache, together: list[tuple[int, Rows]], device: torch.device) -> Group:
     if len(together) == 1:
         at, alone = together[0]
         return _OneSession(arch, cache, alone, at, device)
@@ -206,19 +205,20 @@ def _decode_group(arch: Architecture, cache: KVCache, together: list[tuple[int, 
     first, last = places[0], places[-1]
     rows = slice(first, last + 1) if last - first + 1 == len(places) else torch.tensor(places, device=device)
     width = max(-(-r.end // cache.page_size) for _, r in together)
-    pages = [_padded(r, width) for _, r in together]
-    return _Gathered(arch, cache.page_size, rows, pages, [r.start for _, r in together], device)
+    pages = torch.tensor([_padded(r, width) for _, r in together], device=device)
+    return Gathered(arch, cache.page_size, rows, pages, torch.tensor([r.start for _, r in together], device=device))
 
 
-def _invariant_groups(arch: Architecture, cache: KVCache, rows: Sequence[Rows], device: torch.device) -> list[_Group]:
+def _invariant_groups(arch: Architecture, cache: KVCache, rows: Sequence[Rows], device: torch.device) -> list[Group]:
     """Every row as one query over keys padded to a multiple of `INVARIANT_KEYS`: the same shapes whatever the batch."""
     assert INVARIANT_KEYS % cache.page_size == 0, "pages must divide the padding of the batch-invariant mode"
-    groups: list[_Group] = []
+    groups: list[Group] = []
     at = 0
     for r in rows:
         width = -(-r.end // INVARIANT_KEYS) * (INVARIANT_KEYS // cache.page_size)
         where = slice(at, at + r.count)
-        groups.append(_Gathered(arch, cache.page_size, where, [_padded(r, width)], list(range(r.start, r.end)), device))
+        pages = torch.tensor([_padded(r, width)], device=device)
+        groups.append(Gathered(arch, cache.page_size, where, pages, torch.arange(r.start, r.end, device=device)))
         at += r.count
     return groups
 
@@ -267,14 +267,14 @@ def _hide(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def alibi(arch: Architecture, keys_L: torch.Tensor) -> torch.Tensor:
     """ALiBi's bias [H, L] in float32, rounded as the family rounds it."""
     assert arch.alibi is not None, "this architecture has no ALiBi"
-    slopes = alibi_slopes(arch.heads).to(keys_L.device, arch.alibi)
+    slopes = alibi_slopes(arch.heads, keys_L.device).to(arch.alibi)
     return (slopes[:, None] * keys_L.to(arch.alibi)).float() * arch.alibi_scale
 
 
 @lru_cache
-def alibi_slopes(heads: int) -> torch.Tensor:
-    """ALiBi's slopes [H]: a geometric sequence, filled up from the next power of two's where H is none."""
+def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
+    """ALiBi's slopes [H] in float32: a geometric sequence, filled up from the next power of two's where H is none."""
     whole = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
     slopes += [2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)]
-    return torch.tensor(slopes, dtype=torch.float32)
+    return torch.tensor(slopes, dtype=torch.float32, device=device)

@@ -16,15 +16,16 @@ from corolla.types import Span
 
 
 class KVCache:
-    """Keys and values of every block of a span, [P, 2K, D] each: K keys, then K values.
+    """Keys and values of every block of a span, [P, 2K, D] each: K keys, then K values; behind them a page that nobody reads.
 
     Memory is taken from the system as pages are first written, not at construction.
     """
 
     def __init__(self, arch: Architecture, span: Span, slots: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.page_size = page_size
+        self.spare_slot = slots  # where padded rows of a fixed shape may write
         self._span = span
-        shape = (slots, 2 * arch.kv_heads, arch.head_dim)
+        shape = (slots + page_size, 2 * arch.kv_heads, arch.head_dim)
         self._blocks = [_untouched(shape, dtype, device) for _ in range(len(span))]
         self.bytes_per_token = len(span) * math.prod(shape[1:]) * dtype.itemsize
 

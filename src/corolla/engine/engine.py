@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from corolla.engine.cache import KVCache
-from corolla.engine.executor import INVARIANT_ROWS, Computed, Executor, Work
+from corolla.engine.executor import INVARIANT_ROWS, Executor
 from corolla.engine.pages import PagePool
 from corolla.engine.sampler import Sampled, SampleRequest, check_vocabulary, sample
 from corolla.engine.scheduler import Scheduler
 from corolla.engine.sequence import Conversation, Deliver
+from corolla.engine.work import Computed, Work
 from corolla.errors import Busy, CapacityError, CorollaError, EmptyPrompt, InvalidSetting, PromptTooLong, ServerFault
 from corolla.models.span import SpanModel
 from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, Hidden, Message, Reply, Step, Token

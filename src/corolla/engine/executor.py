@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from corolla.engine.attention import PagedAttention, Rows
+from corolla.engine.attention import PagedAttention
 from corolla.engine.cache import KVCache
+from corolla.engine.graphs import DecodeGraphs, fits
+from corolla.engine.work import Computed, Work
 from corolla.models.span import SpanModel
 
 # Rows that a batch-invariant forward always computes; prefill runs in chunks of it.
@@ -17,37 +18,23 @@ INVARIANT_ROWS = 16
 _FEWEST_PACKED_ROWS = 4
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Work:
-    """One session's rows in a step: token ids for a span that embeds, else hidden states [count, hidden]."""
-
-    rows: Rows
-    payload: Sequence[int] | torch.Tensor
-    wants_logits: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Computed:
-    """What a step left: hidden states [T, hidden] of all rows, logits [works that want them, vocabulary]."""
-
-    hidden: torch.Tensor
-    logits: torch.Tensor | None
-
-
 class Executor:
     def __init__(self, model: SpanModel, cache: KVCache, *, batch_invariant: bool = False) -> None:
         self.model, self.cache = model, cache
         self._invariant = batch_invariant
+        self._graphs = DecodeGraphs(model, cache) if model.device.type == "cuda" and not batch_invariant else None
 
     @torch.inference_mode()
     def forward(self, works: Sequence[Work]) -> Computed:
         """Compute the rows and write their keys and values; the tables must hold room for them."""
         model = self.model
+        if self._graphs is not None and fits(works):
+            return self._graphs.run(works)
         count = sum(work.rows.count for work in works)
         padded = self._padded(count)
         positions = [position for work in works for position in range(work.rows.start, work.rows.end)] + [0] * (padded - count)
         hidden = self._inputs(works, padded)
-        attention = PagedAttention(model.arch, self.cache, [w.rows for w in works], padded, model.device, invariant=self._invariant)
+        attention = PagedAttention.of(model.arch, self.cache, [w.rows for w in works], padded, model.device, invariant=self._invariant)
         hidden = model.forward(hidden, torch.tensor(positions, device=model.device), attention)
         return Computed(hidden[:count], self._logits(works, hidden))
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from corolla.engine.attention import Rows
-from corolla.engine.executor import Work
 from corolla.engine.pages import PagePool
 from corolla.engine.sequence import Conversation
+from corolla.engine.work import Work
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -63,7 +63,7 @@ def rotations(arch: Architecture, positions_T: torch.Tensor, dtype: torch.dtype)
     """The rotation of each of the architecture's ropes at these positions (int64), computed in float32 as transformers does."""
     made = []
     for rope in arch.ropes:
-        angles = positions_T[:, None].float() * rope.inverse_frequencies.to(positions_T.device)
+        angles = positions_T[:, None].float() * rope.inverse_frequencies
         cos = torch.cat([angles.cos(), angles.cos()], -1) * rope.factor
         sin = torch.cat([-angles.sin(), angles.sin()], -1) * rope.factor
         rows, rotary_dim = cos.shape

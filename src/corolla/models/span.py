@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -104,6 +105,7 @@ def load_span(
         raise InvalidSetting("dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
     with Checkpoint(directory) as checkpoint:
         arch = architecture(checkpoint.config)
+        arch = replace(arch, ropes=tuple(replace(r, inverse_frequencies=r.inverse_frequencies.to(device)) for r in arch.ropes))
         span = span or Span(0, arch.blocks)
         if span.end > arch.blocks:
             raise InvalidSetting("blocks", f"{span} does not fit: the model has blocks 0:{arch.blocks}")

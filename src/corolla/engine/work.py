@@ -1,0 +1,27 @@
+"""What goes into one forward of an engine, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from corolla.engine.attention import Rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """One session's rows in a step: token ids for a span that embeds, else hidden states [count, hidden]."""
+
+    rows: Rows
+    payload: Sequence[int] | torch.Tensor
+    wants_logits: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """What a step left: hidden states [T, hidden] of all rows, logits [works that want them, vocabulary]."""
+
+    hidden: torch.Tensor
+    logits: torch.Tensor | None
