@@ -13,7 +13,7 @@ Run = Callable[..., Any]
 def test_the_continuation_alone_goes_to_standard_output(corolla: Run, model: Any) -> None:
     result = corolla("generate", "toy", "--prompt", "hello", "--dtype", "float32", "--threads", "1")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "fine, thank you!\n", "")
-    assert model.opened == [("toy", {"dtype": "float32", "threads": 1, "weights": None})]
+    assert model.opened[0][1].items() >= {"dtype": "float32", "threads": 1, "weights": None}.items()
     settings = model.engine.steps[0].settings
     assert not settings.do_sample
     assert settings.stop_token_ids == (toy.END,)

@@ -5,7 +5,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from corolla.cli.models import fetching, models
+from corolla.cli.models import models
+from corolla.cli.progress import showing_progress
 from corolla.errors import ModelNotFound
 
 app = typer.Typer()
@@ -53,11 +54,11 @@ def test_fetch_of_an_unknown_name_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("terminal", ["0", "1"])
-def test_fetching_shows_stages_of_known_and_unknown_size(
+def test_progress_of_fetching_shows_stages_of_known_and_unknown_size(
     terminal: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", terminal)
-    with fetching() as progress:
+    with showing_progress() as progress:
         progress("downloading", 0, 10)
         progress("downloading", 10, 10)
         progress("converting", 0, None)
@@ -69,8 +70,10 @@ def test_fetching_shows_stages_of_known_and_unknown_size(
 
 
 @pytest.mark.parametrize("terminal", ["0", "1"])
-def test_fetching_nothing_shows_nothing(terminal: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_of_fetching_nothing_shows_nothing(
+    terminal: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", terminal)
-    with fetching():
+    with showing_progress():
         pass
     assert capsys.readouterr() == ("", "")

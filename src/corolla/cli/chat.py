@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from corolla.cli import options
+from corolla.cli.opening import opened
 from corolla.types import GenerationSettings
 
 
@@ -32,6 +33,7 @@ def chat(
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     weights: options.Weights = None,
+    batch_invariant: options.BatchInvariant = False,
 ) -> None:
     """Talk with a model.
 
@@ -58,9 +60,7 @@ def chat(
     chosen = template_named(template) if template else None
     examples = read_few_shot(few_shot) if few_shot else []
 
-    from corolla.server.embedded import open_model
-
-    with open_model(model, dtype=dtype, threads=threads, weights=weights) as embedded:
+    with opened(model, dtype=dtype, threads=threads, weights=weights, batch_invariant=batch_invariant) as embedded:
         tokenizer = TextTokenizer(embedded.directory)
         conversation = Conversation(
             tokenizer,

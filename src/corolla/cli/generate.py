@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from corolla.cli import options
+from corolla.cli.opening import opened
 from corolla.errors import EmptyPrompt
 from corolla.types import GenerationSettings
 
@@ -29,6 +30,7 @@ def generate(
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     weights: options.Weights = None,
+    batch_invariant: options.BatchInvariant = False,
 ) -> None:
     """Continue a text.
 
@@ -52,9 +54,8 @@ def generate(
     from corolla.client.completion import Completion
     from corolla.client.session import Session
     from corolla.client.tokenizer import TextTokenizer
-    from corolla.server.embedded import open_model
 
-    with open_model(model, dtype=dtype, threads=threads, weights=weights) as embedded:
+    with opened(model, dtype=dtype, threads=threads, weights=weights, batch_invariant=batch_invariant) as embedded:
         tokenizer = TextTokenizer(embedded.directory)
         settings = dataclasses.replace(settings, stop_token_ids=tokenizer.end_ids)
         tokens = tokenizer.encode(text, opening=True)

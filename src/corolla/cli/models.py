@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from corolla.models.checkpoint import Progress
+from corolla.cli.progress import showing_progress
 
 
 def models(
@@ -24,7 +19,7 @@ def models(
     from corolla.models import catalog
 
     if fetch is not None:
-        with fetching() as progress:
+        with showing_progress() as progress:
             catalog.resolve(fetch, progress=progress)
     found = catalog.installed()
     missing = {name: alias for name, alias in catalog.ALIASES.items() if name not in {model.name for model in found}}
@@ -49,50 +44,3 @@ def models(
     for name, alias in missing.items():
         table.add_row(name, "", "", "", decimal(alias.nbytes), f"not fetched yet: {alias.description}", style="dim")
     Console().print(table)
-
-
-@contextmanager
-def fetching() -> Iterator[Progress]:
-    """Progress on standard error, for whatever `catalog.resolve` has to fetch: bars, or a line a stage where it is no terminal.
-
-    Nothing appears where there is nothing to fetch.
-    """
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with _bars(console) if console.is_terminal else _lines(console) as progress:
-        yield progress
-
-
-@contextmanager
-def _bars(console: Console) -> Iterator[Progress]:
-    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    bar = Bar(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), console=console, transient=True)
-    tasks: dict[str, TaskID] = {}
-
-    def show(stage: str, done: int, total: int | None) -> None:
-        bar.start()  # not before there is something to show: the hub's client draws bars of its own
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=total)
-        bar.update(tasks[stage], completed=done)
-
-    try:
-        yield show
-    finally:
-        if tasks:
-            bar.stop()
-
-
-@contextmanager
-def _lines(console: Console) -> Iterator[Progress]:
-    """For a log: one line a stage."""
-    seen = set()
-
-    def show(stage: str, done: int, total: int | None) -> None:
-        if stage not in seen:
-            console.print(f"{stage} ...")
-            seen.add(stage)
-
-    yield show

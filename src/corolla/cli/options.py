@@ -27,6 +27,12 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all
 Weights = Annotated[
     str | None, typer.Option(help="packed (lossless), plain, int8 or int4; the quickest lossless by default.", rich_help_panel=_MACHINE)
 ]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant", help="Compute in fixed shapes: in bfloat16 too, no answer depends on others.", rich_help_panel=_MACHINE
+    ),
+]
 
 ANSWER_TIMEOUT = 600.0
 """The longest wait for one token of a model on this machine, in seconds: a long prompt on a slow processor takes minutes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from corolla.models.checkpoint import Progress
 from corolla.swarm.local import LocalTransport
 
 PEER = "embedded"
-WEIGHTS = ("packed", "plain", "int8", "int4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ def open_model(
     threads: int | None = None,
     weights: str | None = None,
     batch_invariant: bool = False,
-    progress: bool = True,
+    progress: Progress | None = None,
 ) -> Iterator[Embedded]:
     """Resolve, load and serve a model until the block ends.
 
@@ -42,9 +41,9 @@ def open_model(
         model: an alias, a directory or a hub id.
         dtype: "float32", "bfloat16" or "float16"; by default what the machine computes fast.
         threads: of the CPU's products; torch's default where None.
-        weights: one of `WEIGHTS`; by default "packed" on a CPU, "plain" on a CUDA device.
+        weights: a `models.linear.WeightFormat`; by default "packed" on a CPU, "plain" on a CUDA device.
         batch_invariant: answers that do not depend on what else is computed, in bfloat16 too.
-        progress: show bars on standard error.
+        progress: told of fetching (in bytes) and loading (in blocks).
 
     Raises:
         ModelNotFound, CheckpointError, UnsupportedModel, InvalidSetting: as their sentences say.
@@ -60,15 +59,14 @@ def open_model(
             raise InvalidSetting("threads", f"{threads} is not at least 1")
         torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _bar() if progress else nullcontext(_silent) as report:
-        directory = resolve(model, progress=report)
-        span_model = load_span(
-            directory,
-            dtype=dtype or fast_dtype(device),
-            weights=weights or ("packed" if device == "cpu" else "plain"),  # type: ignore[arg-type]
-            device=device,
-            progress=lambda done, total: report("loading", done, total),
-        )
+    directory = resolve(model, progress=progress)
+    span_model = load_span(
+        directory,
+        dtype=dtype or fast_dtype(device),
+        weights=weights or ("packed" if device == "cpu" else "plain"),  # type: ignore[arg-type]
+        device=device,
+        progress=None if progress is None else lambda done, total: progress("loading", done, total),
+    )
     engine = Engine(span_model, EngineConfig(batch_invariant=batch_invariant))
     transport = LocalTransport()
     transport.listen(PEER, engine.receive)
@@ -86,20 +84,3 @@ def fast_dtype(device: str) -> str:
     from corolla.models.linear import can_pack
 
     return "bfloat16" if device == "cuda" or can_pack(torch.bfloat16) else "float32"
-
-
-def _silent(stage: str, done: int, total: int | None) -> None:
-    """No progress is shown."""
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    """A bar on standard error for what opening a model does: fetching and converting, then loading."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("opening", total=None)
-        yield lambda stage, done, total: bars.update(task, description=stage, completed=done, total=total)
