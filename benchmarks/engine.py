@@ -86,6 +86,7 @@ class Benchmark:
         self._random = random.Random(0)
         self._vocabulary = self.bf16.model.arch.vocabulary
         self._held: set[str] = set()
+        self.contexts = [context for context in sizes.contexts if context + 32 <= self.bf16.engine.context_length]
 
     def tokens(self, count: int) -> list[int]:
         return [self._random.randrange(self._vocabulary // 2, self._vocabulary) for _ in range(count)]
@@ -141,7 +142,7 @@ class Benchmark:
     def growth(self, _round: int) -> Mapping[str, float]:
         """One session of each length stays cached; each round goes back to it and decodes on (rule: a step names its position)."""
         measured = {}
-        for context in self.sizes.contexts:
+        for context in self.contexts:
             session = f"context-{context}"
             if session not in self._held:
                 self.bf16.send(session, 0, self.tokens(context), 1)
@@ -236,7 +237,7 @@ def fill(table: Table, benchmark: Benchmark, figures: Mapping[str, list[float]],
     table.add("longest pause of those 8", "ms", figures["pause of the others"])
     table.add("memory per 1,000 cached tokens, computed", "MB", [benchmark.bf16.engine.cache.bytes_per_token * 1000 / 1e6])
     table.add("memory per 1,000 cached tokens, measured", "MB", figures["memory"])
-    for context in sizes.contexts:
+    for context in benchmark.contexts:
         table.add(f"step at {context:,} tokens of context", "ms", figures[f"context {context}"])
     turn = f"second turn over {sizes.history:,} tokens"
     table.add(f"{turn}: first token", "ms", figures["second turn, first token"])
@@ -254,7 +255,7 @@ def fill(table: Table, benchmark: Benchmark, figures: Mapping[str, list[float]],
         table.ratio("bf16, 16 sessions / llama.cpp Q4_1, 1 session", "x", together, llama, reach=2.0, aim=4.0)
         table.ratio("prefill bf16 / llama.cpp Q4_1", "x", figures["prefill, bf16"], figures["prefill, llama.cpp Q4_1"], reach=3.0, aim=4.0)
     table.add(f"{turn}: work against recomputing", "%", figures["second turn, work"], reach=5.0, at_most=True)
-    short, long = sizes.contexts[0], sizes.contexts[-1]
+    short, long = benchmark.contexts[0], benchmark.contexts[-1]
     table.ratio(
         f"step at {long:,} tokens / at {short:,}", "x", figures[f"context {long}"], figures[f"context {short}"], reach=2.0, at_most=True
     )
