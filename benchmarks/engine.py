@@ -71,7 +71,7 @@ class Sizes:
     cached: int = 8000  # tokens that the memory measurement fills
 
 
-QUICK = Sizes(sessions=(1, 4, 16), contexts=(128, 512), new_tokens=16, prefill=256, history=300, cached=1000)
+QUICK = Sizes(sessions=(1, 4, 16), contexts=(128, 512), new_tokens=16, prefill=256, history=600, cached=2000)
 
 
 class Benchmark:
