@@ -6,9 +6,9 @@ Legend: P slots (pages * page size), K key heads, D head_dim.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from corolla.models.architecture import Architecture
@@ -42,8 +42,7 @@ class KVCache:
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros whose pages the system hands out on first write (numpy uses calloc; `torch.zeros` would write them all)."""
+    """Zeros whose memory the system hands out on first write (`torch.zeros` would write it all)."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
