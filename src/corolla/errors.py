@@ -7,10 +7,12 @@ CorollaError
    . PromptTooLong             more tokens than the context holds
    . ModelNotFound             no such alias, directory or hub id (or no network to fetch it)
    . UnsupportedModel          a family or a variant that Corolla has no mathematics for
+   . Unauthorized              a peer or caller that does not prove that it knows the secret
    . CheckpointError           a model's files are missing, damaged, of the wrong shape, or pickled
  x CapacityError               the callee is full: come back after `retry_after` seconds
    . Busy
  x ServerFault                 a server failed: the step is retried elsewhere
+   . ProtocolError             a peer sent bytes that are no frame
  x NetworkError                a message did not arrive: retried until the deadline
    . DeadlineExceeded
  x StorageError                this machine's disk refused a write
@@ -71,6 +73,10 @@ class CheckpointError(CallerError):
     pass
 
 
+class Unauthorized(CallerError):
+    status = 401
+
+
 class CapacityError(CorollaError):
     status = 503
 
@@ -88,6 +94,10 @@ class Busy(CapacityError):
 
 class ServerFault(CorollaError):
     status = 502
+
+
+class ProtocolError(ServerFault):
+    """A peer sent bytes that are no frame."""
 
 
 class NetworkError(CorollaError):
