@@ -1,0 +1,137 @@
+"""Random, damaged and bit-flipped frames: `python tests/swarm/fuzz_frames.py [COUNT] [SEED]`.
+
+A frame decodes to a message that every later stage can handle, or raises `ProtocolError`; nothing else may happen.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+
+from corolla.errors import CorollaError, ProtocolError
+from corolla.swarm import frames, wire
+from corolla.swarm.wire import (
+    Array,
+    CachedFrame,
+    CancelFrame,
+    CloseFrame,
+    FailedFrame,
+    GapFrame,
+    HiddenFrame,
+    Hop,
+    HopTiming,
+    Ping,
+    Pong,
+    Refused,
+    SettingsFrame,
+    StepFrame,
+    TokenFrame,
+    Unknown,
+    WireMessage,
+)
+from corolla.types import FinishReason
+
+LENGTH_BYTES = 4
+
+
+def array(dtype: wire.WireDtype, rows: int, values: int) -> Array:
+    size = Array(dtype, (rows, values)).nbytes
+    return Array(dtype, (rows, values), memoryview(bytes(index % 251 for index in range(size))))
+
+
+ROUTE = (Hop("first", 0, 4), Hop("second", 4, 9), Hop("third", 9, 24))
+MESSAGES: tuple[WireMessage, ...] = (
+    StepFrame("session", 1, 7, (5, 6, 7)),
+    StepFrame("session", 2, 0, (5, 6), array("bfloat16", 2, 6), SettingsFrame(seed=3, stop_sequences=("\n",)), ROUTE, 1, "client", "a"),
+    StepFrame("session", 2, 0, (5,), array("q8", 1, 70), SettingsFrame(stop_token_ids=(2, 3)), ROUTE, 2, "client"),
+    CancelFrame("session", 3),
+    CloseFrame("session"),
+    TokenFrame("session", 1, 9, 42, -0.5, ((42, -0.5), (7, -1.25)), FinishReason.STOP, (HopTiming("first", 0.1, 0.2, 0.3),)),
+    HiddenFrame("session", 1, 4, array("float32", 2, 3)),
+    HiddenFrame("session", 1, 4, array("float16", 3, 2)),
+    CachedFrame("session", 1, 12),
+    GapFrame("session", 1, 3, "second"),
+    FailedFrame("session", 1, "Busy", "all places are taken", 0.5, "second"),
+    FailedFrame("session", 1, "InvalidSetting", "top_p: no", None, "second", {"setting": "top_p"}),
+    Ping(1),
+    Pong(2**63 - 1),
+    Refused("later"),
+)
+
+
+def frame_of(message: WireMessage) -> bytes:
+    """A frame as `read_frame` gives it."""
+    return b"".join(frames.encode(message))[LENGTH_BYTES:]
+
+
+def damaged(frame: bytes, chance: random.Random) -> bytes:
+    """`frame` with flipped bits, bytes replaced, cut, doubled or inserted."""
+    buffer = bytearray(frame)
+    for _ in range(chance.choice((1, 1, 1, 2, 4, 16))):
+        where = chance.randrange(len(buffer) or 1)
+        match chance.randrange(8):
+            case 0 | 1 | 2 if buffer:
+                buffer[where] ^= 1 << chance.randrange(8)
+            case 3 | 4 if buffer:
+                buffer[where] = chance.choice((0x00, 0x7F, 0x80, 0xC0, 0xC1, 0xC6, 0xC9, 0xCA, 0xCB, 0xCF, 0xD3, 0xDB, 0xDD, 0xDF, 0xFF))
+            case 5:
+                del buffer[where:]
+            case 6:
+                buffer[where:where] = chance.randbytes(chance.randrange(1, 9))
+            case _:
+                buffer[where:where] = buffer[where : where + chance.randrange(1, 40)]
+    return bytes(buffer)
+
+
+def inputs(count: int, seed: int) -> Iterator[bytes]:
+    chance = random.Random(seed)
+    corpus = [frame_of(message) for message in MESSAGES]
+    for _ in range(count):
+        match chance.randrange(10):
+            case 0:
+                yield chance.randbytes(chance.randrange(64))
+            case 1:  # a plausible beginning, so that the bytes reach the header's decoder
+                header = chance.randbytes(chance.randrange(64))
+                yield bytes((frames.MAJOR, 0, len(header), 0)) + header
+            case _:
+                yield damaged(chance.choice(corpus), chance)
+
+
+def handle(frame: bytes) -> str:
+    """What became of `frame`, taken as far as a server and a client take it."""
+    try:
+        message = frames.decode(frame)
+    except ProtocolError:
+        return "refused"
+    if isinstance(message, Unknown):
+        frames.encode(Refused(message.kind))
+        return "unknown"
+    frames.encode(message)
+    try:
+        if isinstance(message, StepFrame | CancelFrame | CloseFrame):
+            wire.to_message(message)
+        elif not isinstance(message, Ping | Pong | Refused):
+            wire.to_reply(message)
+    except CorollaError:
+        return "invalid"
+    return "valid"
+
+
+def fuzz(count: int, seed: int = 0) -> Counter[str]:
+    """How many frames ended how; any exception but a `ProtocolError` comes out, with the frame in a note."""
+    outcomes: Counter[str] = Counter()
+    for frame in inputs(count, seed):
+        try:
+            outcomes[handle(frame)] += 1
+        except Exception as error:
+            error.add_note(f"seed {seed}, frame {frame.hex()}")
+            raise
+    return outcomes
+
+
+if __name__ == "__main__":
+    arguments = [int(argument) for argument in sys.argv[1:]]
+    for outcome, number in fuzz(*(arguments or [20_000])).most_common():
+        print(f"{outcome:8} {number}")

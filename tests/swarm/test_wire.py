@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corolla import errors
+from corolla.errors import (
+    Busy,
+    CapacityError,
+    CheckpointError,
+    CorollaError,
+    EmptyPrompt,
+    InvalidSetting,
+    NetworkError,
+    PromptTooLong,
+    ProtocolError,
+    ServerFault,
+)
+from corolla.swarm.frames import decode, encode
+from corolla.swarm.wire import (
+    MAX_STEP_TOKENS,
+    Q8_BLOCK,
+    Answer,
+    Array,
+    CachedFrame,
+    CancelFrame,
+    CloseFrame,
+    FailedFrame,
+    GapFrame,
+    HiddenFrame,
+    Hop,
+    HopTiming,
+    Ping,
+    Pong,
+    Refused,
+    StepFrame,
+    TokenFrame,
+    Unknown,
+    WireDtype,
+    WireMessage,
+    check_finite,
+    error_of,
+    failed_of,
+    from_array,
+    from_message,
+    from_reply,
+    from_settings,
+    from_step,
+    to_array,
+    to_message,
+    to_reply,
+    to_settings,
+    to_step,
+)
+from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, GenerationSettings, Hidden, Reply, Step, Token
+
+DTYPES: tuple[WireDtype, ...] = ("float32", "bfloat16", "float16", "q8")
+EXACT: tuple[WireDtype, ...] = ("float32", "bfloat16", "float16")
+
+names = st.text(max_size=60)
+counts = st.integers(0, 2**63 - 1)
+token_ids = st.integers(-(2**63), 2**63 - 1)
+seconds = st.floats(0, 1e9)
+logprobs = st.floats(max_value=0, allow_nan=False)
+settings = st.builds(
+    GenerationSettings,
+    max_tokens_to_generate=st.integers(1, 2**63 - 1),
+    do_sample=st.booleans(),
+    temperature=st.floats(0, 1, exclude_min=True),
+    top_k=st.none() | st.integers(1, 300_000),
+    top_p=st.floats(0, 1, exclude_min=True),
+    repetition_penalty=st.floats(1, 2),
+    top_logprobs=st.integers(0, 20),
+    seed=counts,
+    stop_sequences=st.lists(st.text(min_size=1, max_size=9), max_size=3).map(tuple),
+    stop_token_ids=st.lists(token_ids, max_size=3).map(tuple),
+)
+timings = st.lists(st.builds(HopTiming, names, seconds, seconds, seconds), max_size=3).map(tuple)
+
+
+@st.composite
+def arrays(draw: st.DrawFn, rows: int | None = None) -> Array:
+    shape = (draw(st.integers(1, 4)) if rows is None else rows, draw(st.integers(1, 130)))
+    dtype = draw(st.sampled_from(DTYPES))
+    size = Array(dtype, shape).nbytes
+    return Array(dtype, shape, memoryview(draw(st.binary(min_size=size, max_size=size))))
+
+
+@st.composite
+def routes(draw: st.DrawFn) -> tuple[Hop, ...]:
+    ends = sorted(draw(st.sets(st.integers(1, 2**62), max_size=5)))
+    return tuple(Hop(draw(names), start, end) for start, end in zip([0, *ends], ends, strict=False))
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> StepFrame:
+    tokens = tuple(draw(st.lists(token_ids, max_size=5)))
+    hidden = draw(st.none() | arrays(len(tokens))) if tokens else None
+    route = draw(routes())
+    hop = draw(st.integers(0, len(route) - 1)) if route else 0
+    ours = draw(st.none() | settings)
+    options = None if ours is None else from_settings(ours)
+    session, client, adapter = draw(names), draw(names), draw(names)
+    return StepFrame(session, draw(counts), draw(counts), tokens, hidden, options, route, hop, client, adapter, draw(timings))
+
+
+tokens = st.builds(
+    TokenFrame,
+    names,
+    counts,
+    counts,
+    counts,
+    logprobs,
+    st.lists(st.tuples(counts, logprobs), max_size=20).map(tuple),
+    st.none() | st.sampled_from(FinishReason),
+    timings,
+)
+failures = st.builds(
+    FailedFrame,
+    names,
+    counts,
+    names,
+    names,
+    st.none() | seconds,
+    names,
+    st.dictionaries(names, names | st.integers(-(2**63), 2**63 - 1), max_size=3),
+)
+messages = st.one_of(
+    steps(),
+    st.builds(CancelFrame, names, counts),
+    st.builds(CloseFrame, names),
+    tokens,
+    st.builds(HiddenFrame, names, counts, counts, arrays()),
+    st.builds(CachedFrame, names, counts, counts),
+    st.builds(GapFrame, names, counts, counts, names),
+    failures,
+    st.builds(Ping, counts),
+    st.builds(Pong, counts),
+    st.builds(Refused, names),
+)
+
+
+def sent(message: WireMessage) -> WireMessage:
+    """What a peer receives."""
+    received = decode(b"".join(encode(message))[4:])
+    assert not isinstance(received, Unknown)
+    return received
+
+
+@given(messages)
+def test_messages_come_back_as_they_were(message: WireMessage) -> None:
+    assert sent(message) == message
+
+
+@given(settings)
+def test_settings_come_back_as_they_were(given_settings: GenerationSettings) -> None:
+    assert to_settings(from_settings(given_settings)) == given_settings
+
+
+def test_settings_outside_their_range_are_the_callers_fault() -> None:
+    frame = from_settings(GenerationSettings(seed=4))
+    with pytest.raises(InvalidSetting, match="stop_token_ids"):
+        from_settings(GenerationSettings(stop_token_ids=(2**63,)))
+    object.__setattr__(bad := GenerationSettings(), "top_p", 7.0)
+    with pytest.raises(InvalidSetting, match="top_p"):
+        to_settings(from_settings(bad))
+    assert to_settings(frame).seed == 4
+
+
+def random(rows: int, values: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(rows, values, generator=torch.Generator().manual_seed(rows * values)).to(dtype)
+
+
+@pytest.mark.parametrize("wire_dtype", EXACT)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 577), (3, 64)])
+def test_a_tensor_arrives_exactly_in_its_own_dtype(wire_dtype: WireDtype, shape: tuple[int, int]) -> None:
+    tensor = random(*shape, getattr(torch, wire_dtype))
+    array = to_array(tensor, wire_dtype)
+    assert array.shape == shape
+    assert torch.equal(from_array(array), tensor)
+    received = sent(HiddenFrame("s", 0, 0, array))
+    assert isinstance(received, HiddenFrame)
+    assert torch.equal(from_array(received.hidden), tensor)
+
+
+@pytest.mark.parametrize("wire_dtype", EXACT)
+def test_a_tensor_in_its_own_dtype_is_not_copied(wire_dtype: WireDtype) -> None:
+    tensor = random(2, 8, getattr(torch, wire_dtype))
+    assert from_array(to_array(tensor, wire_dtype)).data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("wire_dtype", DTYPES)
+def test_views_and_gradients_may_be_sent(wire_dtype: WireDtype) -> None:
+    tensor = random(8, 6).requires_grad_()[::2].T
+    assert torch.allclose(from_array(to_array(tensor, wire_dtype)).float(), tensor, atol=0.02)
+
+
+def test_a_received_tensor_may_be_written_to() -> None:
+    received = sent(HiddenFrame("s", 0, 0, to_array(torch.ones(2, 3), "float32")))
+    assert isinstance(received, HiddenFrame)
+    tensor = from_array(received.hidden)
+    tensor += 1
+    assert tensor.tolist() == [[2.0] * 3] * 2
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 200),
+    st.floats(-30, 30),
+    st.integers(0, 2**31),
+)
+def test_eight_bits_are_within_half_a_code_of_the_blocks_largest(rows: int, values: int, power: float, seed: int) -> None:
+    tensor = torch.randn(rows, values, generator=torch.Generator().manual_seed(seed)) * 10**power
+    array = to_array(tensor, "q8")
+    restored = from_array(array)
+    assert array.nbytes == array.data.nbytes == rows * (values + 4 * math.ceil(values / Q8_BLOCK))
+    for start in range(0, values, Q8_BLOCK):
+        block, got = tensor[:, start : start + Q8_BLOCK], restored[:, start : start + Q8_BLOCK]
+        bound = block.abs().amax(dim=1, keepdim=True) / 254 * (1 + 1e-5)
+        assert bool(((block - got).abs() <= bound).all())
+
+
+def test_a_rows_eight_bits_do_not_depend_on_its_company() -> None:
+    tensor = random(3, 100)
+    assert torch.equal(from_array(to_array(tensor, "q8"))[1:2], from_array(to_array(tensor[1:2], "q8")))
+    assert not from_array(to_array(torch.zeros(1, 65), "q8")).any()
+
+
+@pytest.mark.parametrize("wire_dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_seen_on_the_other_side(wire_dtype: WireDtype, bad: float) -> None:
+    tensor = random(2, 70, torch.float16)
+    check_finite(from_array(to_array(tensor, wire_dtype)))
+    tensor[1, 69] = bad
+    with pytest.raises(ServerFault, match="of 140 hidden states"):
+        check_finite(from_array(to_array(tensor, wire_dtype)))
+
+
+def test_what_does_not_fit_float16_is_not_sent() -> None:
+    with pytest.raises(ServerFault, match="bfloat16"):
+        to_array(torch.full((1, 2), 1e6), "float16")
+
+
+def test_bytes_that_do_not_fit_the_shape() -> None:
+    with pytest.raises(ProtocolError, match="takes 24 bytes, not 3"):
+        from_array(Array("float32", (2, 3), memoryview(b"abc")))
+
+
+def test_a_step_of_tokens_there_and_back() -> None:
+    step = Step("s", 5, (7, 8), 2, GenerationSettings(seed=1), "a")
+    frame = from_step(step, route=(Hop("a", 0, 4), Hop("b", 4, 8)), client="me")
+    back = to_step(frame)
+    assert (back.session, back.start, back.payload, back.generation) == ("s", 5, (7, 8), 2)
+    assert (back.settings, back.adapter) == (step.settings, "a")
+    assert (frame.hop, frame.client, frame.hidden) == (0, "me", None)
+
+
+def test_a_step_of_hidden_states_there_and_back() -> None:
+    hidden = random(2, 6)
+    frame = from_step(Step("s", 0, hidden), tokens=[7, 8], wire_dtype="float32")
+    payload = to_step(frame).payload
+    assert isinstance(payload, torch.Tensor)
+    assert torch.equal(payload, hidden)
+    assert frame.tokens == (7, 8)
+    with pytest.raises(ValueError, match="1 tokens come with 2 rows"):
+        from_step(Step("s", 0, hidden), tokens=[7])
+
+
+def test_a_step_carries_only_so_many_tokens() -> None:
+    from_step(Step("s", 0, range(MAX_STEP_TOKENS)))
+    with pytest.raises(ValueError, match="send them in several"):
+        from_step(Step("s", 0, range(MAX_STEP_TOKENS + 1)))
+
+
+@pytest.mark.parametrize("message", [Cancel("s", 4), Close("s")])
+def test_other_messages_there_and_back(message: Cancel | Close) -> None:
+    assert to_message(from_message(message)) == message
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Token("s", 1, 5, 42, -0.5),
+        Token("s", 1, 5, 42, -0.5, ((42, -0.5), (1, -math.inf)), FinishReason.LENGTH),
+        Cached("s", 1, 6),
+        Gap("s", 1, 3),
+    ],
+)
+def test_replies_there_and_back(reply: Reply) -> None:
+    frame = sent(from_reply(reply, peer="p"))
+    assert isinstance(frame, Answer)
+    assert to_reply(frame) == reply
+
+
+def test_hidden_states_as_a_reply() -> None:
+    tensor = random(2, 3, torch.bfloat16)
+    reply = to_reply(from_reply(Hidden("s", 1, 4, tensor), wire_dtype="bfloat16"))  # type: ignore[arg-type]
+    assert isinstance(reply, Hidden)
+    assert torch.equal(reply.hidden, tensor)
+
+
+ERRORS = (
+    InvalidSetting("top_p", "7 is too much"),
+    EmptyPrompt(),
+    PromptTooLong(9, 8),
+    CheckpointError("no config.json"),
+    CapacityError("no pages", 2.5),
+    Busy(0.5),
+    ServerFault("it burns"),
+    ProtocolError("no frame"),
+    NetworkError("gone"),
+)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_keep_their_class_sentence_and_attributes(error: CorollaError) -> None:
+    frame = sent(failed_of(error, "s", 3, peer="p"))
+    assert isinstance(frame, FailedFrame)
+    rebuilt = error_of(frame)
+    assert type(rebuilt) is type(error)
+    assert str(rebuilt) == str(error)
+    assert vars(rebuilt) == vars(error)
+    assert frame.peer == "p"
+
+
+def test_every_error_can_be_rebuilt_from_its_name_alone() -> None:
+    for name, kind in vars(errors).items():
+        if isinstance(kind, type) and issubclass(kind, CorollaError):
+            error = error_of(FailedFrame("s", 0, name, "why"))
+            assert isinstance(error, ServerFault if kind is CorollaError else kind)
+            assert str(error) == "why"
+
+
+def test_an_error_of_an_unknown_kind_is_a_server_fault() -> None:
+    error = error_of(FailedFrame("s", 0, "KeyboardInterrupt", "why", details={"args": "x"}))
+    assert type(error) is ServerFault
+    assert error.args == ("why",)
+
+
+def test_a_failure_there_and_back() -> None:
+    reply = to_reply(from_reply(Failed("s", 2, Busy(0.5)), peer="p"))
+    assert isinstance(reply, Failed)
+    assert isinstance(reply.error, Busy)
+    assert reply.error.retry_after == 0.5
+    long = failed_of(ServerFault("x" * 10_000), "s", 0)
+    assert len(error_of(sent(long)).args[0]) == 4096  # type: ignore[arg-type]
