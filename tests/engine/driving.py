@@ -17,7 +17,7 @@ from corolla.models.linear import WeightFormat
 from corolla.models.span import SpanModel, load_span
 from corolla.types import Span
 
-PAGES, PAGE_SIZE = 128, 16
+PAGES, PAGE_SIZE = 160, 16
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""The tensors of the KV cache: for each block a pool of rows, one row a position.
+"""The tensors of the KV cache: for each block and head a pool of rows, one row a position.
+
+A head's rows lie together, because attention reads one head at a time: at 4,096 positions, out of memory, a block of SmolLM2
+takes 0.56 ms so, and 1.05 ms with the heads of a position together.
 
 Legend: P slots (pages * page size), K key heads, D head_dim.
 """
@@ -16,7 +19,7 @@ from corolla.types import Span
 
 
 class KVCache:
-    """Keys and values of every block of a span, [P, 2K, D] each: K keys, then K values; behind them a page that nobody reads.
+    """Keys and values of every block of a span, [2K, P, D] each: K keys, then K values; behind them a page that nobody reads.
 
     Memory is taken from the system as pages are first written, not at construction.
     """
@@ -25,12 +28,12 @@ class KVCache:
         self.page_size = page_size
         self.spare_slot = slots  # where padded rows of a fixed shape may write
         self._span = span
-        shape = (slots + page_size, 2 * arch.kv_heads, arch.head_dim)
+        shape = (2 * arch.kv_heads, slots + page_size, arch.head_dim)
         self._blocks = [_untouched(shape, dtype, device) for _ in range(len(span))]
-        self.bytes_per_token = len(span) * math.prod(shape[1:]) * dtype.itemsize
+        self.bytes_per_token = len(span) * 2 * arch.kv_heads * arch.head_dim * dtype.itemsize
 
     def of(self, block: int) -> torch.Tensor:
-        """The rows [P, 2K, D] of a block, by the whole model's numbering."""
+        """The rows [2K, P, D] of a block, by the whole model's numbering."""
         return self._blocks[block - self._span.start]
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -38,7 +41,7 @@ class KVCache:
         size = self.page_size
         for rows in self._blocks:
             for source, target in pairs:
-                rows[target * size : (target + 1) * size] = rows[source * size : (source + 1) * size]
+                rows[:, target * size : (target + 1) * size] = rows[:, source * size : (source + 1) * size]
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
