@@ -11,6 +11,7 @@ CorollaError
    . CheckpointError           a model's files are missing, damaged, of the wrong shape, or pickled
  x CapacityError               the callee is full: come back after `retry_after` seconds
    . Busy
+   . NoRoute                   no servers with room hold every block: `missing` are the spans to wait for
  x ServerFault                 a server failed: the step is retried elsewhere
    . ProtocolError             a peer sent bytes that are no frame
  x NetworkError                a message did not arrive: retried until the deadline
@@ -21,6 +22,8 @@ Each carries the HTTP `status` that the gateway answers with, and one sentence t
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class CorollaError(Exception):
@@ -90,6 +93,15 @@ class Busy(CapacityError):
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"all places are taken: try again in {retry_after:g} s", retry_after)
+
+
+class NoRoute(CapacityError):
+    """No route covers the blocks of `missing`, a tuple of `types.Span`."""
+
+    def __init__(self, missing: tuple[Any, ...], retry_after: float = 1.0) -> None:
+        blocks = ", ".join(map(str, missing))
+        super().__init__(f"no server that is ready and has room holds blocks {blocks}: wait for one, or start one that does", retry_after)
+        self.missing = missing
 
 
 class ServerFault(CorollaError):

@@ -31,7 +31,7 @@ def test_a_long_session_in_scattered_pages_equals_stock(family: str, tmp_path: P
     directory = tiny.save(family, tmp_path, max_position_embeddings=4096)
     tokens = [3 + i * 7 % 190 for i in range(LONG_KEYS + 60)]
     chain = Chain.load(directory, (4,), dtype="float32")
-    chain.step({session: tokens[:100] for session in range(5)})
+    chain.step(dict.fromkeys(range(5), tokens[:100]))
     for start in range(100, len(tokens) - 2, 160):  # two of them grow in turn, between the others
         for session in (0, 1):
             logits = chain.step({session: tokens[start : min(start + 160, len(tokens) - 2)]})

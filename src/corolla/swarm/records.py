@@ -24,7 +24,7 @@ MAX_NEIGHBOURS = 64  # entries of `round_trips`
 MAX_BLOCKS = 4096  # of a whole model
 MAX_COUNT = 2**53  # of tokens or sessions; also what JSON carries exactly
 
-_WORD = re.compile(r"[A-Za-z0-9._-]{1,64}")  # fingerprints, peers, dtypes, formats and versions
+_WORD = re.compile(r"[A-Za-z0-9._-]{1,64}")  # fingerprints, peers, dtypes and formats
 
 State = Literal["joining", "ready", "draining"]
 
@@ -133,10 +133,15 @@ def _mathematics(value: Any) -> Any:
     return value
 
 
+def is_word(text: str) -> bool:
+    """Whether it is 1 to 64 letters, digits, dots, dashes and underscores, as fingerprints and peer ids are."""
+    return _WORD.fullmatch(text) is not None
+
+
 def _problem(record: ServerRecord) -> str | None:
     """Why the record is not to be believed, or None. The types hold already."""
     for field in ("peer", "model", "dtype", "weights"):
-        if not _WORD.fullmatch(getattr(record, field)):
+        if not is_word(getattr(record, field)):
             return f"{field} is not 1 to 64 letters, digits, dots, dashes and underscores"
     # A terminal prints these, so no control characters; a version may carry a "+local" part.
     for field, most in (("name", MAX_NAME), ("version", MAX_NAME)):
@@ -153,7 +158,7 @@ def _problem(record: ServerRecord) -> str | None:
             return f"{field} is not from 0 to {MAX_COUNT}"
     if len(record.round_trips) > MAX_NEIGHBOURS:
         return f"round_trips has {len(record.round_trips)} entries, at most {MAX_NEIGHBOURS} are read"
-    if not all(_WORD.fullmatch(peer) and _is_amount(seconds) for peer, seconds in record.round_trips.items()):
+    if not all(is_word(peer) and _is_amount(seconds) for peer, seconds in record.round_trips.items()):
         return "round_trips is not finite seconds by peer id"
     if len(record.addresses) > MAX_ADDRESSES:
         return f"there are {len(record.addresses)} addresses, at most {MAX_ADDRESSES} are read"
