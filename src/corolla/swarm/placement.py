@@ -1,0 +1,172 @@
+"""Which blocks a server should hold, decided by each server alone from the records of all. No clock, no network.
+
+The idea is that of Petals (Borzunov et al., "Distributed Inference and Fine-tuning of Large Language Models Over The
+Internet", NeurIPS 2023, section 3.2): a swarm is as quick as its weakest block, so a new server takes the weakest window, and
+a server moves when that helps enough. What differs: a move is judged by the blocks that it weakens and strengthens rather than
+by simulating everyone's moves after it, and servers that would make the same move spread out in time.
+
+A server that computes `throughput` rows/s of one block gives each block of its span `throughput / len(span)`, for every row
+crosses the whole span. A block's strength is the sum over its holders; the swarm's throughput is that of its weakest block.
+
+Gaps go before everything. Each move must close more of them than it opens, so a swarm whose capacity barely covers the model
+can stay cut where only several moves together would help; a swarm with some slack closes them (tests/swarm/simulation.py).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from corolla.errors import InvalidSetting
+from corolla.swarm.records import ServerRecord
+from corolla.swarm.routing import coverage
+from corolla.types import Span
+
+
+def strengths(records: Iterable[ServerRecord], blocks: int) -> list[float]:
+    """The rows/s that the records' servers together pass through each of `blocks` blocks."""
+    sums = [0.0] * blocks
+    for record in records:
+        share = record.throughput / (record.end - record.start)
+        for block in range(record.start, min(record.end, blocks)):
+            sums[block] += share
+    return sums
+
+
+def choose_span(records: Iterable[ServerRecord], *, blocks: int, capacity: int, throughput: float) -> Span:
+    """Where a server that holds `capacity` blocks, at `throughput` rows/s through one, helps a model of `blocks` most.
+
+    That is where the weakest block of the swarm is strongest afterwards; of such spans where the second weakest is, and
+    so on, then the first. `records` are the other servers' that have not expired; those that drain count as gone.
+
+    Raises `InvalidSetting` for a capacity below one block.
+    """
+    if capacity < 1:
+        raise InvalidSetting("capacity", f"{capacity} blocks are no span; give this server memory for at least one block")
+    length = min(capacity, blocks)
+    return _best(strengths(_staying(records), blocks), length, throughput / length)
+
+
+def should_move(records: Iterable[ServerRecord], me: ServerRecord, *, now: float, capacity: int, factor: float = 1.2) -> Span | None:
+    """The span that the server of the record `me` should hold instead of its own, or None to stay.
+
+    `records` are the swarm's as this server knows them, `now` is Unix time. A move has to pay:
+
+    - While blocks lack a holder, it must close more gaps than it opens.
+    - Otherwise the blocks it leaves must, without this server, still be `factor` times as strong as those it goes to are
+      now; moves one at a time then come to an end, for each makes the weakest blocks that it touches stronger. A server that
+      is the only ready holder of a block stays.
+
+    Leaving takes two steps. A server that is told to move while "ready" says "draining" in its record, waits until that has
+    spread and its sessions have gone, and asks again: "draining" it is told only while no step is under way, and not if
+    all other holders of a block have meanwhile begun to drain too.
+    """
+    if me.state == "draining" and me.active:
+        return None
+    blocks = me.blocks
+    others = [record for record in _staying(records) if record.peer != me.peer and record.expires > now]
+    without = strengths(others, blocks)
+    held = range(me.start, me.end)
+    share = me.throughput / len(held)
+    before = [strength + share if block in held else strength for block, strength in enumerate(without)]
+    cut = not all(before)
+    if not cut:
+        if max(without[block] for block in held) < factor * min(before):
+            return None  # no block of this span can spare it: the common case, found without looking at every window
+        ready = coverage((record for record in others if record.state == "ready"), blocks)
+        if not all(ready[block] for block in held):
+            return None
+    length = min(capacity, blocks)
+    target = _best(without, length, me.throughput / length)
+    gained = [block for block in range(target.start, target.end) if block not in held]
+    lost = [block for block in held if not target.start <= block < target.end]
+    if cut:
+        closed = sum(not without[block] for block in gained)
+        opened = sum(not without[block] for block in lost)
+        return target if closed > opened else None
+    if gained and lost and min(without[block] for block in lost) >= factor * min(before[block] for block in gained):
+        return target
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovePolicy:
+    """When a server moves; times in seconds.
+
+    `pace` is the time between moves that a swarm should make for one and the same reason: longer than a record takes to
+    spread, so that the next server sees the move before. `settle` is how long a server drains at least.
+    """
+
+    factor: float = 1.2
+    pace: float = 20.0
+    settle: float = 20.0
+
+
+class Mover:
+    """One server's decision to move: want, wait, drain, look again, move. Asked every few seconds.
+
+    The wait is drawn from a generator of `seed`, up to `pace` times the servers that may want the same move, so that however
+    many want it about one moves in each `pace`.
+    """
+
+    def __init__(self, seed: int, policy: MovePolicy | None = None) -> None:
+        self._policy = policy or MovePolicy()
+        self._random = random.Random(seed)
+        self._due: float | None = None
+        self._drained: float | None = None
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server's record should say "draining"; when this ends without a move, "ready" again."""
+        return self._drained is not None
+
+    def consider(self, records: Sequence[ServerRecord], me: ServerRecord, *, now: float, capacity: int) -> Span | None:
+        """The span to load now in place of the one held, or None. `me` says in its `state` what was published of `draining`."""
+        idle = msgspec.structs.replace(me, active=0)
+        target = should_move(records, idle, now=now, capacity=capacity, factor=self._policy.factor)
+        if self._drained is not None:
+            if target is not None and (me.active or now < self._drained + self._policy.settle):
+                return None
+            self._drained = None
+            return target
+        if target is None:
+            self._due = None
+        elif self._due is None:
+            self._due = now + self._random.uniform(0, self._policy.pace * _rivals(records, me, now, self._policy.factor))
+        elif now >= self._due:
+            self._due, self._drained = None, now
+        return None
+
+
+def _staying(records: Iterable[ServerRecord]) -> list[ServerRecord]:
+    return [record for record in records if record.state != "draining" and record.throughput > 0]
+
+
+def _best(strength: Sequence[float], length: int, share: float) -> Span:
+    """The first of the spans of `length` after whose gain of `share` the sorted strengths are the greatest."""
+    rounded = [round(value, 6) for value in strength]  # the order of the records changes the last digits
+    stronger = [value + share for value in rounded]
+
+    def after(start: int) -> list[float]:
+        return sorted(rounded[:start] + stronger[start : start + length] + rounded[start + length :])
+
+    start = max(range(len(rounded) - length + 1), key=lambda start: (after(start), -start))
+    return Span(start, start + length)
+
+
+def _rivals(records: Iterable[ServerRecord], me: ServerRecord, now: float, factor: float) -> int:
+    """About how many servers, `me` among them, may want to move for the same reason."""
+    staying = [record for record in _staying(records) if record.expires > now]
+    holders = coverage(staying, me.blocks)
+    strength = strengths(staying, me.blocks)
+    weakest = min(strength)
+
+    def may(record: ServerRecord) -> bool:
+        span = slice(record.start, record.end)
+        spare = max(strength[span]) - record.throughput / (record.end - record.start)
+        return min(holders[span]) > 1 and spare >= factor * weakest
+
+    return max(1, sum(map(may, staying)))
