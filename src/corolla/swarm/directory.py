@@ -116,7 +116,7 @@ class HivemindDirectoryConfig:
 
 
 class HivemindDirectory:
-    """A directory in hivemind's DHT. The DHT keeps running when the directory is not used any more.
+    """A directory in hivemind's DHT, for one event loop. The DHT keeps running when the directory is not used any more.
 
     `entries` signs what this server publishes and checks what others did; it carries the swarm's secret. Give it to the DHT
     too when that is made, so that the node never holds anything unchecked; here it is only made sure of.
