@@ -140,6 +140,7 @@ class Step:
     generation: int = 0  # of the route; replies of an older one are ignored
     settings: GenerationSettings | None = None  # sample after the last token and go on, until the answer ends
     adapter: str = ""
+    tokens: Sequence[int] = ()  # the ids of the rows where the payload is hidden states
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +184,8 @@ class Hidden:
     generation: int
     start: int
     hidden: torch.Tensor
+    tokens: tuple[int, ...] = ()  # the ids of these rows, as far as they are known
+    last: bool = False  # whether no row of the step is left to compute
 
 
 @dataclass(frozen=True, slots=True)

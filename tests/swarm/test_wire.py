@@ -261,13 +261,13 @@ def test_a_step_of_tokens_there_and_back() -> None:
 
 def test_a_step_of_hidden_states_there_and_back() -> None:
     hidden = random(2, 6)
-    frame = from_step(Step("s", 0, hidden), tokens=[7, 8], wire_dtype="float32")
+    frame = from_step(Step("s", 0, hidden, tokens=[7, 8]), wire_dtype="float32")
     payload = to_step(frame).payload
     assert isinstance(payload, torch.Tensor)
     assert torch.equal(payload, hidden)
     assert frame.tokens == (7, 8)
     with pytest.raises(ValueError, match="1 tokens come with 2 rows"):
-        from_step(Step("s", 0, hidden), tokens=[7])
+        from_step(Step("s", 0, hidden, tokens=[7]))
 
 
 def test_a_step_carries_only_so_many_tokens() -> None:

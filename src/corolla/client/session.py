@@ -6,9 +6,10 @@ import time
 import uuid
 from collections.abc import Generator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 
-from corolla.errors import Busy, CallerError, DeadlineExceeded, EmptyPrompt, NetworkError, ServerFault
+from corolla.errors import CallerError, CapacityError, DeadlineExceeded, EmptyPrompt, NetworkError, ServerFault
 from corolla.swarm.transport import Transport
 from corolla.types import Cancel, Close, Failed, Gap, GenerationSettings, Reply, Step, Token
 
@@ -85,13 +86,13 @@ class Session:
                     yield reply
                 elif isinstance(reply, Gap):
                     self._close_gap(reply.have)
-                    self._step(settings, deadline)
+                    self._step(self._remaining(settings, expected), deadline)
                 elif isinstance(reply, Failed):
-                    if not isinstance(reply.error, Busy):
+                    if not isinstance(reply.error, CapacityError):
                         finished = True  # nothing runs that could be cancelled
                         raise reply.error
                     self._sleep(reply.error, deadline)
-                    self._step(settings, deadline)
+                    self._step(self._remaining(settings, expected), deadline)
         except CallerError:
             finished = True
             if self.position == expected:
@@ -114,14 +115,14 @@ class Session:
             start = min(self._cached, self.position - 1)
             try:
                 self._link.send(Step(self.name, start, tuple(self.tokens[start:]), self._generation, settings))
-            except Busy as busy:
-                self._sleep(busy, deadline)
+            except CapacityError as full:
+                self._sleep(full, deadline)
             else:
                 return
 
     def _close_gap(self, have: int) -> None:
         start = min(self._cached, self.position - 1)
-        if not 0 <= have < start:
+        if not 0 <= have <= start:
             raise ServerFault(f"the server says it lacks tokens before {start} and yet has {have}")
         self._cached = have
 
@@ -135,10 +136,14 @@ class Session:
             if reply.session == self.name and reply.generation == self._generation:
                 return reply
 
-    def _sleep(self, busy: Busy, deadline: float) -> None:
-        if time.monotonic() + busy.retry_after > deadline:
-            raise busy
-        time.sleep(busy.retry_after)
+    def _remaining(self, settings: GenerationSettings, began: int) -> GenerationSettings:
+        """What is left of an answer that began at a position and is asked for again."""
+        return replace(settings, max_tokens_to_generate=settings.max_tokens_to_generate - (self.position - began))
+
+    def _sleep(self, full: CapacityError, deadline: float) -> None:
+        if time.monotonic() + full.retry_after > deadline:
+            raise full
+        time.sleep(full.retry_after)
 
     def _cancel(self) -> None:
         with suppress(NetworkError):  # the answer died with its server

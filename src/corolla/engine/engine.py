@@ -61,7 +61,10 @@ class Engine:
         self.pool = PagePool(pages, config.page_size)
         self.cache = KVCache(model.arch, model.span, pages * config.page_size, config.page_size, model.dtype, model.device)
         self._executor = Executor(model, self.cache, batch_invariant=config.batch_invariant)
-        self._scheduler = Scheduler(self.pool, INVARIANT_ROWS if config.batch_invariant else config.step_rows)
+        # In a row of several servers each would find another length of a prefix: only a whole model shares them.
+        self._shares_prefixes = model.embeds and model.heads
+        rows = INVARIANT_ROWS if config.batch_invariant else config.step_rows
+        self._scheduler = Scheduler(self.pool, rows, match=self._shares_prefixes)
         self._conversations: dict[str, Conversation] = {}
         self.counters = Counters()
         self._inbox: deque[tuple[Message, Deliver | None]] = deque()
@@ -124,6 +127,8 @@ class Engine:
 
     def _begin(self, step: Step, deliver: Deliver) -> None:
         conversation = self._conversations.get(step.session)
+        if conversation is not None and self._continues(conversation, step, deliver):
+            return
         if conversation is not None and conversation.table.adapter != step.adapter:
             self._forget(conversation)
             conversation = None
@@ -144,11 +149,24 @@ class Engine:
                 deliver(Gap(step.session, step.generation, conversation.position))
                 return
             conversation.hidden = step.payload
+            conversation.tokens[step.start :] = step.tokens
         else:
+            conversation.hidden = None
             conversation.tokens[step.start :] = step.payload
         self._arrivals += 1
         conversation.deliver, conversation.settings = deliver, step.settings
         conversation.generation, conversation.sampled, conversation.arrival = step.generation, 0, self._arrivals
+
+    def _continues(self, conversation: Conversation, step: Step, deliver: Deliver) -> bool:
+        """A chunk of hidden states that follows one still waiting here: take it behind that."""
+        waiting = conversation.hidden
+        follows = step.generation == conversation.generation and step.start == conversation.position + conversation.pending
+        if waiting is None or not follows or not isinstance(step.payload, torch.Tensor):
+            return False
+        conversation.hidden = torch.cat([waiting, step.payload])
+        conversation.tokens[step.start :] = step.tokens
+        conversation.settings, conversation.deliver = step.settings, deliver
+        return True
 
     def _rest(self, conversation: Conversation) -> None:
         """Idle from here on: what is cached stays, what was pending is dropped."""
@@ -218,7 +236,7 @@ class Engine:
         self.pool.advance(conversation.table, count)
         if conversation.hidden is not None:
             conversation.hidden = conversation.hidden[count:]
-        else:
+        elif self._shares_prefixes:
             self.pool.publish(conversation.table, conversation.tokens, conversation.position)
         deliver = conversation.deliver
         assert deliver is not None, "an idle session was scheduled"
@@ -228,7 +246,8 @@ class Engine:
         done = conversation.pending == 0
         reply: Reply | None = None
         if not self.model.heads:
-            reply = Hidden(conversation.session, conversation.generation, work.rows.start, hidden)
+            tokens = tuple(conversation.tokens[work.rows.start : work.rows.end])
+            reply = Hidden(conversation.session, conversation.generation, work.rows.start, hidden, tokens, last=done)
         elif done:
             reply = Cached(conversation.session, conversation.generation, conversation.position)
         if done:

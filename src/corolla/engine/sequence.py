@@ -19,8 +19,8 @@ Deliver = Callable[[Reply], None]
 class Conversation:
     """The state of one session.
 
-    For a span that embeds, `tokens` is the whole history and what lies past the table's length is still to be computed.
-    For a later span, `hidden` holds the rows [pending, hidden] that are.
+    `tokens` is the whole history as far as it is known here. For a span that embeds, what lies past the table's length is
+    still to be computed; for a later span, `hidden` holds the rows [pending, hidden] that are.
     """
 
     session: str
@@ -47,7 +47,7 @@ class Conversation:
         """Rows still to be computed."""
         if self.hidden is not None:
             return self.hidden.shape[0]
-        return len(self.tokens) - self.position if self.tokens else 0
+        return max(0, len(self.tokens) - self.position)
 
     def payload(self, count: int) -> Sequence[int] | torch.Tensor:
         """The next `count` rows to compute."""

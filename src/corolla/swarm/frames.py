@@ -22,7 +22,7 @@ MAJOR = 1
 MINOR = 0
 MAX_HEADER = 2**16 - 1  # bytes
 
-_LENGTH = struct.Struct("<I")
+LENGTH = struct.Struct("<I")  # what stands before every frame
 _PREFIX = struct.Struct("<BBH")
 _MAX_LENGTH = 2**32 - 1
 _EXCERPT = 200  # characters of what a decoder says about a peer's bytes
@@ -58,7 +58,7 @@ def encode(message: WireMessage) -> list[bytes | memoryview]:
     length = _PREFIX.size + len(header) + (0 if array is None else array.nbytes)
     if length > _MAX_LENGTH:
         raise CallerError(f"the message takes {length} bytes and a frame holds {_MAX_LENGTH}: send fewer tokens at once")
-    head = b"".join((_LENGTH.pack(length), _PREFIX.pack(MAJOR, MINOR, len(header)), header))
+    head = b"".join((LENGTH.pack(length), _PREFIX.pack(MAJOR, MINOR, len(header)), header))
     return [head] if array is None else [head, array.data]
 
 
@@ -95,12 +95,12 @@ async def read_frame(reader: asyncio.StreamReader, limit: int) -> memoryview | N
     with what is claimed. Raises `ProtocolError`; the stream is of no use afterwards. Whoever calls sets the deadline.
     """
     try:
-        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
         if not _PREFIX.size <= length <= limit:
             raise ProtocolError(f"a peer announces a frame of {length} bytes; one has {_PREFIX.size} to {limit}")
         return memoryview(await reader.readexactly(length))
     except asyncio.IncompleteReadError as error:
-        if not error.partial and error.expected == _LENGTH.size:
+        if not error.partial and error.expected == LENGTH.size:
             return None
         raise ProtocolError(f"the stream ended within a frame: {len(error.partial)} of {error.expected} bytes came") from None
 

@@ -383,22 +383,22 @@ def from_message(message: Cancel | Close) -> CancelFrame | CloseFrame:
 
 def to_step(frame: StepFrame) -> Step:
     """The step, with hidden states as its payload where it has them. Raises `InvalidSetting` like `to_settings`."""
-    payload = frame.tokens if frame.hidden is None else from_array(frame.hidden)
     settings = None if frame.settings is None else to_settings(frame.settings)
-    return Step(frame.session, frame.start, payload, frame.generation, settings, frame.adapter)
+    if frame.hidden is None:
+        return Step(frame.session, frame.start, frame.tokens, frame.generation, settings, frame.adapter)
+    return Step(frame.session, frame.start, from_array(frame.hidden), frame.generation, settings, frame.adapter, frame.tokens)
 
 
 def from_step(
     step: Step,
     *,
-    tokens: Sequence[int] = (),
     wire_dtype: WireDtype = "bfloat16",
     route: tuple[Hop, ...] = (),
     hop: int = 0,
     client: str = "",
     timings: tuple[HopTiming, ...] = (),
 ) -> StepFrame:
-    """A step on its way to `route[hop]`; `tokens` are the ids of its rows where its payload is hidden states.
+    """A step on its way to `route[hop]`.
 
     Raises `InvalidSetting` for a setting that does not fit 64 bits, `ServerFault` like `to_array`, and `ValueError` for more
     than `MAX_STEP_TOKENS` tokens, or tokens and rows that differ in number.
@@ -407,7 +407,7 @@ def from_step(
     if isinstance(step.payload, Sequence):
         tokens = step.payload
     else:
-        hidden = to_array(step.payload, wire_dtype)
+        hidden, tokens = to_array(step.payload, wire_dtype), step.tokens
     settings = None if step.settings is None else from_settings(step.settings)
     return StepFrame(step.session, step.generation, step.start, tuple(tokens), hidden, settings, route, hop, client, step.adapter, timings)
 

@@ -1,0 +1,189 @@
+"""Servers of spans and a client over the network of one process: the ring, and what happens when servers die or hang."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import pytest
+
+from corolla.client.session import Session
+from corolla.client.swarm import Patience, SwarmTransport
+from corolla.engine.engine import Engine, EngineConfig
+from corolla.errors import CapacityError, InvalidSetting
+from corolla.models.reference import Reference
+from corolla.models.span import load_span
+from corolla.server.node import SpanServer
+from corolla.swarm.network import LocalHub
+from corolla.swarm.records import ServerRecord
+from corolla.swarm.routing import Route, find_route
+from corolla.types import FinishReason, GenerationSettings, Span
+from tests.models import tiny
+
+SETTINGS = GenerationSettings(max_tokens_to_generate=30)
+SAMPLED = GenerationSettings(max_tokens_to_generate=30, do_sample=True, temperature=0.9, seed=5, repetition_penalty=1.3)
+PROMPT = [5 + i * 11 % 180 for i in range(90)]
+TIMEOUT = 10.0
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("llama"))
+
+
+class Swarm:
+    """Servers by name, and one client."""
+
+    def __init__(self, directory: Path) -> None:
+        self.hub = LocalHub()
+        self.directory = directory
+        self.records: dict[str, ServerRecord] = {}
+        self.servers: dict[str, SpanServer] = {}
+        self.engines: dict[str, Engine] = {}
+        self.routes: list[Route] = []
+        self.transport = SwarmTransport(self.hub.join("client"), self._find, patience=Patience(silence=0.5, answer=0.5))
+
+    def add(self, name: str, start: int, end: int, throughput: float = 100.0) -> None:
+        model = load_span(self.directory, Span(start, end), dtype="float32")
+        engine = Engine(model, EngineConfig(cache_tokens=2048, page_size=16, step_rows=32))
+        engine.start()
+        self.engines[name] = engine
+        self.servers[name] = SpanServer(engine, self.hub.join(name), "float32")
+        self.records[name] = ServerRecord(
+            peer=name, name=name, model="m", start=start, end=end, blocks=4, dtype="float32", weights="packed", throughput=throughput,
+            free_tokens=2048, active=0, round_trips={}, addresses=(), version="0", state="ready", expires=time.time() + 1e6,
+        )  # fmt: skip
+
+    def kill(self, name: str) -> None:
+        """The process is gone at once; the directory still lists it."""
+        self.hub.kill(name)
+        self.engines[name].stop()
+
+    def _find(self, banned: Collection[str], needed_tokens: int) -> Route:
+        route = find_route(self.records.values(), blocks=4, now=time.time(), banned=banned, needed_tokens=needed_tokens)
+        self.routes.append(route)
+        return route
+
+    def close(self) -> None:
+        self.transport.close()
+        for server in self.servers.values():
+            server.close()
+
+
+@pytest.fixture
+def swarm(directory: Path) -> Iterator[Swarm]:
+    swarm = Swarm(directory)
+    for name, start, end in (("a", 0, 1), ("b", 1, 3), ("c", 3, 4)):
+        swarm.add(name, start, end)
+    yield swarm
+    swarm.close()
+
+
+def answer(swarm: Swarm, settings: GenerationSettings = SETTINGS, at: dict[int, Callable[[], None]] | None = None) -> list[int]:
+    """The answer's tokens; `at[n]` is done when n tokens are there."""
+    with Session(swarm.transport, "") as session:
+        tokens = []
+        for token in session.generate(PROMPT, settings, timeout=TIMEOUT):
+            tokens.append(token.token_id)
+            if at and len(tokens) in at:
+                at[len(tokens)]()
+    return tokens
+
+
+def test_three_servers_answer_as_stock_does(swarm: Swarm, directory: Path) -> None:
+    assert answer(swarm) == Reference(directory).greedy(PROMPT, 30)
+
+
+def test_one_server_with_every_block_answers_the_same(directory: Path) -> None:
+    swarm = Swarm(directory)
+    swarm.add("whole", 0, 4)
+    assert answer(swarm) == Reference(directory).greedy(PROMPT, 30)
+    swarm.close()
+
+
+def test_sampling_with_a_penalty_is_the_same_on_any_route(swarm: Swarm) -> None:
+    along_three = answer(swarm, SAMPLED)
+    swarm.add("whole", 0, 4, throughput=1e6)
+    assert answer(swarm, SAMPLED) == along_three
+    assert swarm.routes[-1].peers == ("whole",)
+
+
+def test_a_second_turn_sends_only_what_is_new(swarm: Swarm) -> None:
+    with Session(swarm.transport, "") as session:
+        list(session.generate(PROMPT, SETTINGS, timeout=TIMEOUT))
+        before = {name: engine.counters.rows for name, engine in swarm.engines.items()}
+        list(session.generate([7, 8, 9], GenerationSettings(max_tokens_to_generate=1), timeout=TIMEOUT))
+        assert {name: engine.counters.rows - before[name] for name, engine in swarm.engines.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+@pytest.mark.parametrize("victim", ["a", "b", "c"])
+@pytest.mark.parametrize("moment", [1, 17])
+def test_a_killed_server_is_replaced_token_for_token(swarm: Swarm, directory: Path, victim: str, moment: int) -> None:
+    spare = swarm.records[victim]
+    swarm.add("spare", spare.start, spare.end, throughput=1.0)
+    assert answer(swarm, at={moment: lambda: swarm.kill(victim)}) == Reference(directory).greedy(PROMPT, 30)
+    assert victim in swarm.routes[0].peers
+    assert victim not in swarm.routes[-1].peers
+
+
+def test_two_deaths_in_one_sampled_answer(swarm: Swarm) -> None:
+    expected = answer(swarm, SAMPLED)
+    swarm.add("a2", 0, 1, throughput=1.0)
+    swarm.add("c2", 3, 4, throughput=1.0)
+    assert answer(swarm, SAMPLED, at={4: lambda: swarm.kill("a"), 15: lambda: swarm.kill("c")}) == expected
+
+
+def test_a_hung_server_is_as_dead_as_a_killed_one(swarm: Swarm, directory: Path) -> None:
+    swarm.add("spare", 1, 3, throughput=1.0)
+    assert answer(swarm, at={5: lambda: swarm.hub.freeze("b")}) == Reference(directory).greedy(PROMPT, 30)
+    assert "b" not in swarm.routes[-1].peers
+
+
+def test_a_missing_block_is_waited_for(swarm: Swarm, directory: Path) -> None:
+    def replace_b() -> None:
+        swarm.kill("b")
+        del swarm.records["b"]
+        swarm.add("late", 1, 3)
+
+    assert answer(swarm, at={3: replace_b}) == Reference(directory).greedy(PROMPT, 30)
+
+
+def test_a_block_that_nobody_holds_is_named_by_the_deadline(swarm: Swarm) -> None:
+    del swarm.records["b"]
+    with Session(swarm.transport, "") as session, pytest.raises(CapacityError, match="1:3"):
+        list(session.generate(PROMPT, SETTINGS, timeout=0.2))
+
+
+def test_a_bad_setting_bans_nobody(swarm: Swarm) -> None:
+    settings = GenerationSettings(top_k=tiny.VOCABULARY + 1)
+    with Session(swarm.transport, "") as session, pytest.raises(InvalidSetting, match="top_k"):
+        list(session.generate(PROMPT, settings, timeout=TIMEOUT))
+    assert not swarm.transport.bans.banned()
+
+
+def test_stopping_early_and_leaving_free_the_pages(swarm: Swarm) -> None:
+    session = Session(swarm.transport, "")
+    tokens = session.generate(PROMPT, GenerationSettings(max_tokens_to_generate=300), timeout=TIMEOUT)
+    assert [next(tokens).finish for _ in range(5)] == [None] * 5
+    tokens.close()
+    session.close()
+    deadline = time.monotonic() + TIMEOUT
+    while any(engine.pool.free_pages < engine.pool.num_pages for engine in swarm.engines.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_many_sessions_at_once(swarm: Swarm, directory: Path) -> None:
+    sessions = [Session(swarm.transport, "") for _ in range(8)]
+    answers = [session.generate(PROMPT[: 10 + 9 * i], SETTINGS, timeout=TIMEOUT) for i, session in enumerate(sessions)]
+    tokens: list[list[int]] = [[] for _ in answers]
+    for _ in range(30):
+        for got, answer in zip(tokens, answers, strict=True):
+            token = next(answer)
+            got.append(token.token_id)
+    assert token.finish is FinishReason.LENGTH
+    reference = Reference(directory)
+    assert tokens == [reference.greedy(PROMPT[: 10 + 9 * i], 30) for i in range(8)]
+    for session in sessions:
+        session.close()
