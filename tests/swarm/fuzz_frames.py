@@ -33,8 +33,6 @@ from corolla.swarm.wire import (
 )
 from corolla.types import FinishReason
 
-LENGTH_BYTES = 4
-
 
 def array(dtype: wire.WireDtype, rows: int, values: int) -> Array:
     size = Array(dtype, (rows, values)).nbytes
@@ -63,7 +61,7 @@ MESSAGES: tuple[WireMessage, ...] = (
 
 def frame_of(message: WireMessage) -> bytes:
     """A frame as `read_frame` gives it."""
-    return b"".join(frames.encode(message))[LENGTH_BYTES:]
+    return b"".join(frames.encode(message))[frames.LENGTH.size :]
 
 
 def damaged(frame: bytes, chance: random.Random) -> bytes:

@@ -298,7 +298,7 @@ def test_replies_there_and_back(reply: Reply) -> None:
 
 def test_hidden_states_as_a_reply() -> None:
     tensor = random(2, 3, torch.bfloat16)
-    reply = to_reply(from_reply(Hidden("s", 1, 4, tensor), wire_dtype="bfloat16"))  # type: ignore[arg-type]
+    reply = to_reply(from_reply(Hidden("s", 1, 4, tensor), wire_dtype="bfloat16"))
     assert isinstance(reply, Hidden)
     assert torch.equal(reply.hidden, tensor)
 

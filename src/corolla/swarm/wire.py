@@ -338,7 +338,7 @@ def check_finite(tensor: torch.Tensor) -> None:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.flatten().numpy())
+    return tensor.flatten().numpy().data
 
 
 def _quantize(tensor: torch.Tensor) -> torch.Tensor:
