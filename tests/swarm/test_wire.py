@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corolla import errors
@@ -61,12 +61,14 @@ from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, Gene
 DTYPES: tuple[WireDtype, ...] = ("float32", "bfloat16", "float16", "q8")
 EXACT: tuple[WireDtype, ...] = ("float32", "bfloat16", "float16")
 
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # shared machines stall
+
 names = st.text(max_size=60)
 counts = st.integers(0, 2**63 - 1)
 token_ids = st.integers(-(2**63), 2**63 - 1)
 seconds = st.floats(0, 1e9)
 logprobs = st.floats(max_value=0, allow_nan=False)
-settings = st.builds(
+options = st.builds(
     GenerationSettings,
     max_tokens_to_generate=st.integers(1, 2**63 - 1),
     do_sample=st.booleans(),
@@ -102,10 +104,10 @@ def steps(draw: st.DrawFn) -> StepFrame:
     hidden = draw(st.none() | arrays(len(tokens))) if tokens else None
     route = draw(routes())
     hop = draw(st.integers(0, len(route) - 1)) if route else 0
-    ours = draw(st.none() | settings)
-    options = None if ours is None else from_settings(ours)
+    ours = draw(st.none() | options)
+    wired = None if ours is None else from_settings(ours)
     session, client, adapter = draw(names), draw(names), draw(names)
-    return StepFrame(session, draw(counts), draw(counts), tokens, hidden, options, route, hop, client, adapter, draw(timings))
+    return StepFrame(session, draw(counts), draw(counts), tokens, hidden, wired, route, hop, client, adapter, draw(timings))
 
 
 tokens = st.builds(
@@ -151,12 +153,14 @@ def sent(message: WireMessage) -> WireMessage:
     return received
 
 
+@patient
 @given(messages)
 def test_messages_come_back_as_they_were(message: WireMessage) -> None:
     assert sent(message) == message
 
 
-@given(settings)
+@patient
+@given(options)
 def test_settings_come_back_as_they_were(given_settings: GenerationSettings) -> None:
     assert to_settings(from_settings(given_settings)) == given_settings
 
@@ -207,6 +211,7 @@ def test_a_received_tensor_may_be_written_to() -> None:
     assert tensor.tolist() == [[2.0] * 3] * 2
 
 
+@patient
 @given(
     st.integers(1, 3),
     st.integers(1, 200),
