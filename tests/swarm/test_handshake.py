@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 
 import pytest
 
@@ -114,10 +115,10 @@ def test_a_peer_does_not_shake_hands_with_itself() -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda m: m[:-1], lambda m: m + b"\0", lambda m: b"", lambda m: b"CRL2" + m[4:]])
-def test_a_message_of_another_form_is_refused(damage: object) -> None:
+def test_a_message_of_another_form_is_refused(damage: Callable[[bytes], bytes]) -> None:
     dialer, listener = pair()
     with pytest.raises(Unauthorized, match="version"):
-        listener.greeted(damage(dialer.hello()))  # type: ignore[operator]
+        listener.greeted(damage(dialer.hello()))
 
 
 def test_every_flipped_bit_of_a_proof_is_refused() -> None:
