@@ -205,6 +205,14 @@ def test_a_swarm_with_a_secret_refuses_strangers(identities: tuple[Identity, Ide
     assert not SignedEntries().validate(signed(identities[0], member))
 
 
+def test_a_dht_serves_one_identity_and_one_secret(identities: tuple[Identity, Identity]) -> None:
+    ours = SignedEntries(identities[0], SECRET)
+    assert ours.merge_with(SignedEntries(identities[0], SECRET))
+    for other in (SignedEntries(identities[1], SECRET), SignedEntries(identities[0]), SignedEntries(None, SECRET)):
+        with pytest.raises(ValueError, match="another identity or secret"):
+            ours.merge_with(other)
+
+
 def test_refusals_are_logged(identities: tuple[Identity, Identity], caplog: pytest.LogCaptureFixture) -> None:
     assert not SignedEntries().validate(replace(signed(identities[0]), expiration_time=2e9 + 1))
     assert f"peer {identities[0].peer} did not sign it" in caplog.text

@@ -20,7 +20,7 @@ import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import crypto_pb2
@@ -111,7 +111,7 @@ class SignedEntries(RecordValidatorBase):
 
     def sign_value(self, record: DHTRecord) -> bytes:
         """The entry with its signature; what is not ours to write stays as it is, and is then refused."""
-        if self.identity is None or record.subkey != msgspec.msgpack.encode(self.identity.public_key):
+        if self.identity is None or record.subkey != msgspec.msgpack.encode(self.public_key):
             return record.value
         signed = _signed(record, self.identity.public_key, record.value)
         return msgspec.msgpack.encode(_Envelope(record.value, self._mac(signed), self.identity.key.sign(signed)))
@@ -121,8 +121,15 @@ class SignedEntries(RecordValidatorBase):
         return _envelope_decoder.decode(record.value).value
 
     def merge_with(self, other: RecordValidatorBase) -> bool:
-        """A DHT has one of these; a second one adds nothing."""
+        """A DHT has one of these; the same again adds nothing. Raises `ValueError` for another identity or secret."""
+        if isinstance(other, SignedEntries) and (self._mac_key, self.public_key) != (other._mac_key, other.public_key):
+            raise ValueError("the DHT was made for another identity or secret than its directory")
         return isinstance(other, SignedEntries)
+
+    @property
+    def public_key(self) -> bytes | None:
+        """Of the identity, if there is one."""
+        return None if self.identity is None else self.identity.public_key
 
     def _problem(self, record: DHTRecord) -> str | None:
         if not isinstance(record.value, bytes) or len(record.value) > MAX_ENTRY_BYTES:
