@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import msgspec
 
@@ -25,15 +26,18 @@ from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import coverage
 from corolla.types import Span
 
+_AT_MOST = 1e12  # rows/s; strangers may claim more
+
 
 def strengths(records: Iterable[ServerRecord], blocks: int) -> list[float]:
     """The rows/s that the records' servers together pass through each of `blocks` blocks."""
-    sums = [0.0] * blocks
+    changes = [0] * (blocks + 1)  # in whole millionths, so that neither the records' order nor a gap is lost in rounding
     for record in records:
-        share = record.throughput / (record.end - record.start)
-        for block in range(record.start, min(record.end, blocks)):
-            sums[block] += share
-    return sums
+        if record.end <= blocks:
+            share = round(min(record.throughput, _AT_MOST) * 1e6 / (record.end - record.start))
+            changes[record.start] += share
+            changes[record.end] -= share
+    return [total / 1e6 for total in accumulate(changes[:blocks])]
 
 
 def choose_span(records: Iterable[ServerRecord], *, blocks: int, capacity: int, throughput: float) -> Span:
@@ -50,7 +54,7 @@ def choose_span(records: Iterable[ServerRecord], *, blocks: int, capacity: int, 
     return _best(strengths(_staying(records), blocks), length, throughput / length)
 
 
-def should_move(records: Iterable[ServerRecord], me: ServerRecord, *, now: float, capacity: int, factor: float = 1.2) -> Span | None:
+def should_move(records: Iterable[ServerRecord], me: ServerRecord, *, now: float, capacity: int, factor: float = 1.1) -> Span | None:
     """The span that the server of the record `me` should hold instead of its own, or None to stay.
 
     `records` are the swarm's as this server knows them, `now` is Unix time. A move has to pay:
@@ -67,18 +71,14 @@ def should_move(records: Iterable[ServerRecord], me: ServerRecord, *, now: float
     if me.state == "draining" and me.active:
         return None
     blocks = me.blocks
-    others = [record for record in _staying(records) if record.peer != me.peer and record.expires > now]
+    others = [record for record in _staying(records, now) if record.peer != me.peer]
     without = strengths(others, blocks)
     held = range(me.start, me.end)
     share = me.throughput / len(held)
     before = [strength + share if block in held else strength for block, strength in enumerate(without)]
     cut = not all(before)
-    if not cut:
-        if max(without[block] for block in held) < factor * min(before):
-            return None  # no block of this span can spare it: the common case, found without looking at every window
-        ready = coverage((record for record in others if record.state == "ready"), blocks)
-        if not all(ready[block] for block in held):
-            return None
+    if not cut and max(without[held[0]], without[held[-1]]) < factor * min(before):
+        return None  # neither end of this span can be spared: the common case, found without looking at every window
     length = min(capacity, blocks)
     target = _best(without, length, me.throughput / length)
     gained = [block for block in range(target.start, target.end) if block not in held]
@@ -87,9 +87,10 @@ def should_move(records: Iterable[ServerRecord], me: ServerRecord, *, now: float
         closed = sum(not without[block] for block in gained)
         opened = sum(not without[block] for block in lost)
         return target if closed > opened else None
-    if gained and lost and min(without[block] for block in lost) >= factor * min(before[block] for block in gained):
-        return target
-    return None
+    if not gained or not lost or min(without[block] for block in lost) < factor * min(before[block] for block in gained):
+        return None
+    ready = coverage((record for record in others if record.state == "ready"), blocks)
+    return target if all(ready[block] for block in held) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +101,7 @@ class MovePolicy:
     spread, so that the next server sees the move before. `settle` is how long a server drains at least.
     """
 
-    factor: float = 1.2
+    factor: float = 1.1
     pace: float = 20.0
     settle: float = 20.0
 
@@ -141,13 +142,13 @@ class Mover:
         return None
 
 
-def _staying(records: Iterable[ServerRecord]) -> list[ServerRecord]:
-    return [record for record in records if record.state != "draining" and record.throughput > 0]
+def _staying(records: Iterable[ServerRecord], now: float = 0.0) -> list[ServerRecord]:
+    return [record for record in records if record.state != "draining" and record.throughput > 0 and record.expires > now]
 
 
 def _best(strength: Sequence[float], length: int, share: float) -> Span:
     """The first of the spans of `length` after whose gain of `share` the sorted strengths are the greatest."""
-    rounded = [round(value, 6) for value in strength]  # the order of the records changes the last digits
+    rounded = [round(value, 6) for value in strength]  # equal however they were summed
     stronger = [value + share for value in rounded]
 
     def after(start: int) -> list[float]:
@@ -159,7 +160,7 @@ def _best(strength: Sequence[float], length: int, share: float) -> Span:
 
 def _rivals(records: Iterable[ServerRecord], me: ServerRecord, now: float, factor: float) -> int:
     """About how many servers, `me` among them, may want to move for the same reason."""
-    staying = [record for record in _staying(records) if record.expires > now]
+    staying = _staying(records, now)
     holders = coverage(staying, me.blocks)
     strength = strengths(staying, me.blocks)
     weakest = min(strength)

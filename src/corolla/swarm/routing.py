@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 from corolla.errors import NoRoute
 from corolla.swarm.records import ServerRecord
@@ -48,18 +48,14 @@ class Route:
 
 
 def coverage(records: Iterable[ServerRecord], blocks: int) -> list[int]:
-    """How many of the records hold each of `blocks` blocks. Their states are not looked at, nor when they expire."""
+    """How many of the records hold each of `blocks` blocks. Their states are not looked at,
+    nor when they expire; those of a longer model do not count."""
     changes = [0] * (blocks + 1)
     for record in records:
-        if record.start < blocks:
+        if record.end <= blocks:
             changes[record.start] += 1
-            changes[min(record.end, blocks)] -= 1
-    holders = 0
-    counts = []
-    for change in changes[:blocks]:
-        holders += change
-        counts.append(holders)
-    return counts
+            changes[record.end] -= 1
+    return list(accumulate(changes[:blocks]))
 
 
 def gaps(records: Iterable[ServerRecord], blocks: int) -> tuple[Span, ...]:
@@ -109,7 +105,7 @@ def find_route(
         if able and roomy and sound and wanted and record.expires > now and record.peer not in banned:
             qualities.setdefault(("", "") if mixed else (record.dtype, record.weights), []).append(record)
     routes = []
-    lacking = [(Span(0, blocks),)]
+    lacking: list[tuple[Span, ...]] = [(Span(0, blocks),)]
     for _, servers in sorted(qualities.items()):
         missing = gaps(servers, blocks)
         if missing:
@@ -176,7 +172,7 @@ class _Ring:
                     for cost, j in following:
                         if cost + self._nearest[i] >= least:
                             break  # nor can any after it be quicker
-                        if (total := cost + self._passing(i, j)) < least:
+                        if (total := cost + self._passing(i, j)) < least * _SAME:
                             least, then = total, j
                 here[i] = self._compute[i] + least
                 onward[block][i] = then
