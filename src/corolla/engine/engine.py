@@ -78,6 +78,11 @@ class Engine:
         """Tokens that a session can hold here."""
         return min(self.model.arch.context_length, self.pool.num_pages * self.pool.page_size)
 
+    @property
+    def active(self) -> int:
+        """Sessions with a step under way, those that wait to be received among them."""
+        return sum(not c.idle for c in list(self._conversations.values())) + len(self._inbox)
+
     # Receive.
 
     def receive(self, message: Message, deliver: Deliver | None = None) -> None:
@@ -89,8 +94,7 @@ class Engine:
         """
         if isinstance(message, Step):
             self._check(message)
-            under_way = sum(not c.idle for c in list(self._conversations.values())) + len(self._inbox)
-            if under_way >= self.config.max_active:
+            if self.active >= self.config.max_active:
                 raise Busy(self.config.retry_after)
         self._inbox.append((message, deliver))
         self._awake.set()

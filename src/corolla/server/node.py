@@ -123,8 +123,12 @@ class SpanServer:
         onward = replace(
             step, start=reply.start, payload=reply.hidden, tokens=reply.tokens, settings=step.settings if reply.last else None
         )
-        known = {"route": way.route, "hop": way.hop + 1, "client": way.client} if tells_way else {}
-        self._send(way.route[way.hop + 1].peer, from_step(onward, wire_dtype=self._wire_dtype, **known))
+        hop = way.hop + 1
+        if tells_way:
+            frame = from_step(onward, wire_dtype=self._wire_dtype, route=way.route, hop=hop, client=way.client)
+        else:
+            frame = from_step(onward, wire_dtype=self._wire_dtype)
+        self._send(way.route[hop].peer, frame)
 
     def _close_ring(self, way: _Way, step: Step, token: Token) -> None:
         settings = step.settings

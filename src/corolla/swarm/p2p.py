@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from corolla.errors import CorollaError, NetworkError
+from corolla.errors import CorollaError, DeadlineExceeded, NetworkError
 from corolla.swarm import frames
 from corolla.swarm.handshake import Handshake
 from corolla.swarm.network import OnLost, OnMessage
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
 PROTOCOL = "/corolla/frames/1"
+T = TypeVar("T")
 _START_TIMEOUT = 30.0  # seconds for the daemon's connection at first
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class _Channel:
 class P2PNetwork:
     """A `Network` over the libp2p daemon of a hivemind DHT node, whose peer id is this peer's.
 
-    Raises `NetworkError` when the daemon does not answer.
+    Raises `DeadlineExceeded` when the daemon does not answer.
     """
 
     def __init__(self, dht: DHT, config: P2PConfig | None = None) -> None:
@@ -62,11 +64,7 @@ class P2PNetwork:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="corolla-p2p", daemon=True)
         self._thread.start()
-        replica = asyncio.run_coroutine_threadsafe(dht.replicate_p2p(), self._loop)
-        try:
-            self._p2p: P2P = replica.result(_START_TIMEOUT)
-        except TimeoutError as error:
-            raise NetworkError("the peer-to-peer daemon did not answer") from error
+        self._p2p: P2P = self.run(dht.replicate_p2p(), _START_TIMEOUT)
 
     @property
     def me(self) -> str:
@@ -75,8 +73,7 @@ class P2PNetwork:
     def listen(self, on_message: OnMessage, on_lost: OnLost) -> None:
         """See `Network.listen`."""
         self._on_message, self._on_lost = on_message, on_lost
-        registering = self._p2p.add_binary_stream_handler(PROTOCOL, self._accept)
-        asyncio.run_coroutine_threadsafe(registering, self._loop).result(_START_TIMEOUT)
+        self.run(self._p2p.add_binary_stream_handler(PROTOCOL, self._accept), _START_TIMEOUT)
 
     def send(self, peer: str, message: WireMessage) -> None:
         """See `Network.send`."""
@@ -84,12 +81,21 @@ class P2PNetwork:
             raise NetworkError("this peer has left the swarm")
         self._loop.call_soon_threadsafe(self._enqueue, peer, message)
 
+    def run(self, work: Coroutine[Any, Any, T], timeout: float) -> T:
+        """Run a coroutine on this network's event loop and wait for it, from another thread. Raises `DeadlineExceeded`."""
+        running = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return running.result(timeout)
+        except TimeoutError as error:
+            running.cancel()
+            raise DeadlineExceeded(f"the peer-to-peer network did not answer within {timeout:g} s") from error
+
     def close(self) -> None:
         """See `Network.close`."""
         if self._closed:
             return
         self._closed = True
-        asyncio.run_coroutine_threadsafe(self._leave(), self._loop).result(_START_TIMEOUT)
+        self.run(self._leave(), _START_TIMEOUT)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -1,0 +1,85 @@
+"""This process as a peer of a swarm: one hivemind node, and over it the network of frames and the directory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from corolla.errors import NetworkError
+from corolla.swarm.directory import HivemindDirectory
+from corolla.swarm.p2p import P2PConfig, P2PNetwork
+from corolla.swarm.records import ServerRecord
+
+_DEADLINE = 30.0  # seconds for one operation of the directory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerConfig:
+    initial_peers: Sequence[str] = ()  # multiaddrs to join through; none starts a swarm
+    host: str = "127.0.0.1"  # of this machine, to listen at; 0.0.0.0 for all its addresses
+    port: int = 0  # any
+    identity: Path | None = None  # the key file that makes the peer's id last; a new id where None
+    secret: bytes | None = None  # that every peer must know; None is an open swarm
+    client_mode: bool = False  # holds nothing for others and answers no dial
+
+
+class SwarmPeer:
+    """A peer, from now until `close`. Make it before threads and models: hivemind forks a process of its own.
+
+    Raises `NetworkError` when none of the initial peers can be reached, `InvalidSetting` for a key file that holds no key.
+    """
+
+    def __init__(self, config: PeerConfig) -> None:
+        from hivemind import DHT
+        from hivemind.p2p import P2PDaemonError
+
+        from corolla.swarm.signatures import Identity, SignedEntries
+
+        self._directory_of_key = tempfile.TemporaryDirectory(prefix="corolla-")
+        key = config.identity or Path(self._directory_of_key.name) / "identity"
+        entries = SignedEntries(Identity.load(key), config.secret)
+        try:
+            self._dht = DHT(
+                initial_peers=list(config.initial_peers),
+                host_maddrs=[f"/ip4/{config.host}/tcp/{config.port}"],
+                identity_path=str(key),
+                record_validators=[entries],
+                client_mode=config.client_mode,
+                start=True,
+            )
+        except (P2PDaemonError, RuntimeError, OSError) as error:
+            self._directory_of_key.cleanup()
+            through = ", ".join(config.initial_peers) or f"{config.host}:{config.port}"
+            raise NetworkError(f"no swarm could be joined through {through}: {error}") from error
+        self.network = P2PNetwork(self._dht, P2PConfig(secret=config.secret))
+        self._directory = HivemindDirectory(self._dht, entries)
+
+    @property
+    def addresses(self) -> list[str]:
+        """The multiaddrs that others join through."""
+        return [str(address) for address in self._dht.get_visible_maddrs()]
+
+    def servers(self, model: str | None = None) -> list[ServerRecord]:
+        """Who serves a model, or any. Raises `DeadlineExceeded`, `NetworkError`."""
+        return self.network.run(self._directory.servers(model), _DEADLINE)
+
+    def models(self) -> list[str]:
+        """The fingerprints of the models that are served, the most served first."""
+        return self.network.run(self._directory.models(), _DEADLINE)
+
+    def publish(self, record: ServerRecord) -> None:
+        """Announce this server until the record expires."""
+        self.network.run(self._directory.publish(record), _DEADLINE)
+
+    def withdraw(self) -> None:
+        """Announce this server no longer."""
+        self.network.run(self._directory.withdraw(self.network.me), _DEADLINE)
+
+    def close(self) -> None:
+        """Leave the swarm."""
+        self.network.close()
+        self._dht.shutdown()
+        self._dht.join()
+        self._directory_of_key.cleanup()
