@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 
 from corolla.errors import InvalidSetting
-from corolla.swarm.placement import MovePolicy, Mover, choose_span, should_move, strengths
+from corolla.swarm.placement import MovePolicy, Mover, choose_span, mended, should_move, strengths
 from corolla.swarm.records import ServerRecord
+from corolla.swarm.routing import gaps
 from corolla.types import Span
 from tests.swarm.simulation import make_record
 
@@ -76,6 +78,41 @@ def test_a_server_shifts_when_that_closes_a_gap() -> None:
     assert move(servers((0, 6), (4, 10)), 1) == Span(6, 12)
 
 
+@pytest.mark.parametrize(
+    ("spans", "mended_spans"),
+    [
+        ([(1, 4), (4, 7), (7, 10), (7, 10)], [(0, 3), (3, 6), (6, 9), (9, 12)]),  # from the left
+        ([(0, 4), (1, 5), (5, 9)], [(0, 4), (4, 8), (8, 12)]),  # from the right
+        ([(0, 6), (6, 12), (3, 7)], [(0, 6), (6, 12), (3, 7)]),
+        ([(0, 6), (6, 11)], []),
+    ],
+)
+def test_spans_shift_along_until_they_hold_every_block(spans: list[tuple[int, int]], mended_spans: list[tuple[int, int]]) -> None:
+    assert list(mended(servers(*spans), 12).values()) == [Span(*span) for span in mended_spans]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_cut_swarm_whose_spans_are_long_enough_mends(seed: int) -> None:
+    generator = random.Random(seed)
+    spans: list[tuple[int, int]] = []
+    while sum(end - start for start, end in spans) < 12:
+        length = generator.randint(1, 6)
+        start = generator.randint(0, 12 - length)
+        spans.append((start, start + length))
+    records = servers(*spans)
+    for _ in range(20 * len(records)):
+        which = generator.randrange(len(records))
+        target = move(records, which)
+        if target is not None:
+            records[which] = make_record(records[which].peer, target.start, target.end)
+    assert not gaps(records, 12), f"seed {seed}: {records}"
+
+
+def test_servers_of_another_quality_do_not_count() -> None:
+    others = [make_record("a", 6, 12, weights="int8"), make_record("b", 0, 6)]
+    assert move([make_record("me", 0, 6), *others], 0) == Span(6, 12)
+
+
 def test_a_server_moves_only_where_it_helps_enough() -> None:
     assert move(servers((0, 6), (0, 6), (6, 12)), 0) is None
     four = servers((0, 6), (0, 6), (0, 6), (6, 12))
@@ -90,6 +127,12 @@ def test_the_last_ready_holder_stays() -> None:
     assert move([make_record("a", 0, 6), make_record("b", 0, 6, state="joining"), weak], 0) is None
     assert move([make_record("a", 0, 6), make_record("b", 0, 6, state="draining"), weak], 0) is None
     assert move([make_record("a", 0, 6), make_record("b", 0, 6, expires=1.0), weak], 0, now=2.0) is None
+
+
+def test_what_a_draining_server_holds_is_taken_over_ahead_by_who_can_be_spared() -> None:
+    leaving = make_record("leaving", 6, 12, state="draining")
+    assert move([make_record("a", 0, 6), make_record("b", 0, 6), leaving], 0) == Span(6, 12)
+    assert move([make_record("a", 3, 9), make_record("b", 0, 5), leaving], 0) is None
 
 
 def test_a_draining_server_goes_when_no_step_is_under_way() -> None:

@@ -1,15 +1,15 @@
 """Which blocks a server should hold, decided by each server alone from the records of all. No clock, no network.
 
 The idea is that of Petals (Borzunov et al., "Distributed Inference and Fine-tuning of Large Language Models Over The
-Internet", NeurIPS 2023, section 3.2): a swarm is as quick as its weakest block, so a new server takes the weakest window, and
+Internet", NeurIPS 2023): a swarm is as quick as its weakest block, so a new server takes the weakest window, and
 a server moves when that helps enough. What differs: a move is judged by the blocks that it weakens and strengthens rather than
 by simulating everyone's moves after it, and servers that would make the same move spread out in time.
 
 A server that computes `throughput` rows/s of one block gives each block of its span `throughput / len(span)`, for every row
 crosses the whole span. A block's strength is the sum over its holders; the swarm's throughput is that of its weakest block.
 
-Gaps go before everything. Each move must close more of them than it opens, so a swarm whose capacity barely covers the model
-can stay cut where only several moves together would help; a swarm with some slack closes them (tests/swarm/simulation.py).
+Gaps go before everything. Where no move of a server alone closes any, servers shift along in the order they stand in until the
+model is covered, so a swarm whose spans are long enough together never stays cut.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import msgspec
 
 from corolla.errors import InvalidSetting
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.routing import coverage
+from corolla.swarm.routing import coverage, quality
 from corolla.types import Span
 
 _AT_MOST = 1e12  # rows/s; strangers may claim more
+_FEW = 8  # servers, over whose waits a move that fewer can make is spread too
 
 
 def strengths(records: Iterable[ServerRecord], blocks: int) -> list[float]:
@@ -44,7 +45,8 @@ def choose_span(records: Iterable[ServerRecord], *, blocks: int, capacity: int, 
     """Where a server that holds `capacity` blocks, at `throughput` rows/s through one, helps a model of `blocks` most.
 
     That is where the weakest block of the swarm is strongest afterwards; of such spans where the second weakest is, and
-    so on, then the first. `records` are the other servers' that have not expired; those that drain count as gone.
+    so on, then the first. `records` are the other servers' that have not expired, of the same `quality`, since routes do not
+    mix them; those that drain count as gone.
 
     Raises `InvalidSetting` for a capacity below one block.
     """
@@ -57,12 +59,14 @@ def choose_span(records: Iterable[ServerRecord], *, blocks: int, capacity: int, 
 def should_move(records: Iterable[ServerRecord], me: ServerRecord, *, now: float, capacity: int, factor: float = 1.1) -> Span | None:
     """The span that the server of the record `me` should hold instead of its own, or None to stay.
 
-    `records` are the swarm's as this server knows them, `now` is Unix time. A move has to pay:
+    `records` are the swarm's as this server knows them, `now` is Unix time. Servers of another `quality` do not count. A move
+    has to pay:
 
-    - While blocks lack a holder, it must close more gaps than it opens.
+    - While blocks lack a holder, it must close more gaps than it opens, or be part of shifting along (see `mended`). Servers
+      that drain count as staying as long as nobody holds some block, so that all judge by the same spans, and as gone otherwise.
     - Otherwise the blocks it leaves must, without this server, still be `factor` times as strong as those it goes to are
-      now; moves one at a time then come to an end, for each makes the weakest blocks that it touches stronger. A server that
-      is the only ready holder of a block stays.
+      now; moves one at a time then come to an end, for each makes the weakest blocks that it touches stronger.
+    - In a swarm that is whole, the only ready holder of a block stays, whatever else would pay.
 
     Leaving takes two steps. A server that is told to move while "ready" says "draining" in its record, waits until that has
     spread and its sessions have gone, and asks again: "draining" it is told only while no step is under way, and not if
@@ -70,27 +74,69 @@ def should_move(records: Iterable[ServerRecord], me: ServerRecord, *, now: float
     """
     if me.state == "draining" and me.active:
         return None
-    blocks = me.blocks
-    others = [record for record in _staying(records, now) if record.peer != me.peer]
-    without = strengths(others, blocks)
+    present = [record for record in _alive(records, now) if record.peer != me.peer and quality(record) == quality(me)]
+    staying = _staying(present)
+    if all(coverage([*staying, me], me.blocks)):
+        target = _strengthening(staying, me, capacity, factor)
+    elif all(coverage([*present, me], me.blocks)):
+        target = _closing(staying, me, capacity)  # ahead of those that drain, by a server that can be spared
+    else:
+        return _closing(present, me, capacity)
+    if target is None:
+        return None
+    ready = coverage((record for record in staying if record.state == "ready"), me.blocks)
+    return target if all(ready[me.start : me.end]) else None
+
+
+def _closing(others: list[ServerRecord], me: ServerRecord, capacity: int) -> Span | None:
+    """The span that closes more gaps among the others' than leaving opens, else this server's part in shifting along."""
+    holders = coverage(others, me.blocks)
+    length = min(capacity, me.blocks)
+    target = _best(strengths(others, me.blocks), length, me.throughput / length)
+    if holders[target.start : target.end].count(0) > holders[me.start : me.end].count(0):
+        return target
+    place = mended([*others, me], me.blocks).get(me.peer, me.span)
+    return place if place != me.span else None
+
+
+def _strengthening(others: list[ServerRecord], me: ServerRecord, capacity: int, factor: float) -> Span | None:
+    """The span whose gain is worth the move; None where there is none."""
+    without = strengths(others, me.blocks)
     held = range(me.start, me.end)
     share = me.throughput / len(held)
     before = [strength + share if block in held else strength for block, strength in enumerate(without)]
-    cut = not all(before)
-    if not cut and max(without[held[0]], without[held[-1]]) < factor * min(before):
+    if max(without[held[0]], without[held[-1]]) < factor * min(before):
         return None  # neither end of this span can be spared: the common case, found without looking at every window
-    length = min(capacity, blocks)
+    length = min(capacity, me.blocks)
     target = _best(without, length, me.throughput / length)
     gained = [block for block in range(target.start, target.end) if block not in held]
     lost = [block for block in held if not target.start <= block < target.end]
-    if cut:
-        closed = sum(not without[block] for block in gained)
-        opened = sum(not without[block] for block in lost)
-        return target if closed > opened else None
-    if not gained or not lost or min(without[block] for block in lost) < factor * min(before[block] for block in gained):
-        return None
-    ready = coverage((record for record in others if record.state == "ready"), blocks)
-    return target if all(ready[block] for block in held) else None
+    pays = gained and lost and min(without[block] for block in lost) >= factor * min(before[block] for block in gained)
+    return target if pays else None
+
+
+def mended(records: Iterable[ServerRecord], blocks: int) -> dict[str, Span]:
+    """Spans by peer, as long as the records' and in the same order, that hold every block; empty where they are too short.
+
+    First servers close gaps before them, from the left; what then lacks at the end is closed from the right. A server whose
+    place nobody needs changed keeps it, so while servers move there one by one, the others come to the same plan.
+    """
+    spans = {record.peer: record.span for record in records}
+    covered = 0
+    for peer, span in sorted(spans.items(), key=lambda item: (item[1], item[0])):
+        start = min(span.start, covered)
+        spans[peer] = Span(start, start + len(span))
+        covered = max(covered, spans[peer].end)
+    if covered >= blocks:
+        return spans
+    lacking = blocks
+    for peer, span in sorted(spans.items(), key=lambda item: (item[1].end, item[1].start, item[0]), reverse=True):
+        if lacking <= 0:
+            break
+        end = max(span.end, lacking)
+        spans[peer] = Span(end - len(span), end)
+        lacking = min(lacking, end - len(span))
+    return spans if lacking <= 0 else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +156,7 @@ class Mover:
     """One server's decision to move: want, wait, drain, look again, move. Asked every few seconds.
 
     The wait is drawn from a generator of `seed`, up to `pace` times the servers that may want the same move, so that however
-    many want it about one moves in each `pace`.
+    many want it about one moves in each `pace`, and two whose moves would undo each other do not make them at once for ever.
     """
 
     def __init__(self, seed: int, policy: MovePolicy | None = None) -> None:
@@ -142,8 +188,12 @@ class Mover:
         return None
 
 
-def _staying(records: Iterable[ServerRecord], now: float = 0.0) -> list[ServerRecord]:
-    return [record for record in records if record.state != "draining" and record.throughput > 0 and record.expires > now]
+def _alive(records: Iterable[ServerRecord], now: float) -> list[ServerRecord]:
+    return [record for record in records if record.expires > now and record.throughput > 0]
+
+
+def _staying(records: Iterable[ServerRecord]) -> list[ServerRecord]:
+    return [record for record in records if record.state != "draining" and record.throughput > 0]
 
 
 def _best(strength: Sequence[float], length: int, share: float) -> Span:
@@ -160,7 +210,7 @@ def _best(strength: Sequence[float], length: int, share: float) -> Span:
 
 def _rivals(records: Iterable[ServerRecord], me: ServerRecord, now: float, factor: float) -> int:
     """About how many servers, `me` among them, may want to move for the same reason."""
-    staying = _staying(records, now)
+    staying = [record for record in _staying(_alive(records, now)) if quality(record) == quality(me)]
     holders = coverage(staying, me.blocks)
     strength = strengths(staying, me.blocks)
     weakest = min(strength)
@@ -170,4 +220,4 @@ def _rivals(records: Iterable[ServerRecord], me: ServerRecord, now: float, facto
         spare = max(strength[span]) - record.throughput / (record.end - record.start)
         return min(holders[span]) > 1 and spare >= factor * weakest
 
-    return max(1, sum(map(may, staying)))
+    return max(min(len(staying), _FEW), sum(map(may, staying)))

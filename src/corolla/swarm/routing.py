@@ -65,6 +65,11 @@ def gaps(records: Iterable[ServerRecord], blocks: int) -> tuple[Span, ...]:
     return tuple(Span(run[0], run[-1] + 1) for run in runs)
 
 
+def quality(record: ServerRecord) -> tuple[str, str]:
+    """What the servers of a route have in common: the dtype they compute in and the format of their weights."""
+    return record.dtype, record.weights
+
+
 def find_route(
     records: Iterable[ServerRecord],
     *,
@@ -103,7 +108,7 @@ def find_route(
         sound = record.blocks == blocks and record.throughput > 0
         wanted = weights in (None, record.weights) and dtype in (None, record.dtype)
         if able and roomy and sound and wanted and record.expires > now and record.peer not in banned:
-            qualities.setdefault(("", "") if mixed else (record.dtype, record.weights), []).append(record)
+            qualities.setdefault(("", "") if mixed else quality(record), []).append(record)
     routes = []
     lacking: list[tuple[Span, ...]] = [(Span(0, blocks),)]
     for _, servers in sorted(qualities.items()):
