@@ -34,6 +34,8 @@ def chat(
     threads: options.Threads = None,
     weights: options.Weights = None,
     batch_invariant: options.BatchInvariant = False,
+    peers: options.Peers = None,
+    secret: options.Secret = None,
 ) -> None:
     """Talk with a model.
 
@@ -60,7 +62,9 @@ def chat(
     chosen = template_named(template) if template else None
     examples = read_few_shot(few_shot) if few_shot else []
 
-    with opened(model, dtype=dtype, threads=threads, weights=weights, batch_invariant=batch_invariant) as embedded:
+    with opened(
+        model, peers=peers, secret=secret, dtype=dtype, threads=threads, weights=weights, batch_invariant=batch_invariant
+    ) as embedded:
         tokenizer = TextTokenizer(embedded.directory)
         conversation = Conversation(
             tokenizer,

@@ -31,6 +31,8 @@ def generate(
     threads: options.Threads = None,
     weights: options.Weights = None,
     batch_invariant: options.BatchInvariant = False,
+    peers: options.Peers = None,
+    secret: options.Secret = None,
 ) -> None:
     """Continue a text.
 
@@ -55,7 +57,9 @@ def generate(
     from corolla.client.session import Session
     from corolla.client.tokenizer import TextTokenizer
 
-    with opened(model, dtype=dtype, threads=threads, weights=weights, batch_invariant=batch_invariant) as embedded:
+    with opened(
+        model, peers=peers, secret=secret, dtype=dtype, threads=threads, weights=weights, batch_invariant=batch_invariant
+    ) as embedded:
         tokenizer = TextTokenizer(embedded.directory)
         settings = dataclasses.replace(settings, stop_token_ids=tokenizer.end_ids)
         tokens = tokenizer.encode(text, opening=True)

@@ -14,6 +14,9 @@ from corolla.cli.chat import chat
 from corolla.cli.doctor import doctor
 from corolla.cli.generate import generate
 from corolla.cli.models import models
+from corolla.cli.serve import serve
+from corolla.cli.status import status
+from corolla.cli.up import up
 from corolla.errors import CorollaError
 
 
@@ -55,5 +58,5 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
             stream.reconfigure(errors=errors)
 
 
-for command in (chat, generate, models, doctor):
+for command in (chat, generate, up, serve, status, models, doctor):
     app.command()(command)

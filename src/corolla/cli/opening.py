@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from corolla.cli.progress import showing_progress
 
 if TYPE_CHECKING:
+    from corolla.client.joined import Joined
     from corolla.server.embedded import Embedded
 
 
 @contextmanager
-def opened(model: str, **machine: Any) -> Iterator[Embedded]:
-    """`server.embedded.open_model`; the bars are gone before the block begins."""
-    from corolla.server.embedded import open_model
+def opened(model: str, *, peers: Sequence[str] | None, secret: str | None, **machine: Any) -> Iterator[Embedded | Joined]:
+    """The model of a swarm where `peers` are named, else in this process; the bars are gone before the block begins.
 
+    `machine` is what `server.embedded.open_model` takes; a swarm's servers decide that for themselves.
+    """
     with ExitStack() as stack:
         with showing_progress() as progress:
-            embedded = stack.enter_context(open_model(model, progress=progress, **machine))
-        yield embedded
+            if peers:
+                from corolla.client.joined import join_swarm
+                from corolla.models.catalog import resolve
+                from corolla.swarm.peer import PeerConfig
+
+                directory = resolve(model, progress=progress)
+                config = PeerConfig(initial_peers=peers, secret=secret_bytes(secret), client_mode=True)
+                entered: Embedded | Joined = stack.enter_context(join_swarm(directory, config))
+            else:
+                from corolla.server.embedded import open_model
+
+                entered = stack.enter_context(open_model(model, progress=progress, **machine))
+        yield entered
+
+
+def secret_bytes(secret: str | None) -> bytes | None:
+    """What peers prove that they know; an empty text is a mistake that `Handshake` names."""
+    return None if secret is None else secret.encode()

@@ -8,6 +8,7 @@ import typer
 
 _SAMPLING = "Sampling"
 _MACHINE = "Machine"
+_SWARM = "Swarm"
 
 Model = Annotated[str, typer.Argument(help="An alias (smollm2), a directory, or the id of a model on the hub.", show_default=True)]
 MaxNewTokens = Annotated[int, typer.Option(help="The most tokens an answer may have.", rich_help_panel=_SAMPLING)]
@@ -26,6 +27,14 @@ Dtype = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores by default.", rich_help_panel=_MACHINE)]
 Weights = Annotated[
     str | None, typer.Option(help="packed (lossless), plain, int8 or int4; the quickest lossless by default.", rich_help_panel=_MACHINE)
+]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ADDRESS", help="Join the swarm through this address; may be repeated.", rich_help_panel=_SWARM),
+]
+Secret = Annotated[
+    str | None,
+    typer.Option(help="What every peer of the swarm must know; without one it is open.", envvar="COROLLA_SECRET", rich_help_panel=_SWARM),
 ]
 BatchInvariant = Annotated[
     bool,

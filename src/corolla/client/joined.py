@@ -37,6 +37,7 @@ class KnownServers:
     def __init__(self, peer: SwarmPeer, model_id: str) -> None:
         self._peer, self._model_id = peer, model_id
         self._records: list[ServerRecord] = []
+        self._quality: tuple[str | None, str | None] = None, None
         self._closing = threading.Event()
         self._look()
         deadline = time.monotonic() + _FIRST_LOOK
@@ -54,9 +55,7 @@ class KnownServers:
         """See `client.swarm.FindRoute`."""
         if not self._records:
             raise NetworkError("no server of this swarm serves this model; `corolla status` shows which it serves")
-        return find_route(
-            self._records, blocks=self._records[0].blocks, now=time.time(), banned=banned, needed_tokens=needed_tokens
-        )
+        return find_route(self._records, blocks=self._records[0].blocks, now=time.time(), banned=banned, needed_tokens=needed_tokens)
 
     def close(self) -> None:
         self._closing.set()

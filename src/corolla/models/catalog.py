@@ -95,7 +95,7 @@ def resolve(name: str, *, progress: Progress | None = None, revision: str | None
 def installed() -> list[InstalledModel]:
     """The models in Corolla's cache and, of those in the hub's cache, the ones with safetensors; sorted by name."""
     directories = {directory.name: directory for directory in models_directory().glob("[!.]*") if directory.is_dir()}
-    return sorted((_describe(name, path) for name, path in (directories | _in_hub_cache()).items()), key=lambda model: model.name)
+    return sorted((describe(name, path) for name, path in (directories | _in_hub_cache()).items()), key=lambda model: model.name)
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
@@ -156,7 +156,8 @@ def _in_hub_cache() -> dict[str, Path]:
     return found
 
 
-def _describe(name: str, directory: Path) -> InstalledModel:
+def describe(name: str, directory: Path) -> InstalledModel:
+    """What the files in a model's directory say of it."""
     try:
         config = json.loads((directory / "config.json").read_bytes())
     except (OSError, ValueError):  # listed all the same: who wants to run it is told what is wrong

@@ -120,9 +120,7 @@ class SpanServer:
 
     def _pass_on(self, way: _Way, step: Step, reply: Hidden, *, tells_way: bool) -> None:
         """The rows that are computed so far go to the next server; it samples after the last of them."""
-        onward = replace(
-            step, start=reply.start, payload=reply.hidden, tokens=reply.tokens, settings=step.settings if reply.last else None
-        )
+        onward = replace(step, start=reply.start, payload=reply.hidden, tokens=reply.tokens, settings=step.settings if reply.last else None)
         hop = way.hop + 1
         if tells_way:
             frame = from_step(onward, wire_dtype=self._wire_dtype, route=way.route, hop=hop, client=way.client)

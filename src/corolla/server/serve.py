@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import statistics
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import corolla
 from corolla.engine.engine import Engine, EngineConfig
-from corolla.errors import InvalidSetting, NetworkError
+from corolla.errors import NetworkError
 from corolla.models.catalog import resolve
-from corolla.models.checkpoint import Progress
+from corolla.models.checkpoint import Checkpoint, Progress
 from corolla.models.families import architecture
 from corolla.models.linear import WeightFormat
-from corolla.models.span import SpanModel, load_span
+from corolla.models.span import load_span
 from corolla.server.embedded import fast_dtype
 from corolla.server.node import SpanServer
 from corolla.swarm.peer import PeerConfig, SwarmPeer
@@ -41,7 +43,7 @@ class ServeConfig:
     dtype: str | None = None
     weights: WeightFormat | None = None
     threads: int | None = None
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = field(default_factory=EngineConfig)
     announce_every: float = 5.0  # seconds
     lifetime: float = 20.0  # of an announcement, in seconds: how long a server that died is still listed
 
@@ -117,8 +119,16 @@ def serving(model: str, peer: PeerConfig, config: ServeConfig, progress: Progres
     try:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        span = config.span or _choose(directory, joined, model_id, config)
-        loaded = _load(directory, span, config, progress)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = config.dtype or fast_dtype(device)
+        weights: WeightFormat = config.weights or ("packed" if device == "cpu" else "plain")
+        if config.span is None:
+            alike = [r for r in joined.servers(model_id) if (r.dtype, r.weights) == (dtype, weights)]
+            span = _choose(directory, alike, config.capacity)
+        else:
+            span = config.span
+        report = None if progress is None else lambda done, total: progress("loading", done, total)
+        loaded = load_span(directory, span, dtype=dtype, weights=weights, device=device, progress=report)
         running = RunningServer(joined, Engine(loaded, config.engine), model_id, config)
     except BaseException:
         joined.close()
@@ -151,28 +161,19 @@ def measure_throughput(engine: Engine) -> float:
     return len(model.span) / sorted(seconds)[len(seconds) // 2]
 
 
-def _choose(directory: Path, peer: SwarmPeer, model_id: str, config: ServeConfig) -> Span:
-    from corolla.models.checkpoint import Checkpoint
-
+def _choose(directory: Path, others: list[ServerRecord], capacity: int | None) -> Span:
     with Checkpoint(directory) as checkpoint:
         blocks = architecture(checkpoint.config).blocks
-    capacity = min(config.capacity or blocks, blocks)
-    if capacity < 1:
-        raise InvalidSetting("capacity", f"{capacity} blocks are none")
-    return choose_span(peer.servers(model_id), blocks=blocks, capacity=capacity, throughput=1.0)
+    known = [record.throughput for record in others]
+    # This server has not measured itself yet: it takes itself for one like the others.
+    throughput = statistics.median(known) if known else 1.0
+    return choose_span(others, blocks=blocks, capacity=blocks if capacity is None else capacity, throughput=throughput)
 
 
-def _load(directory: Path, span: Span, config: ServeConfig, progress: Progress | None) -> SpanModel:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_span(
-        directory,
-        span,
-        dtype=config.dtype or fast_dtype(device),
-        weights=config.weights or ("packed" if device == "cpu" else "plain"),
-        device=device,
-        progress=None if progress is None else lambda done, total: progress("loading", done, total),
-    )
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name_of(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
+    names: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
+        torch.float32: "float32",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
+    return names[dtype]
