@@ -26,7 +26,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-THIN = ("types", "errors", "client", "chat", "swarm/transport", "cli/main")
+THIN = ("types", "errors", "client", "chat", "swarm/transport", "swarm/frames", "swarm/wire", "cli/main")
 HEAVY = ("torch", "transformers", "hivemind")
 
 

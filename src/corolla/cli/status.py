@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from corolla.swarm.records import ServerRecord
 
-_WIDTH = 40  # columns of the drawing
+_WIDTH = 30  # columns of the drawing
 
 
 def status(
@@ -57,10 +57,12 @@ def show(console: Console, model: str, records: list[ServerRecord]) -> None:
     from corolla.swarm.routing import gaps
 
     blocks = records[0].blocks
-    table = Table("server", "blocks", f"of {blocks}", "blocks x rows/s", "active", "weights", "version", "state", box=None, pad_edge=False)
+    table = Table("server", "blocks", f"of {blocks}", "rows/s", "active", "weights", "state", box=None, pad_edge=False)
+    table.columns[2].no_wrap = True
     for record in records:
         name = record.name or record.peer[-8:]
-        figures = (f"{record.throughput:.0f}", str(record.active), f"{record.dtype} {record.weights}", record.version, record.state)
+        speed = f"{record.throughput / len(record.span):.0f}"
+        figures = (speed, str(record.active), f"{record.dtype} {record.weights}", record.state)
         table.add_row(name, str(record.span), drawing(record, blocks), *figures)
     console.print(f"model {model}")
     console.print(table)

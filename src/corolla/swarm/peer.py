@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class SwarmPeer:
 
         from corolla.swarm.signatures import Identity, SignedEntries
 
+        logging.getLogger("hivemind").setLevel(logging.WARNING)  # else it reports every start on standard error
         self._directory_of_key = tempfile.TemporaryDirectory(prefix="corolla-")
         key = config.identity or Path(self._directory_of_key.name) / "identity"
         entries = SignedEntries(Identity.load(key), config.secret)
@@ -47,6 +49,7 @@ class SwarmPeer:
                 identity_path=str(key),
                 record_validators=[entries],
                 client_mode=config.client_mode,
+                check_if_identity_free=config.identity is not None,  # a key made just now is nobody else's
                 start=True,
             )
         except (P2PDaemonError, RuntimeError, OSError) as error:
