@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from corolla.models.reference import Reference
@@ -92,3 +93,25 @@ def test_a_server_that_is_told_to_end_withdraws_its_record(processes: Processes)
     other.terminate()
     assert other.wait(DEADLINE) == 0
     assert [(record["start"], record["end"]) for record in processes.status()] == [(0, 2)]
+
+
+def test_up_answers_and_leaves_no_process_behind(smollm2: Path) -> None:
+    up = subprocess.Popen(
+        [*COROLLA, "up", str(smollm2), "--servers", "2", "--dtype", "float32", "--temperature", "0"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    parent = psutil.Process(up.pid)
+    assert up.stdin is not None
+    assert up.stdout is not None
+    up.stdin.write("What is the capital of France?\n")
+    up.stdin.flush()
+    assert "Paris" in up.stdout.readline()
+    family = parent.children(recursive=True)
+    assert len(family) >= 4  # two servers and their daemons
+    up.communicate(timeout=DEADLINE)
+    assert up.returncode == 0
+    gone, alive = psutil.wait_procs(family, timeout=DEADLINE)
+    assert not alive, [process.cmdline() for process in alive]
+    assert len(gone) == len(family)

@@ -52,17 +52,19 @@ class Scheduler:
             if self._match and not conversation.table.pages:
                 reused += self._pool.match(conversation.table, conversation.tokens)
             count = min(conversation.pending, budget)
-            keep = [c for c, _ in taken] + [conversation]
-            if self._make_room(conversation, count, [c for c in everyone if c not in keep], schedule):
+            if self._make_room(conversation, count, everyone, [c for c, _ in taken], schedule):
                 taken.append((conversation, count))
                 budget -= count
         work = [(c, self._work(c, count)) for c, count in taken]
         return replace(schedule, work=work, reused=reused)
 
-    def _make_room(self, conversation: Conversation, count: int, others: list[Conversation], schedule: Schedule) -> bool:
+    def _make_room(
+        self, conversation: Conversation, count: int, everyone: list[Conversation], keep: list[Conversation], schedule: Schedule
+    ) -> bool:
+        """Reserve pages for `count` more rows, taking them from others than `keep` where none is free."""
         table = conversation.table
         while not self._pool.reserve(table, table.length + count):
-            holders = [c for c in others if c.table.pages]
+            holders = [c for c in everyone if c.table.pages and c is not conversation and c not in keep]
             idle = [c for c in holders if c.idle]
             later = [c for c in holders if not c.idle and c.arrival > conversation.arrival]
             if idle:

@@ -1,0 +1,63 @@
+"""The formats of weights against the plain product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from corolla.errors import InvalidSetting
+from corolla.models.architecture import Activation
+from corolla.models.linear import Int8Linear, PlainLinear, can_pack, make_linear
+
+SHAPE = 64, 96  # out, in
+
+
+def weights(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(SHAPE, generator=generator).mul(0.1).to(dtype), torch.randn(SHAPE[0], generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_packed_is_lossless(rows: int, dtype: torch.dtype, biased: bool) -> None:
+    weight, bias = weights(dtype)
+    plain, packed = (make_linear(weight, bias if biased else None, fmt) for fmt in ("plain", "packed"))
+    x, other = torch.randn(rows, SHAPE[1]).to(dtype), torch.randn(rows, SHAPE[0]).to(dtype)
+    # What is fused is rounded once instead of twice.
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(packed(x), plain(x), **close)
+    torch.testing.assert_close(packed.added(x, other), plain.added(x, other), **close)
+    torch.testing.assert_close(packed.multiplied(x, other), plain.multiplied(x, other), **close)
+    activations: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu")
+    for activation in activations:
+        torch.testing.assert_close(packed.activated(x, activation), plain.activated(x, activation), **close)
+
+
+@pytest.mark.parametrize(("fmt", "error"), [("int8", 0.01), ("int4", 0.12)])
+def test_quantized_products_err_as_little_as_they_say(fmt: Any, error: float) -> None:
+    weight, bias = weights(torch.bfloat16)
+    x = torch.randn(8, SHAPE[1]).bfloat16()
+    exact = PlainLinear(weight.float(), bias.float())(x.float())
+    assert (make_linear(weight, bias, fmt)(x).float() - exact).norm() < error * exact.norm()
+
+
+def test_int8_widened_equals_its_product() -> None:
+    weight, bias = weights(torch.float32)
+    linear = Int8Linear(weight, bias)
+    x = torch.randn(3, SHAPE[1])
+    torch.testing.assert_close(torch.nn.functional.linear(x, linear.widened(), bias), linear(x), rtol=1e-4, atol=1e-4)
+
+
+def test_shapes_that_int4_cannot_take_become_int8() -> None:
+    assert isinstance(make_linear(torch.randn(64, 50), None, "int4"), Int8Linear)
+
+
+def test_what_a_device_cannot_compute_is_refused() -> None:
+    with pytest.raises(InvalidSetting, match="weights"):
+        make_linear(torch.empty(64, 96, device="meta"), None, "int4")
+    with pytest.raises(InvalidSetting, match="int3"):
+        make_linear(torch.randn(4, 4), None, "int3")  # type: ignore[arg-type]
+    assert not can_pack(torch.float64)
