@@ -141,6 +141,7 @@ class Step:
     settings: GenerationSettings | None = None  # sample after the last token and go on, until the answer ends
     adapter: str = ""
     tokens: Sequence[int] = ()  # the ids of the rows where the payload is hidden states
+    span: Span | None = None  # the blocks to compute, of those that the server holds; None is all of them
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,21 @@ def test_sampling_with_a_penalty_is_the_same_on_any_route(swarm: Swarm) -> None:
     assert swarm.routes[-1].peers == ("whole",)
 
 
+def test_servers_that_overlap_compute_each_block_once(directory: Path) -> None:
+    swarm = Swarm(directory)
+    for name, start, end in (("a", 0, 3), ("b", 1, 4)):
+        swarm.add(name, start, end)
+    assert answer(swarm) == Reference(directory).greedy(PROMPT, 30)
+    assert sum(hop.end - hop.start for hop in swarm.routes[-1].hops) == 4
+    swarm.close()
+
+
+def test_two_servers_that_lose_one_another_are_gone_around(swarm: Swarm, directory: Path) -> None:
+    swarm.add("spare", 3, 4, throughput=1.0)
+    assert answer(swarm, at={6: lambda: swarm.hub.part("b", "c")}) == Reference(directory).greedy(PROMPT, 30)
+    assert swarm.routes[-1].peers == ("a", "b", "spare")
+
+
 def test_a_second_turn_sends_only_what_is_new(swarm: Swarm) -> None:
     with Session(swarm.transport, "") as session:
         list(session.generate(PROMPT, SETTINGS, timeout=TIMEOUT))

@@ -64,7 +64,7 @@ def serve(
         if ready_file is not None:
             _write_whole(ready_file, "\n".join(server.addresses) + "\n")
         print(f"serving blocks {server.span} of {model}; another machine joins with", file=sys.stderr)
-        print(f"corolla serve {model} --peers {server.addresses[0]}", flush=True)
+        print(f"corolla serve {model} --peers {_farthest(server.addresses)}", flush=True)
         while not stopping.wait(1.0):
             pass
 
@@ -74,6 +74,11 @@ def _span(blocks: str) -> Span:
     if not (colon and start.isdecimal() and end.isdecimal()):
         raise InvalidSetting("blocks", f"{blocks!r} is no range; give START:END, as in 0:12")
     return Span(int(start), int(end))
+
+
+def _farthest(addresses: list[str]) -> str:
+    """An address that other machines may reach, where there is one."""
+    return next((address for address in addresses if not address.startswith("/ip4/127.")), addresses[0])
 
 
 def _write_whole(path: Path, text: str) -> None:

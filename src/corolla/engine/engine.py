@@ -21,7 +21,7 @@ from corolla.engine.sequence import Conversation, Deliver
 from corolla.engine.work import Computed, Work
 from corolla.errors import Busy, CapacityError, CorollaError, EmptyPrompt, InvalidSetting, PromptTooLong, ServerFault
 from corolla.models.span import SpanModel
-from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, Hidden, Message, Reply, Step, Token
+from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, Hidden, Message, Reply, Span, Step, Token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +61,8 @@ class Engine:
         self.pool = PagePool(pages, config.page_size)
         self.cache = KVCache(model.arch, model.span, pages * config.page_size, config.page_size, model.dtype, model.device)
         self._executor = Executor(model, self.cache, batch_invariant=config.batch_invariant)
-        # In a row of several servers each would find another length of a prefix: only a whole model shares them.
-        self._shares_prefixes = model.embeds and model.heads
         rows = INVARIANT_ROWS if config.batch_invariant else config.step_rows
-        self._scheduler = Scheduler(self.pool, rows, match=self._shares_prefixes)
+        self._scheduler = Scheduler(self.pool, rows)
         self._conversations: dict[str, Conversation] = {}
         self.counters = Counters()
         self._inbox: deque[tuple[Message, Deliver | None]] = deque()
@@ -108,12 +106,15 @@ class Engine:
         room = self.context_length - (step.settings is not None)
         if step.start + count > room:
             raise PromptTooLong(step.start + count, self.context_length)
-        if self.model.embeds:
+        span, own = step.span or self.model.span, self.model.span
+        if not own.start <= span.start < span.end <= own.end:
+            raise InvalidSetting("blocks", f"{span} are not among the blocks {own} held here")
+        if span.start == 0:
             outside = next((token for token in step.payload if not 0 <= token < arch.vocabulary), None)
             if outside is not None:
                 raise InvalidSetting("payload", f"{outside} is no token of a vocabulary of {arch.vocabulary}")
         elif not isinstance(step.payload, torch.Tensor) or step.payload.shape != (count, arch.hidden):
-            raise InvalidSetting("payload", f"block {self.model.span.start} takes hidden states of shape [tokens, {arch.hidden}]")
+            raise InvalidSetting("payload", f"block {span.start} takes hidden states of shape [tokens, {arch.hidden}]")
         if step.settings is not None:
             check_vocabulary(step.settings, arch.vocabulary)
 
@@ -133,7 +134,8 @@ class Engine:
         conversation = self._conversations.get(step.session)
         if conversation is not None and self._continues(conversation, step, deliver):
             return
-        if conversation is not None and conversation.table.adapter != step.adapter:
+        span = step.span or self.model.span
+        if conversation is not None and (conversation.table.adapter, conversation.span) != (step.adapter, span):
             self._forget(conversation)
             conversation = None
         have = conversation.position if conversation is not None else 0
@@ -144,7 +146,9 @@ class Engine:
             deliver(Gap(step.session, step.generation, have))
             return
         if conversation is None:
-            conversation = Conversation(step.session, self.pool.open(step.adapter))
+            # In a row of several servers each would find another length of a prefix: only a whole model shares them.
+            whole = len(span) == self.model.arch.blocks
+            conversation = Conversation(step.session, self.pool.open(step.adapter), span, shares_prefixes=whole)
             self._conversations[step.session] = conversation
         self.cache.copy_pages(self.pool.truncate(conversation.table, step.start))
         # A page that could not be copied is cut off: its tokens are still known, and are computed again.
@@ -192,19 +196,23 @@ class Engine:
         if not scheduled:
             return self._fail_stuck()
         self.counters.steps += 1
-        works = [work for _, work in scheduled]
+        for span in sorted({conversation.span for conversation, _ in scheduled}):
+            self._forward(span, [(conversation, work) for conversation, work in scheduled if conversation.span == span])
+        return True
+
+    def _forward(self, span: Span, scheduled: list[tuple[Conversation, Work]]) -> None:
+        """Forward and reply for the sessions that go through the same blocks."""
         try:
-            computed = self._executor.forward(works)
+            computed = self._executor.forward([work for _, work in scheduled], span)
             sampled = iter(self._sample(scheduled, computed))
         except (CorollaError, RuntimeError, MemoryError) as error:
             self._fail([c for c, _ in scheduled], error)
-            return True
+            return
         at = 0
         for conversation, work in scheduled:
             hidden = computed.hidden[at : at + work.rows.count]
             at += work.rows.count
             self._reply(conversation, work, hidden, next(sampled) if work.wants_logits else None)
-        return True
 
     def _schedule(self) -> list[tuple[Conversation, Work]]:
         schedule = self._scheduler.schedule(self._conversations.values())
@@ -240,7 +248,7 @@ class Engine:
         self.pool.advance(conversation.table, count)
         if conversation.hidden is not None:
             conversation.hidden = conversation.hidden[count:]
-        elif self._shares_prefixes:
+        elif conversation.shares_prefixes:
             self.pool.publish(conversation.table, conversation.tokens, conversation.position)
         deliver = conversation.deliver
         assert deliver is not None, "an idle session was scheduled"
@@ -249,7 +257,7 @@ class Engine:
             return
         done = conversation.pending == 0
         reply: Reply | None = None
-        if not self.model.heads:
+        if conversation.span.end != self.model.arch.blocks:
             tokens = tuple(conversation.tokens[work.rows.start : work.rows.end])
             reply = Hidden(conversation.session, conversation.generation, work.rows.start, hidden, tokens, last=done)
         elif done:
@@ -280,7 +288,7 @@ class Engine:
             sampled.top_logprobs,
             finish,
         )
-        if finish is None and self.model.embeds:
+        if finish is None and conversation.span.start == 0:
             conversation.tokens.append(sampled.token_id)
         else:
             self._rest(conversation)
@@ -337,5 +345,6 @@ class Engine:
         self.pool.check_integrity()
         for conversation in self._conversations.values():
             known = len(conversation.tokens)
-            assert not self.model.embeds or conversation.position <= known, f"{conversation.session} caches more than its history"
+            embeds = conversation.span.start == 0
+            assert not embeds or conversation.position <= known, f"{conversation.session} caches more than its history"
             assert not (conversation.idle and conversation.pending), f"{conversation.session} is idle with rows to compute"

@@ -11,6 +11,7 @@ from corolla.engine.cache import KVCache
 from corolla.engine.graphs import DecodeGraphs, fits
 from corolla.engine.work import Computed, Work
 from corolla.models.span import SpanModel
+from corolla.types import Span
 
 # Rows that a batch-invariant forward always computes; prefill runs in chunks of it.
 INVARIANT_ROWS = 16
@@ -25,18 +26,19 @@ class Executor:
         self._graphs = DecodeGraphs(model, cache) if model.device.type == "cuda" and not batch_invariant else None
 
     @torch.inference_mode()
-    def forward(self, works: Sequence[Work]) -> Computed:
-        """Compute the rows and write their keys and values; the tables must hold room for them."""
+    def forward(self, works: Sequence[Work], part: Span | None = None) -> Computed:
+        """Compute the rows through the span or a `part` of it, and write their keys and values; the tables must hold room."""
         model = self.model
-        if self._graphs is not None and fits(works):
+        part = part or model.span
+        if self._graphs is not None and part == model.span and fits(works):
             return self._graphs.run(works)
         count = sum(work.rows.count for work in works)
         padded = self._padded(count)
         positions = [position for work in works for position in range(work.rows.start, work.rows.end)] + [0] * (padded - count)
-        hidden = self._inputs(works, padded)
+        hidden = self._inputs(works, padded, part)
         attention = PagedAttention.of(model.arch, self.cache, [w.rows for w in works], padded, model.device, invariant=self._invariant)
-        hidden = model.forward(hidden, torch.tensor(positions, device=model.device), attention)
-        return Computed(hidden[:count], self._logits(works, hidden))
+        hidden = model.forward(hidden, torch.tensor(positions, device=model.device), attention, part)
+        return Computed(hidden[:count], self._logits(works, hidden, part))
 
     def _padded(self, count: int) -> int:
         if self._invariant:
@@ -44,16 +46,16 @@ class Executor:
             return INVARIANT_ROWS
         return max(count, _FEWEST_PACKED_ROWS) if self.model.weights == "packed" else count
 
-    def _inputs(self, works: Sequence[Work], padded: int) -> torch.Tensor:
+    def _inputs(self, works: Sequence[Work], padded: int, part: Span) -> torch.Tensor:
         model = self.model
-        if model.embeds:
+        if part.start == 0:
             ids = [token for work in works for token in work.payload]
             return model.embed(torch.tensor(ids + [0] * (padded - len(ids))))
         rows = torch.cat([work.payload.to(model.device, model.dtype) for work in works])  # type: ignore[union-attr]
         return torch.nn.functional.pad(rows, (0, 0, 0, padded - rows.shape[0]))
 
-    def _logits(self, works: Sequence[Work], hidden: torch.Tensor) -> torch.Tensor | None:
-        if not self.model.heads:
+    def _logits(self, works: Sequence[Work], hidden: torch.Tensor, part: Span) -> torch.Tensor | None:
+        if part.end != self.model.arch.blocks:
             return None
         last, at = [], 0
         for work in works:

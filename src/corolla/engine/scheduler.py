@@ -26,12 +26,11 @@ class Schedule:
 
 
 class Scheduler:
-    """Args: `step_rows`, the rows of one forward at most; `match`, whether a new session looks for its beginning in the cache."""
+    """Args: `step_rows`, the rows of one forward at most; decoding sessions come before prefill in it."""
 
-    def __init__(self, pool: PagePool, step_rows: int, *, match: bool) -> None:
+    def __init__(self, pool: PagePool, step_rows: int) -> None:
         self._pool = pool
         self._step_rows = step_rows
-        self._match = match
 
     def schedule(self, conversations: Iterable[Conversation]) -> Schedule:
         """Reserve pages and choose rows; what could not get pages waits for a later step."""
@@ -49,7 +48,7 @@ class Scheduler:
                 break
             if conversation in schedule.set_back:
                 continue
-            if self._match and not conversation.table.pages:
+            if conversation.shares_prefixes and not conversation.table.pages:
                 reused += self._pool.match(conversation.table, conversation.tokens)
             count = min(conversation.pending, budget)
             if self._make_room(conversation, count, everyone, [c for c, _ in taken], schedule):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from corolla.engine.pages import PageTable
-from corolla.types import GenerationSettings, Reply
+from corolla.types import GenerationSettings, Reply, Span
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ class Conversation:
 
     session: str
     table: PageTable
+    span: Span  # the blocks that it goes through here
+    shares_prefixes: bool  # whether its full pages are published, and its beginning is looked for among those of others
     tokens: list[int] = field(default_factory=list)
     hidden: torch.Tensor | None = None
     deliver: Deliver | None = None  # of the step under way; None while idle

@@ -65,10 +65,11 @@ class SpanModel:
             hidden = hidden * torch.tensor(self.arch.embedding_scale, dtype=self.dtype)
         return hidden if self._embedding_norm is None else self._embedding_norm(hidden)
 
-    def forward(self, hidden_TxE: torch.Tensor, positions_T: torch.Tensor, attention: Attention) -> torch.Tensor:
-        """Hidden states [T, hidden] through every block of the span."""
+    def forward(self, hidden_TxE: torch.Tensor, positions_T: torch.Tensor, attention: Attention, part: Span | None = None) -> torch.Tensor:
+        """Hidden states [T, hidden] through every block of the span, or of a part of it."""
         turns = rotations(self.arch, positions_T, self.dtype)
-        for block in self.blocks:
+        blocks = self.blocks if part is None else self.blocks[part.start - self.span.start : part.end - self.span.start]
+        for block in blocks:
             hidden_TxE = block(hidden_TxE, attention, turns)
         return hidden_TxE
 

@@ -30,7 +30,7 @@ from corolla.swarm.wire import (
     to_message,
     to_step,
 )
-from corolla.types import Close, Hidden, Reply, Step, Token
+from corolla.types import Close, Hidden, Reply, Span, Step, Token
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,12 @@ class _Way:
     route: tuple[Hop, ...]
     hop: int
     client: str
+
+    @property
+    def span(self) -> Span:
+        """The blocks to compute here."""
+        here = self.route[self.hop]
+        return Span(here.start, here.end)
 
 
 class SpanServer:
@@ -73,11 +79,14 @@ class SpanServer:
             self._send(sender, Pong(message.nonce))
 
     def _lose(self, peer: str) -> None:
-        """The sessions of a client that is gone are closed; what a lost server means, the clients decide."""
+        """The sessions of a client that is gone are closed; of a server that is gone, its sessions' clients are told."""
         for session, way in list(self._ways.items()):
             if way.client == peer:
                 del self._ways[session]
                 self._engine.receive(Close(session))
+            elif any(hop.peer == peer for hop in way.route):
+                gone = NetworkError("the servers before or behind it cannot reach it")
+                self._send(way.client, failed_of(gone, session, way.generation, peer=peer))
 
     def _step(self, sender: str, frame: StepFrame) -> None:
         client = frame.client or sender
@@ -88,7 +97,7 @@ class SpanServer:
             if isinstance(step.payload, torch.Tensor):
                 check_finite(step.payload)
             # Only the head samples; the servers before it pass the settings on.
-            mine = step if self._engine.model.heads else replace(step, settings=None)
+            mine = replace(step, span=way.span, settings=step.settings if way.hop == len(way.route) - 1 else None)
             tells_way = bool(frame.route)
             self._engine.receive(mine, lambda reply: self._reply(way, step, reply, tells_way=tells_way))
         except CorollaError as error:
@@ -100,9 +109,6 @@ class SpanServer:
             if known is None or known.generation != frame.generation:
                 raise ServerFault("this server does not know the session's route")
             return known
-        own, asked = self._engine.model.span, frame.route[frame.hop]
-        if (asked.start, asked.end) != (own.start, own.end):
-            raise ServerFault(f"this server holds blocks {own}, not {asked.start}:{asked.end}")
         if known is not None and known.generation > frame.generation:
             raise ServerFault("a later step of the session came before this one")
         way = self._ways[frame.session] = _Way(frame.generation, frame.route, frame.hop, frame.client)
@@ -114,7 +120,7 @@ class SpanServer:
         if isinstance(reply, Hidden):
             self._pass_on(way, step, reply, tells_way=tells_way)
             return
-        if isinstance(reply, Token) and reply.finish is None and not self._engine.model.embeds:
+        if isinstance(reply, Token) and reply.finish is None and len(way.route) > 1:
             self._close_ring(way, step, reply)
         self._send(way.client, from_reply(reply, peer=self._network.me))
 

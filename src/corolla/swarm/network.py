@@ -42,12 +42,13 @@ class Network(Protocol):
 
 
 class LocalHub:
-    """The peers of one process. `kill` and `freeze` are what tests break it with."""
+    """The peers of one process. `kill`, `freeze` and `part` are what tests break it with."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._peers: dict[str, LocalNetwork] = {}
         self._frozen: set[str] = set()
+        self._parted: set[tuple[str, str]] = set()
 
     def join(self, peer: str) -> LocalNetwork:
         """A network for a new peer of that id."""
@@ -70,6 +71,14 @@ class LocalHub:
         """Swallow all that a peer sends from now on, as if it hung: nobody is told."""
         self._frozen.add(peer)
 
+    def part(self, one: str, other: str) -> None:
+        """From now on two peers cannot reach one another; both notice."""
+        self._parted |= {(one, other), (other, one)}
+        with self._lock:
+            pair = [(self._peers[one], other), (self._peers[other], one)]
+        for network, lost in pair:
+            network.lose(lost)
+
     def carry(self, sender: str, receiver: str, message: WireMessage) -> None:
         with self._lock:
             source, target = self._peers.get(sender), self._peers.get(receiver)
@@ -77,7 +86,7 @@ class LocalHub:
             raise NetworkError(f"the network of {sender} is closed")
         if sender in self._frozen:
             return
-        if target is None:
+        if target is None or (sender, receiver) in self._parted:
             source.lose(receiver)
         else:
             # Through bytes, so that what works here works between machines; a frame's length goes before it.
