@@ -15,13 +15,16 @@ from tests.models import tiny
 
 PROMPTS = [[5 + i % 180 for i in range(seed, seed + length)] for seed, length in [(0, 7), (11, 40), (23, 1), (31, 70)]]
 
+CUTS = [(4,), (2, 4), (1, 3, 4), (1, 2, 3, 4)]
+CUT_NAMES = ["whole", "2 spans", "3 spans", "n spans"]
+
 
 @pytest.fixture(scope="module", params=tiny.CONFIGS)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("cuts", [(4,), (2, 4), (1, 3, 4), (1, 2, 3, 4)], ids=["whole", "2 spans", "3 spans", "n spans"])
+@pytest.mark.parametrize("cuts", CUTS, ids=CUT_NAMES)
 def test_logits_equal_stock(directory: Path, cuts: tuple[int, ...]) -> None:
     chain = Chain.load(directory, cuts, dtype="float32")
     for prompt in PROMPTS:
@@ -30,7 +33,7 @@ def test_logits_equal_stock(directory: Path, cuts: tuple[int, ...]) -> None:
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("cuts", [(4,), (1, 3, 4)], ids=["whole", "3 spans"])
+@pytest.mark.parametrize("cuts", CUTS, ids=CUT_NAMES)
 def test_128_greedy_tokens_of_packed_sessions_equal_stock(directory: Path, cuts: tuple[int, ...]) -> None:
     reference = Reference(directory)
     expected = [reference.greedy(prompt, 128) for prompt in PROMPTS]

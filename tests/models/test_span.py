@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,25 @@ def test_a_span_reads_only_its_tensors(bloom: Path) -> None:
     assert span.bytes_read == expected
     assert not span.embeds
     assert not span.heads
+
+
+def test_a_span_takes_memory_for_its_blocks(tmp_path: Path) -> None:
+    tiny.save("bloom", tmp_path, hidden_size=512, n_layer=8, n_head=8)  # 100 MB of float32
+    code = (
+        "import psutil, sys; from pathlib import Path; from corolla.models.span import load_span; from corolla.types import Span\n"
+        "directory, start, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])\n"
+        "load_span(directory, Span(0, 1), dtype='float32')\n"  # imports, and what libraries keep
+        "before = psutil.Process().memory_info().rss\n"
+        "span = load_span(directory, Span(start, end), dtype='float32')\n"
+        "print(psutil.Process().memory_info().rss - before)\n"
+    )
+
+    def grown(start: int, end: int) -> int:
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(start), str(end)], stdout=subprocess.PIPE, check=True)
+        return int(done.stdout)
+
+    # The file is mapped, so what was read of it counts too, in both.
+    assert grown(3, 5) < 0.4 * grown(0, 8)
 
 
 def test_the_spans_of_a_model_read_each_block_once(bloom: Path) -> None:
