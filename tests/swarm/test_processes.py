@@ -32,11 +32,13 @@ class Processes:
         self.address = ""
 
     def serve(self, blocks: str) -> subprocess.Popen[str]:
-        ready = self.folder / f"ready-{len(self.running)}"
         joining = ["--peers", self.address] if self.address else ["--new-swarm"]
-        process = self.start(
-            [*COROLLA, "serve", str(self.directory), *joining, "--blocks", blocks, "--dtype", "float32", "--ready-file", str(ready)]
-        )
+        return self.node("serve", str(self.directory), *joining, "--blocks", blocks, "--dtype", "float32")
+
+    def node(self, *command: str) -> subprocess.Popen[str]:
+        """A command that stays, once it is ready."""
+        ready = self.folder / f"ready-{len(self.running)}"
+        process = self.start([*COROLLA, *command, "--ready-file", str(ready)])
         deadline = time.monotonic() + DEADLINE
         while not ready.exists():
             assert process.poll() is None, "the server ended before it was ready"
@@ -46,7 +48,8 @@ class Processes:
         return process
 
     def start(self, command: list[str]) -> subprocess.Popen[str]:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
         self.running.append(process)
         return process
 
@@ -71,20 +74,50 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
     processes.end()
 
 
-def test_an_answer_survives_its_servers_death_token_for_token(processes: Processes) -> None:
+COUNT = 400  # tokens: the ring goes on by itself, and must not be through before the fault
+
+
+def three_servers(processes: Processes) -> subprocess.Popen[str]:
+    """Servers of every block; gives the one in the middle."""
     processes.serve("0:1")
     middle = processes.serve("1:3")
     processes.serve("3:4")
-    assert [(record["start"], record["end"]) for record in processes.status()] == [(0, 1), (1, 3), (3, 4)]
+    return middle
+
+
+def answering(processes: Processes) -> subprocess.Popen[str]:
+    """A client that has the first tokens of its answer."""
     script = Path(__file__).with_name("client_process.py")
-    client = processes.start([sys.executable, str(script), str(processes.directory), processes.address, "40", "15"])
+    client = processes.start([sys.executable, str(script), str(processes.directory), processes.address, str(COUNT), "5"])
     assert client.stdout is not None
     assert client.stdout.readline() == "there\n"
+    return client
+
+
+def check_went_on_elsewhere(processes: Processes, client: subprocess.Popen[str]) -> None:
+    rest, log = client.communicate("\n", timeout=DEADLINE)
+    assert "is left for" in log, "the answer was complete before the fault"
+    assert [int(token) for token in rest.split()] == Reference(processes.directory).greedy(PROMPT, COUNT)
+
+
+def test_an_answer_survives_its_servers_death_token_for_token(processes: Processes) -> None:
+    middle = three_servers(processes)
+    assert [(record["start"], record["end"]) for record in processes.status()] == [(0, 1), (1, 3), (3, 4)]
+    client = answering(processes)
     os.killpg(middle.pid, signal.SIGKILL)
     middle.wait(DEADLINE)
     processes.serve("1:3")
-    rest, _ = client.communicate("\n", timeout=DEADLINE)
-    assert [int(token) for token in rest.split()] == Reference(processes.directory).greedy(PROMPT, 40)
+    check_went_on_elsewhere(processes, client)
+
+
+def test_a_hung_server_is_as_dead_as_a_killed_one_and_its_late_words_change_nothing(processes: Processes) -> None:
+    middle = three_servers(processes)
+    client = answering(processes)
+    os.kill(middle.pid, signal.SIGSTOP)
+    processes.serve("1:3")
+    time.sleep(3)  # longer than the client's patience: it has given the server up
+    os.kill(middle.pid, signal.SIGCONT)
+    check_went_on_elsewhere(processes, client)
 
 
 def test_a_server_that_is_told_to_end_withdraws_its_record(processes: Processes) -> None:
@@ -93,6 +126,15 @@ def test_a_server_that_is_told_to_end_withdraws_its_record(processes: Processes)
     other.terminate()
     assert other.wait(DEADLINE) == 0
     assert [(record["start"], record["end"]) for record in processes.status()] == [(0, 2)]
+
+
+def test_servers_join_through_a_bootstrap_node_and_strangers_do_not(processes: Processes) -> None:
+    processes.node("bootstrap", "--secret", "tulip")
+    processes.node("serve", str(processes.directory), "--peers", processes.address, "--blocks", "0:4", "--secret", "tulip")
+    insider = [*COROLLA, "status", "--json", "--peers", processes.address, "--secret", "tulip"]
+    done = subprocess.run(insider, stdout=subprocess.PIPE, check=True, timeout=DEADLINE)
+    assert [record["end"] for record in json.loads(done.stdout)] == [4]
+    assert processes.status() == []
 
 
 def test_up_answers_and_leaves_no_process_behind(smollm2: Path) -> None:

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import corolla
+from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
 from corolla.cli.doctor import doctor
 from corolla.cli.generate import generate
@@ -58,5 +59,5 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
             stream.reconfigure(errors=errors)
 
 
-for command in (chat, generate, up, serve, status, models, doctor):
+for command in (chat, generate, up, serve, bootstrap, status, models, doctor):
     app.command()(command)

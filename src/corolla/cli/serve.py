@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -47,9 +49,6 @@ def serve(
     from corolla.server.serve import ServeConfig, serving
     from corolla.swarm.peer import PeerConfig
 
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
     peer = PeerConfig(initial_peers=peers or (), host=host, port=port, identity=identity, secret=key)
     config = ServeConfig(
         span=span,
@@ -60,13 +59,24 @@ def serve(
         threads=threads,
         engine=EngineConfig(batch_invariant=batch_invariant),
     )
-    with showing_progress() as progress, serving(model, peer, config, progress) as server:
+    with until_told_to_end() as told, showing_progress() as progress, serving(model, peer, config, progress) as server:
         if ready_file is not None:
-            _write_whole(ready_file, "\n".join(server.addresses) + "\n")
+            write_whole(ready_file, "\n".join(server.addresses) + "\n")
         print(f"serving blocks {server.span} of {model}; another machine joins with", file=sys.stderr)
-        print(f"corolla serve {model} --peers {_farthest(server.addresses)}", flush=True)
-        while not stopping.wait(1.0):
-            pass
+        print(f"corolla serve {model} --peers {farthest(server.addresses)}", flush=True)
+        told.wait()
+
+
+@contextmanager
+def until_told_to_end() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set, in place of what they do otherwise."""
+    told = threading.Event()
+    before = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _span(blocks: str) -> Span:
@@ -76,12 +86,12 @@ def _span(blocks: str) -> Span:
     return Span(int(start), int(end))
 
 
-def _farthest(addresses: list[str]) -> str:
+def farthest(addresses: list[str]) -> str:
     """An address that other machines may reach, where there is one."""
     return next((address for address in addresses if not address.startswith("/ip4/127.")), addresses[0])
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Whoever waits for the file finds all of it."""
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(text, encoding="utf-8")

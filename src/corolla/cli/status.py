@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     from corolla.swarm.records import ServerRecord
 
 _WIDTH = 30  # columns of the drawing
+_WATCH = 3.0  # seconds between two looks
 
 
 def status(
     peers: options.Peers = None,
     secret: options.Secret = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON list of the servers' records.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Show a swarm's servers: which blocks they hold, how fast they are, and what is missing."""
     if not peers:
@@ -34,9 +37,15 @@ def status(
 
     peer = SwarmPeer(PeerConfig(initial_peers=peers, secret=key, client_mode=True))
     try:
-        records = peer.servers()
+        _report(peer.servers(), json=json)
+        while watch:
+            time.sleep(_WATCH)
+            _report(peer.servers(), json=json)
     finally:
         peer.close()
+
+
+def _report(records: list[ServerRecord], *, json: bool) -> None:
     if json:
         typer.echo(json_format.dumps([msgspec.to_builtins(record) for record in records], indent=2))
         return
