@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,19 +21,14 @@ def test_version(corolla: Callable[..., Any]) -> None:
     assert corolla("--version").stdout == f"corolla {package.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["generate", "--help"]])
-def test_help_is_quick(arguments: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["generate", "--help"], ["serve", "--help"], ["up", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         f"import sys; sys.argv[1:] = {arguments!r}; import corolla.cli.main as main\n"
         "try:\n    main.app()\n"
-        "finally:\n    assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
+        "finally:\n    assert not {'torch', 'transformers', 'tokenizers', 'hivemind'} & set(sys.modules)"
     )
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
-        times.append(time.perf_counter() - began)
-    assert min(times) < 1.0, "0.3 s on an idle machine"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
 def test_an_error_is_one_line_and_exit_code_2(corolla: Callable[..., Any], model: Any) -> None:
