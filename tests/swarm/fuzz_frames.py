@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from corolla.errors import CorollaError, ProtocolError
-from corolla.swarm import frames, wire
+from corolla.swarm import convert, frames, wire
 from corolla.swarm.wire import (
     Array,
     CachedFrame,
@@ -109,9 +109,9 @@ def handle(frame: bytes) -> str:
     frames.encode(message)
     try:
         if isinstance(message, StepFrame | CancelFrame | CloseFrame):
-            wire.to_message(message)
+            convert.to_message(message)
         elif not isinstance(message, Ping | Pong | Refused):
-            wire.to_reply(message)
+            convert.to_reply(message)
     except CorollaError:
         return "invalid"
     return "valid"

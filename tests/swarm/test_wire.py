@@ -20,6 +20,19 @@ from corolla.errors import (
     ProtocolError,
     ServerFault,
 )
+from corolla.swarm.arrays import check_finite, from_array, to_array
+from corolla.swarm.convert import (
+    error_of,
+    failed_of,
+    from_message,
+    from_reply,
+    from_settings,
+    from_step,
+    to_message,
+    to_reply,
+    to_settings,
+    to_step,
+)
 from corolla.swarm.frames import decode, encode
 from corolla.swarm.wire import (
     MAX_STEP_TOKENS,
@@ -42,19 +55,6 @@ from corolla.swarm.wire import (
     Unknown,
     WireDtype,
     WireMessage,
-    check_finite,
-    error_of,
-    failed_of,
-    from_array,
-    from_message,
-    from_reply,
-    from_settings,
-    from_step,
-    to_array,
-    to_message,
-    to_reply,
-    to_settings,
-    to_step,
 )
 from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, GenerationSettings, Hidden, Reply, Step, Token
 

@@ -14,25 +14,11 @@ from dataclasses import dataclass
 
 from corolla.errors import NetworkError
 from corolla.swarm.bans import Bans, blameworthy
+from corolla.swarm.convert import error_of, from_message, from_settings, to_reply
 from corolla.swarm.network import Network
 from corolla.swarm.routing import Route
 from corolla.swarm.transport import Deliver
-from corolla.swarm.wire import (
-    MAX_STEP_TOKENS,
-    CachedFrame,
-    FailedFrame,
-    GapFrame,
-    Hop,
-    Ping,
-    Pong,
-    StepFrame,
-    TokenFrame,
-    WireMessage,
-    error_of,
-    from_message,
-    from_settings,
-    to_reply,
-)
+from corolla.swarm.wire import MAX_STEP_TOKENS, CachedFrame, FailedFrame, GapFrame, Hop, Ping, Pong, StepFrame, TokenFrame, WireMessage
 from corolla.types import Close, Gap, Message, Step
 
 log = logging.getLogger(__name__)

@@ -13,23 +13,10 @@ import torch
 
 from corolla.engine.engine import Engine
 from corolla.errors import CorollaError, NetworkError, ServerFault
+from corolla.swarm.arrays import check_finite
+from corolla.swarm.convert import failed_of, from_reply, from_step, to_message, to_step
 from corolla.swarm.network import Network
-from corolla.swarm.wire import (
-    CancelFrame,
-    CloseFrame,
-    Hop,
-    Ping,
-    Pong,
-    StepFrame,
-    WireDtype,
-    WireMessage,
-    check_finite,
-    failed_of,
-    from_reply,
-    from_step,
-    to_message,
-    to_step,
-)
+from corolla.swarm.wire import CancelFrame, CloseFrame, Hop, Ping, Pong, StepFrame, WireDtype, WireMessage
 from corolla.types import Close, Hidden, Reply, Span, Step, Token
 
 log = logging.getLogger(__name__)

@@ -5,37 +5,17 @@ step costs little more than its hidden states. A later minor version may add fie
 or refuse politely; whatever changes a meaning or a default needs a new major version. Decoding bounds every number to 64
 bits and every text and list before it is allocated.
 
-This module imports no torch: only `to_array`, `from_array` and `check_finite` need it.
+`arrays` turns tensors into an `Array` and back, `convert` these messages into those of `corolla.types`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from corolla import errors
-from corolla.errors import CapacityError, CorollaError, InvalidSetting, PromptTooLong, ServerFault
-from corolla.types import (
-    Cached,
-    Cancel,
-    Close,
-    Failed,
-    FinishReason,
-    Gap,
-    GenerationSettings,
-    Hidden,
-    Message,
-    Reply,
-    Step,
-    Token,
-)
-
-if TYPE_CHECKING:
-    import torch
+from corolla.types import FinishReason
 
 MAX_STEP_TOKENS = 8192  # rows of one step; a longer history goes in several, the settings with the last
 MAX_HIDDEN = 2**20  # values in one row
@@ -48,7 +28,7 @@ _INT64 = msgspec.Meta(ge=-(2**63), le=2**63 - 1)
 Int: TypeAlias = Annotated[int, _INT64]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=256)]  # of a peer, a session, an adapter, an error
-_MAX_TEXT = 4096  # characters of an error's sentence
+MAX_TEXT = 4096  # characters of an error's sentence
 _MAX_STOPS = 4096
 
 _SHORT = {
@@ -252,7 +232,7 @@ class FailedFrame(_Kind, frozen=True, tag="failed"):
     session: Name
     generation: Count
     kind: Name
-    message: Annotated[str, msgspec.Meta(max_length=_MAX_TEXT)]
+    message: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
     retry_after: float | None = None  # seconds
     peer: Name = ""
     details: Annotated[dict[Name, Int | str], msgspec.Meta(max_length=8)] = {}
@@ -290,202 +270,3 @@ class Unknown(msgspec.Struct, frozen=True):
 Request: TypeAlias = StepFrame | CancelFrame | CloseFrame
 Answer: TypeAlias = TokenFrame | HiddenFrame | CachedFrame | GapFrame | FailedFrame
 WireMessage: TypeAlias = Request | Answer | Ping | Pong | Refused
-
-
-# Tensors.
-
-
-def to_array(tensor: torch.Tensor, wire_dtype: WireDtype) -> Array:
-    """`tensor` [rows, values] as it travels; shares memory with it where no conversion is needed, so leave it as it is until sent.
-
-    In `q8` a value is off by at most 1/254 of the largest magnitude among its block of 64; a block that is not finite stays so.
-    Raises `ServerFault` when a finite value does not fit float16.
-    """
-    import torch
-
-    tensor = tensor.detach()
-    rows, values = tensor.shape
-    if wire_dtype == "q8":
-        return Array("q8", (rows, values), _bytes_of(_quantize(tensor)))
-    converted = tensor.to("cpu", getattr(torch, wire_dtype)).contiguous()
-    if wire_dtype == "float16" and tensor.dtype != torch.float16 and not bool(converted.isfinite().all()):
-        raise ServerFault("hidden states do not fit float16: let the servers exchange bfloat16, float32 or q8")
-    return Array(wire_dtype, (rows, values), _bytes_of(converted.view(torch.uint8)))
-
-
-def from_array(array: Array) -> torch.Tensor:
-    """The tensor [rows, values] that `array` describes, on the CPU, in its dtype (float32 for `q8`).
-
-    Shares memory with a writable `data`; bytes from the network are copied once. Raises `ProtocolError` when `data` has
-    not the size that the shape asks for.
-    """
-    import torch
-
-    if array.data.nbytes != array.nbytes:
-        raise errors.ProtocolError(f"{array.dtype} of shape {array.shape} takes {array.nbytes} bytes, not {array.data.nbytes}")
-    raw = torch.frombuffer(bytearray(array.data) if array.data.readonly else array.data, dtype=torch.uint8)
-    if array.dtype == "q8":
-        return _dequantize(raw, *array.shape)
-    return raw.view(getattr(torch, array.dtype)).view(array.shape)
-
-
-def check_finite(tensor: torch.Tensor) -> None:
-    """Raises `ServerFault` when a value of `tensor` is NaN or infinite."""
-    finite = tensor.isfinite()
-    if not bool(finite.all()):
-        count = finite.numel() - int(finite.sum())
-        raise ServerFault(f"{count} of {finite.numel()} hidden states are NaN or infinite: the server that computed them is at fault")
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.flatten().numpy().data
-
-
-def _quantize(tensor: torch.Tensor) -> torch.Tensor:
-    """Codes and scales in one uint8 tensor; blocks with a largest magnitude, after bitsandbytes (Dettmers et al., 2022)."""
-    import torch
-
-    rows, values = tensor.shape
-    blocks = math.ceil(values / Q8_BLOCK)
-    padded = torch.nn.functional.pad(tensor.to("cpu", torch.float32), (0, blocks * Q8_BLOCK - values)).view(rows, blocks, Q8_BLOCK)
-    scales = padded.abs().amax(dim=2) / 127  # of a block with a NaN or an infinity: not finite, and so is what comes out of it
-    divisors = torch.where(scales == 0, 1.0, scales)[:, :, None]
-    codes = (padded / divisors).nan_to_num(1.0).round().clamp(-127, 127).to(torch.int8).view(rows, -1)[:, :values]
-    return torch.cat((codes.reshape(-1).view(torch.uint8), scales.view(-1).view(torch.uint8)))
-
-
-def _dequantize(raw: torch.Tensor, rows: int, values: int) -> torch.Tensor:
-    import torch
-
-    codes = raw[: rows * values].view(torch.int8).view(rows, values)
-    scales = raw[rows * values :].clone().view(torch.float32).view(rows, -1)  # cloned: float32 has to be aligned
-    return codes * scales.repeat_interleave(Q8_BLOCK, dim=1)[:, :values]
-
-
-# The messages of `corolla.types`, there and back.
-
-
-def to_message(frame: Request) -> Message:
-    """What an engine receives. Raises `InvalidSetting` for settings outside their ranges."""
-    if isinstance(frame, CancelFrame):
-        return Cancel(frame.session, frame.generation)
-    if isinstance(frame, CloseFrame):
-        return Close(frame.session)
-    return to_step(frame)
-
-
-def from_message(message: Cancel | Close) -> CancelFrame | CloseFrame:
-    """A step needs to know its way: see `from_step`."""
-    if isinstance(message, Cancel):
-        return CancelFrame(message.session, message.generation)
-    return CloseFrame(message.session)
-
-
-def to_step(frame: StepFrame) -> Step:
-    """The step, with hidden states as its payload where it has them. Raises `InvalidSetting` like `to_settings`."""
-    settings = None if frame.settings is None else to_settings(frame.settings)
-    if frame.hidden is None:
-        return Step(frame.session, frame.start, frame.tokens, frame.generation, settings, frame.adapter)
-    return Step(frame.session, frame.start, from_array(frame.hidden), frame.generation, settings, frame.adapter, frame.tokens)
-
-
-def from_step(
-    step: Step,
-    *,
-    wire_dtype: WireDtype = "bfloat16",
-    route: tuple[Hop, ...] = (),
-    hop: int = 0,
-    client: str = "",
-    timings: tuple[HopTiming, ...] = (),
-) -> StepFrame:
-    """A step on its way to `route[hop]`.
-
-    Raises `InvalidSetting` for a setting that does not fit 64 bits, `ServerFault` like `to_array`, and `ValueError` for more
-    than `MAX_STEP_TOKENS` tokens, or tokens and rows that differ in number.
-    """
-    hidden = None
-    if isinstance(step.payload, Sequence):
-        tokens = step.payload
-    else:
-        hidden, tokens = to_array(step.payload, wire_dtype), step.tokens
-    settings = None if step.settings is None else from_settings(step.settings)
-    return StepFrame(step.session, step.generation, step.start, tuple(tokens), hidden, settings, route, hop, client, step.adapter, timings)
-
-
-def to_settings(frame: SettingsFrame) -> GenerationSettings:
-    """Raises `InvalidSetting` for a value outside its range."""
-    return GenerationSettings(**{name: getattr(frame, name) for name in frame.__struct_fields__})
-
-
-def from_settings(settings: GenerationSettings) -> SettingsFrame:
-    """Raises `InvalidSetting` for a number that does not fit 64 bits."""
-    given = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    for name, value in given.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and not -(2**63) <= number < 2**63:
-                raise InvalidSetting(name, f"{number} does not fit 64 bits")
-    return SettingsFrame(**{field.name: given[field.name] for field in fields(settings) if given[field.name] != field.default})
-
-
-def to_reply(frame: Answer) -> Reply:
-    """What a session receives. Raises `ProtocolError` like `from_array`."""
-    if isinstance(frame, TokenFrame):
-        return Token(frame.session, frame.generation, frame.position, frame.token_id, frame.logprob, frame.top_logprobs, frame.finish)
-    if isinstance(frame, HiddenFrame):
-        return Hidden(frame.session, frame.generation, frame.start, from_array(frame.hidden))
-    if isinstance(frame, CachedFrame):
-        return Cached(frame.session, frame.generation, frame.position)
-    if isinstance(frame, GapFrame):
-        return Gap(frame.session, frame.generation, frame.have)
-    return Failed(frame.session, frame.generation, error_of(frame))
-
-
-def from_reply(reply: Reply, *, peer: str = "", wire_dtype: WireDtype = "bfloat16", timings: tuple[HopTiming, ...] = ()) -> Answer:
-    """A reply on its way from the server `peer`. Raises `ServerFault` like `to_array`."""
-    session, generation = reply.session, reply.generation
-    if isinstance(reply, Token):
-        return TokenFrame(session, generation, reply.position, reply.token_id, reply.logprob, reply.top_logprobs, reply.finish, timings)
-    if isinstance(reply, Hidden):
-        return HiddenFrame(session, generation, reply.start, to_array(reply.hidden, wire_dtype))
-    if isinstance(reply, Cached):
-        return CachedFrame(session, generation, reply.position)
-    if isinstance(reply, Gap):
-        return GapFrame(session, generation, reply.have, peer)
-    return failed_of(reply.error, session, generation, peer=peer)
-
-
-# Errors: rebuilt by class, without `__init__`, whose arguments differ from class to class.
-
-_ERRORS = {
-    name: value
-    for name, value in vars(errors).items()
-    if isinstance(value, type) and issubclass(value, CorollaError) and value is not CorollaError
-}
-_DETAILS: dict[type[CorollaError], dict[str, int | str]] = {InvalidSetting: {"setting": ""}, PromptTooLong: {"tokens": 0, "limit": 0}}
-_RETRY_AFTER = 1.0  # seconds, where a full server does not say
-
-
-def error_of(frame: FailedFrame) -> CorollaError:
-    """The typed error; one of a kind that this version does not know is a `ServerFault`."""
-    kind = _ERRORS.get(frame.kind, ServerFault)
-    error = kind.__new__(kind, frame.message)
-    if isinstance(error, CapacityError):
-        error.retry_after = _RETRY_AFTER if frame.retry_after is None else frame.retry_after
-    for name, default in _DETAILS.get(kind, {}).items():
-        value = frame.details.get(name)
-        setattr(error, name, value if type(value) is type(default) else default)
-    return error
-
-
-def failed_of(error: CorollaError, session: str, generation: int, *, peer: str = "") -> FailedFrame:
-    """`error` as the answer to a step of `session` at the server `peer`; a very long sentence is cut."""
-    kind = type(error)
-    return FailedFrame(
-        session,
-        generation,
-        kind.__name__,
-        str(error)[:_MAX_TEXT],
-        retry_after=error.retry_after if isinstance(error, CapacityError) else None,
-        peer=peer,
-        details={name: getattr(error, name) for name in _DETAILS.get(kind, {})},
-    )

@@ -1,0 +1,154 @@
+"""The messages of `corolla.types` as those that travel, there and back; typed errors among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from corolla import errors
+from corolla.errors import CapacityError, CorollaError, InvalidSetting, PromptTooLong, ServerFault
+from corolla.swarm.arrays import from_array, to_array
+from corolla.swarm.wire import (
+    MAX_TEXT,
+    Answer,
+    CachedFrame,
+    CancelFrame,
+    CloseFrame,
+    FailedFrame,
+    GapFrame,
+    HiddenFrame,
+    Hop,
+    HopTiming,
+    Request,
+    SettingsFrame,
+    StepFrame,
+    TokenFrame,
+    WireDtype,
+)
+from corolla.types import Cached, Cancel, Close, Failed, Gap, GenerationSettings, Hidden, Message, Reply, Step, Token
+
+
+def to_message(frame: Request) -> Message:
+    """What an engine receives. Raises `InvalidSetting` for settings outside their ranges."""
+    if isinstance(frame, CancelFrame):
+        return Cancel(frame.session, frame.generation)
+    if isinstance(frame, CloseFrame):
+        return Close(frame.session)
+    return to_step(frame)
+
+
+def from_message(message: Cancel | Close) -> CancelFrame | CloseFrame:
+    """A step needs to know its way: see `from_step`."""
+    if isinstance(message, Cancel):
+        return CancelFrame(message.session, message.generation)
+    return CloseFrame(message.session)
+
+
+def to_step(frame: StepFrame) -> Step:
+    """The step, with hidden states as its payload where it has them. Raises `InvalidSetting` like `to_settings`."""
+    settings = None if frame.settings is None else to_settings(frame.settings)
+    if frame.hidden is None:
+        return Step(frame.session, frame.start, frame.tokens, frame.generation, settings, frame.adapter)
+    return Step(frame.session, frame.start, from_array(frame.hidden), frame.generation, settings, frame.adapter, frame.tokens)
+
+
+def from_step(
+    step: Step,
+    *,
+    wire_dtype: WireDtype = "bfloat16",
+    route: tuple[Hop, ...] = (),
+    hop: int = 0,
+    client: str = "",
+    timings: tuple[HopTiming, ...] = (),
+) -> StepFrame:
+    """A step on its way to `route[hop]`.
+
+    Raises `InvalidSetting` for a setting that does not fit 64 bits, `ServerFault` like `to_array`, and `ValueError` for more
+    than `MAX_STEP_TOKENS` tokens, or tokens and rows that differ in number.
+    """
+    hidden = None
+    if isinstance(step.payload, Sequence):
+        tokens = step.payload
+    else:
+        hidden, tokens = to_array(step.payload, wire_dtype), step.tokens
+    settings = None if step.settings is None else from_settings(step.settings)
+    return StepFrame(step.session, step.generation, step.start, tuple(tokens), hidden, settings, route, hop, client, step.adapter, timings)
+
+
+def to_settings(frame: SettingsFrame) -> GenerationSettings:
+    """Raises `InvalidSetting` for a value outside its range."""
+    return GenerationSettings(**{name: getattr(frame, name) for name in frame.__struct_fields__})
+
+
+def from_settings(settings: GenerationSettings) -> SettingsFrame:
+    """Raises `InvalidSetting` for a number that does not fit 64 bits."""
+    given = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    for name, value in given.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise InvalidSetting(name, f"{number} does not fit 64 bits")
+    return SettingsFrame(**{field.name: given[field.name] for field in fields(settings) if given[field.name] != field.default})
+
+
+def to_reply(frame: Answer) -> Reply:
+    """What a session receives. Raises `ProtocolError` like `from_array`."""
+    if isinstance(frame, TokenFrame):
+        return Token(frame.session, frame.generation, frame.position, frame.token_id, frame.logprob, frame.top_logprobs, frame.finish)
+    if isinstance(frame, HiddenFrame):
+        return Hidden(frame.session, frame.generation, frame.start, from_array(frame.hidden))
+    if isinstance(frame, CachedFrame):
+        return Cached(frame.session, frame.generation, frame.position)
+    if isinstance(frame, GapFrame):
+        return Gap(frame.session, frame.generation, frame.have)
+    return Failed(frame.session, frame.generation, error_of(frame))
+
+
+def from_reply(reply: Reply, *, peer: str = "", wire_dtype: WireDtype = "bfloat16", timings: tuple[HopTiming, ...] = ()) -> Answer:
+    """A reply on its way from the server `peer`. Raises `ServerFault` like `to_array`."""
+    session, generation = reply.session, reply.generation
+    if isinstance(reply, Token):
+        return TokenFrame(session, generation, reply.position, reply.token_id, reply.logprob, reply.top_logprobs, reply.finish, timings)
+    if isinstance(reply, Hidden):
+        return HiddenFrame(session, generation, reply.start, to_array(reply.hidden, wire_dtype))
+    if isinstance(reply, Cached):
+        return CachedFrame(session, generation, reply.position)
+    if isinstance(reply, Gap):
+        return GapFrame(session, generation, reply.have, peer)
+    return failed_of(reply.error, session, generation, peer=peer)
+
+
+# Errors: rebuilt by class, without `__init__`, whose arguments differ from class to class.
+
+_ERRORS = {
+    name: value
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, CorollaError) and value is not CorollaError
+}
+_DETAILS: dict[type[CorollaError], dict[str, int | str]] = {InvalidSetting: {"setting": ""}, PromptTooLong: {"tokens": 0, "limit": 0}}
+_RETRY_AFTER = 1.0  # seconds, where a full server does not say
+
+
+def error_of(frame: FailedFrame) -> CorollaError:
+    """The typed error; one of a kind that this version does not know is a `ServerFault`."""
+    kind = _ERRORS.get(frame.kind, ServerFault)
+    error = kind.__new__(kind, frame.message)
+    if isinstance(error, CapacityError):
+        error.retry_after = _RETRY_AFTER if frame.retry_after is None else frame.retry_after
+    for name, default in _DETAILS.get(kind, {}).items():
+        value = frame.details.get(name)
+        setattr(error, name, value if type(value) is type(default) else default)
+    return error
+
+
+def failed_of(error: CorollaError, session: str, generation: int, *, peer: str = "") -> FailedFrame:
+    """`error` as the answer to a step of `session` at the server `peer`; a very long sentence is cut."""
+    kind = type(error)
+    return FailedFrame(
+        session,
+        generation,
+        kind.__name__,
+        str(error)[:MAX_TEXT],
+        retry_after=error.retry_after if isinstance(error, CapacityError) else None,
+        peer=peer,
+        details={name: getattr(error, name) for name in _DETAILS.get(kind, {})},
+    )
