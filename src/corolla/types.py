@@ -140,8 +140,10 @@ class Step:
     generation: int = 0  # of the route; replies of an older one are ignored
     settings: GenerationSettings | None = None  # sample after the last token and go on, until the answer ends
     adapter: str = ""
-    tokens: Sequence[int] = ()  # the ids of the rows where the payload is hidden states
+    tokens: Sequence[int] = ()  # the ids of the rows where the payload is hidden states, as far as they are known
     span: Span | None = None  # the blocks to compute, of those that the server holds; None is all of them
+    asked: int = 0  # unix milliseconds when the answer was asked for: whoever asked first is served first, on every server
+    wants_hidden: bool = False  # answer with hidden states from the last block too, and sample nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,16 @@ Message = Step | Cancel | Close
 
 
 @dataclass(frozen=True, slots=True)
+class HopTiming:
+    """Where one server's share of a step went, in seconds."""
+
+    peer: str
+    queue: float  # until the forward began
+    compute: float
+    transfer: float  # the way to the server: half of the round trip last measured
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """A sampled token and the place it takes in the session's history."""
 
@@ -175,6 +187,7 @@ class Token:
     logprob: float  # natural logarithm, of the distribution that was sampled from before temperature and cuts
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
+    timings: tuple[HopTiming, ...] = ()  # of the servers of the route, where they were asked for
 
 
 @dataclass(frozen=True, slots=True, eq=False)

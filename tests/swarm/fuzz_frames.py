@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import Counter
+from collections import Counter as Tally
 from collections.abc import Iterator
 
 from corolla.errors import CorollaError, ProtocolError
 from corolla.swarm import convert, frames, wire
+from corolla.swarm.arrays import from_array
 from corolla.swarm.wire import (
     Array,
+    AskCounters,
+    BackwardFrame,
     CachedFrame,
     CancelFrame,
     CloseFrame,
+    Counters,
     FailedFrame,
+    ForwardFrame,
     GapFrame,
     HiddenFrame,
     Hop,
-    HopTiming,
+    Leaving,
     Ping,
     Pong,
     Refused,
+    ResultFrame,
     SettingsFrame,
     StepFrame,
+    TimingFrame,
     TokenFrame,
     Unknown,
     WireMessage,
@@ -46,13 +53,19 @@ MESSAGES: tuple[WireMessage, ...] = (
     StepFrame("session", 2, 0, (5,), array("q8", 1, 70), SettingsFrame(stop_token_ids=(2, 3)), ROUTE, 2, "client"),
     CancelFrame("session", 3),
     CloseFrame("session"),
-    TokenFrame("session", 1, 9, 42, -0.5, ((42, -0.5), (7, -1.25)), FinishReason.STOP, (HopTiming("first", 0.1, 0.2, 0.3),)),
+    TokenFrame("session", 1, 9, 42, -0.5, ((42, -0.5), (7, -1.25)), FinishReason.STOP, (TimingFrame("first", 0.1, 0.2, 0.3),)),
     HiddenFrame("session", 1, 4, array("float32", 2, 3)),
     HiddenFrame("session", 1, 4, array("float16", 3, 2)),
     CachedFrame("session", 1, 12),
     GapFrame("session", 1, 3, "second"),
     FailedFrame("session", 1, "Busy", "all places are taken", 0.5, "second"),
     FailedFrame("session", 1, "InvalidSetting", "top_p: no", None, "second", {"setting": "top_p"}),
+    ForwardFrame(7, 2, 4, (3, 2), array("bfloat16", 7, 4), 1),
+    BackwardFrame(8, 2, 4, (3, 2), array("float32", 12, 4), 1),
+    ResultFrame(7, array("float16", 5, 4), (TimingFrame("first", 0.1, 0.2, 0.3),)),
+    Leaving(),
+    AskCounters(),
+    Counters({"pushes": 7}),
     Ping(1),
     Pong(2**63 - 1),
     Refused("later"),
@@ -110,16 +123,18 @@ def handle(frame: bytes) -> str:
     try:
         if isinstance(message, StepFrame | CancelFrame | CloseFrame):
             convert.to_message(message)
-        elif not isinstance(message, Ping | Pong | Refused):
+        elif isinstance(message, ForwardFrame | BackwardFrame | ResultFrame):
+            from_array(message.hidden)
+        elif not isinstance(message, Leaving | AskCounters | Counters | Ping | Pong | Refused):
             convert.to_reply(message)
     except CorollaError:
         return "invalid"
     return "valid"
 
 
-def fuzz(count: int, seed: int = 0) -> Counter[str]:
+def fuzz(count: int, seed: int = 0) -> Tally[str]:
     """How many frames ended how; any exception but a `ProtocolError` comes out, with the frame in a note."""
-    outcomes: Counter[str] = Counter()
+    outcomes: Tally[str] = Tally()
     for frame in inputs(count, seed):
         try:
             outcomes[handle(frame)] += 1

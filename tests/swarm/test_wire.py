@@ -46,11 +46,11 @@ from corolla.swarm.wire import (
     GapFrame,
     HiddenFrame,
     Hop,
-    HopTiming,
     Ping,
     Pong,
     Refused,
     StepFrame,
+    TimingFrame,
     TokenFrame,
     Unknown,
     WireDtype,
@@ -81,7 +81,7 @@ options = st.builds(
     stop_sequences=st.lists(st.text(min_size=1, max_size=9), max_size=3).map(tuple),
     stop_token_ids=st.lists(token_ids, max_size=3).map(tuple),
 )
-timings = st.lists(st.builds(HopTiming, names, seconds, seconds, seconds), max_size=3).map(tuple)
+timings = st.lists(st.builds(TimingFrame, names, seconds, seconds, seconds), max_size=3).map(tuple)
 
 
 @st.composite

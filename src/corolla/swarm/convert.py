@@ -18,14 +18,14 @@ from corolla.swarm.wire import (
     GapFrame,
     HiddenFrame,
     Hop,
-    HopTiming,
     Request,
     SettingsFrame,
     StepFrame,
+    TimingFrame,
     TokenFrame,
     WireDtype,
 )
-from corolla.types import Cached, Cancel, Close, Failed, Gap, GenerationSettings, Hidden, Message, Reply, Step, Token
+from corolla.types import Cached, Cancel, Close, Failed, Gap, GenerationSettings, Hidden, HopTiming, Message, Reply, Step, Token
 
 
 def to_message(frame: Request) -> Message:
@@ -46,10 +46,17 @@ def from_message(message: Cancel | Close) -> CancelFrame | CloseFrame:
 
 def to_step(frame: StepFrame) -> Step:
     """The step, with hidden states as its payload where it has them. Raises `InvalidSetting` like `to_settings`."""
-    settings = None if frame.settings is None else to_settings(frame.settings)
-    if frame.hidden is None:
-        return Step(frame.session, frame.start, frame.tokens, frame.generation, settings, frame.adapter)
-    return Step(frame.session, frame.start, from_array(frame.hidden), frame.generation, settings, frame.adapter, frame.tokens)
+    return Step(
+        frame.session,
+        frame.start,
+        frame.tokens if frame.hidden is None else from_array(frame.hidden),
+        frame.generation,
+        None if frame.settings is None else to_settings(frame.settings),
+        frame.adapter,
+        tokens=() if frame.hidden is None else frame.tokens,
+        asked=frame.asked,
+        wants_hidden=frame.output == "hidden",
+    )
 
 
 def from_step(
@@ -59,9 +66,10 @@ def from_step(
     route: tuple[Hop, ...] = (),
     hop: int = 0,
     client: str = "",
+    timed: bool = False,
     timings: tuple[HopTiming, ...] = (),
 ) -> StepFrame:
-    """A step on its way to `route[hop]`.
+    """A step on its way to `route[hop]`; without a route, to a server that remembers what came with it.
 
     Raises `InvalidSetting` for a setting that does not fit 64 bits, `ServerFault` like `to_array`, and `ValueError` for more
     than `MAX_STEP_TOKENS` tokens, or tokens and rows that differ in number.
@@ -72,7 +80,30 @@ def from_step(
     else:
         hidden, tokens = to_array(step.payload, wire_dtype), step.tokens
     settings = None if step.settings is None else from_settings(step.settings)
-    return StepFrame(step.session, step.generation, step.start, tuple(tokens), hidden, settings, route, hop, client, step.adapter, timings)
+    return StepFrame(
+        step.session,
+        step.generation,
+        step.start,
+        tuple(tokens),
+        hidden,
+        settings,
+        route,
+        hop,
+        client,
+        step.adapter,
+        from_timings(timings),
+        asked=step.asked if route else 0,
+        timed=timed,
+        output="hidden" if step.wants_hidden else "token",
+    )
+
+
+def from_timings(timings: tuple[HopTiming, ...]) -> tuple[TimingFrame, ...]:
+    return tuple(TimingFrame(each.peer, each.queue, each.compute, each.transfer) for each in timings)
+
+
+def to_timings(frames: tuple[TimingFrame, ...]) -> tuple[HopTiming, ...]:
+    return tuple(HopTiming(each.peer, each.queue_s, each.compute_s, each.transfer_s) for each in frames)
 
 
 def to_settings(frame: SettingsFrame) -> GenerationSettings:
@@ -93,7 +124,16 @@ def from_settings(settings: GenerationSettings) -> SettingsFrame:
 def to_reply(frame: Answer) -> Reply:
     """What a session receives. Raises `ProtocolError` like `from_array`."""
     if isinstance(frame, TokenFrame):
-        return Token(frame.session, frame.generation, frame.position, frame.token_id, frame.logprob, frame.top_logprobs, frame.finish)
+        return Token(
+            frame.session,
+            frame.generation,
+            frame.position,
+            frame.token_id,
+            frame.logprob,
+            frame.top_logprobs,
+            frame.finish,
+            to_timings(frame.timings),
+        )
     if isinstance(frame, HiddenFrame):
         return Hidden(frame.session, frame.generation, frame.start, from_array(frame.hidden))
     if isinstance(frame, CachedFrame):
@@ -107,9 +147,18 @@ def from_reply(reply: Reply, *, peer: str = "", wire_dtype: WireDtype = "bfloat1
     """A reply on its way from the server `peer`. Raises `ServerFault` like `to_array`."""
     session, generation = reply.session, reply.generation
     if isinstance(reply, Token):
-        return TokenFrame(session, generation, reply.position, reply.token_id, reply.logprob, reply.top_logprobs, reply.finish, timings)
+        return TokenFrame(
+            session,
+            generation,
+            reply.position,
+            reply.token_id,
+            reply.logprob,
+            reply.top_logprobs,
+            reply.finish,
+            from_timings(timings or reply.timings),
+        )
     if isinstance(reply, Hidden):
-        return HiddenFrame(session, generation, reply.start, to_array(reply.hidden, wire_dtype))
+        return HiddenFrame(session, generation, reply.start, to_array(reply.hidden, wire_dtype), from_timings(timings))
     if isinstance(reply, Cached):
         return CachedFrame(session, generation, reply.position)
     if isinstance(reply, Gap):

@@ -16,7 +16,7 @@ from typing import Annotated, get_args
 import msgspec
 
 from corolla.errors import CallerError, ProtocolError
-from corolla.swarm.wire import Array, HiddenFrame, Name, StepFrame, Unknown, WireMessage
+from corolla.swarm.wire import Array, BackwardFrame, ForwardFrame, HiddenFrame, Name, ResultFrame, StepFrame, Unknown, WireMessage
 
 MAJOR = 1
 MINOR = 0
@@ -35,6 +35,7 @@ class _AnyKind(msgspec.Struct):
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(WireMessage)
 _KIND_DECODER = msgspec.msgpack.Decoder(_AnyKind)
+_WITH_TENSOR = (StepFrame, HiddenFrame, ForwardFrame, BackwardFrame, ResultFrame)
 _KINDS = frozenset(kind.__struct_config__.tag for kind in get_args(WireMessage))
 
 
@@ -106,7 +107,7 @@ async def read_frame(reader: asyncio.StreamReader, limit: int) -> memoryview | N
 
 
 def _array_of(message: WireMessage) -> Array | None:
-    return message.hidden if isinstance(message, (StepFrame, HiddenFrame)) else None
+    return message.hidden if isinstance(message, _WITH_TENSOR) else None
 
 
 def _decode_header(header: memoryview) -> WireMessage | Unknown:

@@ -18,6 +18,7 @@ import msgspec
 from corolla.types import FinishReason
 
 MAX_STEP_TOKENS = 8192  # rows of one step; a longer history goes in several, the settings with the last
+MAX_ROWS = 2**16  # of one tensor
 MAX_HIDDEN = 2**20  # values in one row
 MAX_HOPS = 256  # servers of one route
 Q8_BLOCK = 64  # values that share a scale
@@ -30,6 +31,7 @@ Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=256)]  # of a peer, a session, an adapter, an error
 MAX_TEXT = 4096  # characters of an error's sentence
 _MAX_STOPS = 4096
+_MAX_SEQUENCES = 1024  # of one forward or backward
 
 _SHORT = {
     "session": "s",
@@ -52,6 +54,9 @@ _SHORT = {
     "finish": "f",
     "dtype": "d",
     "shape": "z",
+    "asked": "j",
+    "timed": "u",
+    "output": "v",
     "queue_s": "q",
     "compute_s": "c",
     "transfer_s": "x",
@@ -75,7 +80,7 @@ class Array(_Wire, frozen=True):
     """
 
     dtype: WireDtype
-    shape: tuple[Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)], Annotated[int, msgspec.Meta(ge=1, le=MAX_HIDDEN)]]
+    shape: tuple[Annotated[int, msgspec.Meta(ge=1, le=MAX_ROWS)], Annotated[int, msgspec.Meta(ge=1, le=MAX_HIDDEN)]]
     data: memoryview = _NO_BYTES
 
     @property
@@ -99,8 +104,8 @@ class Hop(_Wire, frozen=True):
             raise ValueError(f"{self.start}:{self.end} is no range of blocks")
 
 
-class HopTiming(_Wire, frozen=True):
-    """Where one server's share of a step went, in seconds; `transfer_s` is the way to it."""
+class TimingFrame(_Wire, frozen=True):
+    """`types.HopTiming`."""
 
     peer: Name
     queue_s: float
@@ -113,7 +118,7 @@ class HopTiming(_Wire, frozen=True):
                 raise ValueError(f"{value} s is no time")
 
 
-Timings: TypeAlias = Annotated[tuple[HopTiming, ...], msgspec.Meta(max_length=MAX_HOPS)]
+Timings: TypeAlias = Annotated[tuple[TimingFrame, ...], msgspec.Meta(max_length=MAX_HOPS)]
 
 
 class SettingsFrame(_Wire, frozen=True):
@@ -139,7 +144,11 @@ class StepFrame(_Kind, frozen=True, tag="step"):
 
     `tokens` are the ids of these rows, sent to every hop: the head needs the history and caches are found by it. The first
     hop computes from them, the others from `hidden`, one row a token. `hop` is the receiver's place in `route`; without a
-    route the receiver goes on with the one that this session and generation had before. `client` gets the replies.
+    route the receiver goes on with the one that this session and generation had before, and with what came with it: its
+    settings, `client`, `asked`, `timed` and `output`. `client` gets the replies.
+
+    With an `output` of "hidden" the rows may come without their ids, the first hop takes hidden states too, and the last one
+    answers a `HiddenFrame` in place of a token.
     """
 
     session: Name
@@ -153,12 +162,19 @@ class StepFrame(_Kind, frozen=True, tag="step"):
     client: Name = ""
     adapter: Name = ""
     timings: Timings = ()
+    asked: Count = 0
+    timed: bool = False  # fill `timings` on the way, and send them with each token
+    output: Literal["token", "hidden"] = "token"
 
     def __post_init__(self) -> None:
         if len(self.tokens) > MAX_STEP_TOKENS:  # decoding never comes here with more
             raise ValueError(f"{len(self.tokens)} tokens in one step, which carries {MAX_STEP_TOKENS}: send them in several")
-        if self.hidden is not None and self.hidden.shape[0] != len(self.tokens):
-            raise ValueError(f"{len(self.tokens)} tokens come with {self.hidden.shape[0]} rows of hidden states")
+        if self.hidden is not None:
+            rows = self.hidden.shape[0]
+            if rows > MAX_STEP_TOKENS:
+                raise ValueError(f"{rows} rows in one step, which carries {MAX_STEP_TOKENS}: send them in several")
+            if rows != len(self.tokens) and (self.tokens or self.output == "token"):
+                raise ValueError(f"{len(self.tokens)} tokens come with {rows} rows of hidden states")
         if self.route and self.hop >= len(self.route):
             raise ValueError(f"hop {self.hop} lies outside a route of {len(self.route)} servers")
         for before, after in zip(self.route, self.route[1:], strict=False):
@@ -207,6 +223,7 @@ class HiddenFrame(_Kind, frozen=True, tag="hidden"):
     generation: Count
     start: Count
     hidden: Array
+    timings: Timings = ()
 
 
 class CachedFrame(_Kind, frozen=True, tag="cached"):
@@ -242,7 +259,83 @@ class FailedFrame(_Kind, frozen=True, tag="failed"):
             raise ValueError(f"{self.retry_after} s is no time to wait")
 
 
+# The hidden states' way without a session: servers keep nothing between these. Answered by a `ResultFrame` or a `FailedFrame`
+# whose session is the call's number in decimal.
+
+
+_Length: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]
+
+
+class _Call(_Kind, frozen=True):
+    """Rows of several sequences, one behind another, through blocks `[start, end)`; each sequence attends to itself only.
+
+    `lengths` are the rows of each sequence. `prompts` soft tokens are added to the first rows of every sequence at the input of
+    each block (deep prompt tuning): their rows [blocks * prompts, hidden] come behind the others in the array, block by block.
+    """
+
+    call: Count
+    start: Count
+    end: Count
+    lengths: Annotated[tuple[_Length, ...], msgspec.Meta(min_length=1, max_length=_MAX_SEQUENCES)]
+    hidden: Array
+    prompts: Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP_TOKENS)] = 0
+
+    @property
+    def rows(self) -> int:
+        """Of all sequences."""
+        return sum(self.lengths)
+
+    @property
+    def prompt_rows(self) -> int:
+        return self.prompts * (self.end - self.start)
+
+    def _check(self, copies: int) -> None:
+        if self.start >= self.end:
+            raise ValueError(f"{self.start}:{self.end} is no range of blocks")
+        expected = copies * self.rows + self.prompt_rows
+        if self.hidden.shape[0] != expected:
+            raise ValueError(f"the call brings {self.hidden.shape[0]} rows, and its sequences and prompts make {expected}")
+        if self.prompts > min(self.lengths):
+            raise ValueError(f"{self.prompts} soft tokens are added to sequences of at least {min(self.lengths)} rows")
+
+
+class ForwardFrame(_Call, frozen=True, tag="forward"):
+    """Answered by the rows that leave the last block."""
+
+    def __post_init__(self) -> None:
+        self._check(1)
+
+
+class BackwardFrame(_Call, frozen=True, tag="backward"):
+    """The array holds the inputs' rows, then the gradients' with respect to the outputs, then the prompts'. Answered by the
+    gradients with respect to the inputs, then to the prompts."""
+
+    def __post_init__(self) -> None:
+        self._check(2)
+
+
+class ResultFrame(_Kind, frozen=True, tag="result"):
+    call: Count
+    hidden: Array
+    timings: Timings = ()
+
+
 # Between any two peers.
+
+
+class Leaving(_Kind, frozen=True, tag="leaving"):
+    """The sender drains: it takes no new sessions, and those who have one with it should go on elsewhere as soon as they can.
+    It serves them until then."""
+
+
+class AskCounters(_Kind, frozen=True, tag="ask"):
+    """Answered by a server's `Counters`."""
+
+
+class Counters(_Kind, frozen=True, tag="counters"):
+    """What happened at a server since it began, by name."""
+
+    counts: Annotated[dict[Name, Count], msgspec.Meta(max_length=64)]
 
 
 class Ping(_Kind, frozen=True, tag="ping"):
@@ -269,4 +362,6 @@ class Unknown(msgspec.Struct, frozen=True):
 
 Request: TypeAlias = StepFrame | CancelFrame | CloseFrame
 Answer: TypeAlias = TokenFrame | HiddenFrame | CachedFrame | GapFrame | FailedFrame
-WireMessage: TypeAlias = Request | Answer | Ping | Pong | Refused
+WireMessage: TypeAlias = (
+    Request | Answer | ForwardFrame | BackwardFrame | ResultFrame | Leaving | AskCounters | Counters | Ping | Pong | Refused
+)
