@@ -20,6 +20,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 $pip install -r "$requirements"
+$pip install 'setuptools<70' wheel  # in a step of its own: torch declares a later one, for compiling, and hivemind's setup.py needs this
 
 $pip download --no-deps --no-build-isolation --no-binary hivemind -d "$work" hivemind==1.1.10.post2
 $pip download --no-deps -d "$work" hivemind==1.1.12

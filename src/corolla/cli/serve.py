@@ -28,6 +28,10 @@ def serve(
     name: Annotated[str, typer.Option(help="For people who look at the swarm.")] = "",
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 is any that is free.")] = 0,
+    announce: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MULTIADDR", help="What others dial instead, such as a router's forwarded port; may be repeated."),
+    ] = None,
     secret: options.Secret = None,
     identity: Annotated[Path | None, typer.Option(help="A key file that keeps this server's id; made where it is missing.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Gets the addresses, a line each, once the server is ready.")] = None,
@@ -49,7 +53,7 @@ def serve(
     from corolla.server.serve import ServeConfig, serving
     from corolla.swarm.peer import PeerConfig
 
-    peer = PeerConfig(initial_peers=peers or (), host=host, port=port, identity=identity, secret=key)
+    peer = PeerConfig(initial_peers=peers or (), host=host, port=port, announce=announce or (), identity=identity, secret=key)
     config = ServeConfig(
         span=span,
         capacity=capacity,

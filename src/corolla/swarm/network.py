@@ -29,7 +29,7 @@ class Network(Protocol):
         ...
 
     def listen(self, on_message: OnMessage, on_lost: OnLost) -> None:
-        """Where messages and losses go; called once, before the first `send`."""
+        """Where messages and losses go from now on; called before the first `send`. A second call takes the first one's place."""
 
     def send(self, peer: str, message: WireMessage) -> None:
         """Hand a message over, from any thread, without waiting; a peer that cannot be reached is reported to `on_lost`.
@@ -112,8 +112,10 @@ class LocalNetwork:
 
     def listen(self, on_message: OnMessage, on_lost: OnLost) -> None:
         """See `Network.listen`."""
+        started = self._on_message is not None
         self._on_message, self._on_lost = on_message, on_lost
-        self._thread.start()
+        if not started:
+            self._thread.start()
 
     def send(self, peer: str, message: WireMessage) -> None:
         """See `Network.send`."""

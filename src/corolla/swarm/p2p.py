@@ -72,8 +72,10 @@ class P2PNetwork:
 
     def listen(self, on_message: OnMessage, on_lost: OnLost) -> None:
         """See `Network.listen`."""
+        listening = self._on_message is not None
         self._on_message, self._on_lost = on_message, on_lost
-        self.run(self._p2p.add_binary_stream_handler(PROTOCOL, self._accept), _START_TIMEOUT)
+        if not listening:
+            self.run(self._p2p.add_binary_stream_handler(PROTOCOL, self._accept), _START_TIMEOUT)
 
     def send(self, peer: str, message: WireMessage) -> None:
         """See `Network.send`."""

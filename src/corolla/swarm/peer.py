@@ -21,6 +21,7 @@ class PeerConfig:
     initial_peers: Sequence[str] = ()  # multiaddrs to join through; none starts a swarm
     host: str = "127.0.0.1"  # of this machine, to listen at; 0.0.0.0 for all its addresses
     port: int = 0  # any
+    announce: Sequence[str] = ()  # multiaddrs to tell others in place of those it listens at: of a forwarded port, say
     identity: Path | None = None  # the key file that makes the peer's id last; a new id where None
     secret: bytes | None = None  # that every peer must know; None is an open swarm
     client_mode: bool = False  # holds nothing for others and answers no dial
@@ -46,6 +47,7 @@ class SwarmPeer:
             self._dht = DHT(
                 initial_peers=list(config.initial_peers),
                 host_maddrs=[f"/ip4/{config.host}/tcp/{config.port}"],
+                announce_maddrs=list(config.announce) or None,
                 identity_path=str(key),
                 record_validators=[entries],
                 client_mode=config.client_mode,
