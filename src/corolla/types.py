@@ -143,6 +143,7 @@ class Step:
     tokens: Sequence[int] = ()  # the ids of the rows where the payload is hidden states, as far as they are known
     span: Span | None = None  # the blocks to compute, of those that the server holds; None is all of them
     asked: int = 0  # unix milliseconds when the answer was asked for: whoever asked first is served first, on every server
+    more: bool = False  # further rows follow, in steps of their own
     wants_hidden: bool = False  # answer with hidden states from the last block too, and sample nothing
 
 

@@ -14,7 +14,7 @@ from corolla.engine.engine import Engine, EngineConfig
 from corolla.errors import CapacityError, InvalidSetting
 from corolla.models.reference import Reference
 from corolla.models.span import load_span
-from corolla.server.node import SpanServer
+from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.network import LocalHub
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Route, find_route
@@ -42,14 +42,14 @@ class Swarm:
         self.servers: dict[str, SpanServer] = {}
         self.engines: dict[str, Engine] = {}
         self.routes: list[Route] = []
-        self.transport = SwarmTransport(self.hub.join("client"), self._find, patience=Patience(silence=0.5, answer=0.5))
+        self.transport = SwarmTransport(self.hub.join("client"), self, patience=Patience(silence=0.5, answer=0.5))
 
     def add(self, name: str, start: int, end: int, throughput: float = 100.0) -> None:
         model = load_span(self.directory, Span(start, end), dtype="float32")
         engine = Engine(model, EngineConfig(cache_tokens=2048, page_size=16, step_rows=32))
         engine.start()
         self.engines[name] = engine
-        self.servers[name] = SpanServer(engine, self.hub.join(name), "float32")
+        self.servers[name] = SpanServer(engine, self.hub.join(name), SpanServerConfig(wire_dtype="float32"))
         self.records[name] = ServerRecord(
             peer=name, name=name, model="m", start=start, end=end, blocks=4, dtype="float32", weights="packed", throughput=throughput,
             free_tokens=2048, active=0, round_trips={}, addresses=(), version="0", state="ready", expires=time.time() + 1e6,
@@ -60,10 +60,13 @@ class Swarm:
         self.hub.kill(name)
         self.engines[name].stop()
 
-    def _find(self, banned: Collection[str], needed_tokens: int) -> Route:
-        route = find_route(self.records.values(), blocks=4, now=time.time(), banned=banned, needed_tokens=needed_tokens)
+    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
+        route = find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
         self.routes.append(route)
         return route
+
+    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
+        return None
 
     def close(self) -> None:
         self.transport.close()

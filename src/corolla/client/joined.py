@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from corolla.client.swarm import SwarmTransport
-from corolla.errors import CorollaError, NetworkError
+from corolla.errors import CorollaError, NetworkError, NoRoute
 from corolla.swarm.peer import PeerConfig, SwarmPeer
+from corolla.swarm.pings import RoundTrips
 from corolla.swarm.records import ServerRecord, fingerprint
-from corolla.swarm.routing import Route, find_route
+from corolla.swarm.routing import Route, find_route, seconds_along
 
 _REFRESH = 2.0  # seconds between two looks into the directory
 _FIRST_LOOK = 15.0  # seconds for the first servers to appear
 _DEFAULT_CONTEXT = 2048
+_WORTH_MOVING = 2.0  # times quicker than the route that a session has: its whole history is computed again
+_MEASURED = 16  # servers whose round trips are measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +37,12 @@ class Joined:
 
 
 class KnownServers:
-    """What the directory says of one model's servers, looked up again on a thread of its own."""
+    """What the directory says of one model's servers, looked up again on a thread of its own: the `Router` of a client."""
 
     def __init__(self, peer: SwarmPeer, model_id: str) -> None:
         self._peer, self._model_id = peer, model_id
         self._records: list[ServerRecord] = []
-        self._quality: tuple[str | None, str | None] = None, None
+        self._round_trips: RoundTrips | None = None
         self._closing = threading.Event()
         self._look()
         deadline = time.monotonic() + _FIRST_LOOK
@@ -51,11 +56,33 @@ class KnownServers:
     def records(self) -> list[ServerRecord]:
         return self._records
 
-    def route(self, banned: Collection[str], needed_tokens: int) -> Route:
-        """See `client.swarm.FindRoute`."""
-        if not self._records:
+    def measure(self, round_trips: RoundTrips) -> None:
+        """From now on measure this client's round trips too, to those servers that its tokens go to and come from."""
+        self._round_trips = round_trips
+
+    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
+        """See `client.swarm.Router`."""
+        return self._route(self._records, avoid, needed_tokens)
+
+    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
+        """See `client.swarm.Router`. Load is left out: the session itself is part of it, and would flee from its own shadow."""
+        idle = [msgspec.structs.replace(record, active=0) for record in self._records]
+        try:
+            best = self._route(idle, avoid, needed_tokens)
+        except (NoRoute, NetworkError):
+            return None
+        seconds = seconds_along(idle, route, blocks=idle[0].blocks, prefer=self._prefer)
+        return best if seconds is not None and best.seconds * _WORTH_MOVING < seconds else None
+
+    def _route(self, records: list[ServerRecord], avoid: Collection[str], needed_tokens: int) -> Route:
+        if not records:
             raise NetworkError("no server of this swarm serves this model; `corolla status` shows which it serves")
-        return find_route(self._records, blocks=self._records[0].blocks, now=time.time(), banned=banned, needed_tokens=needed_tokens)
+        blocks = records[0].blocks
+        return find_route(records, blocks=blocks, now=time.time(), banned=avoid, needed_tokens=needed_tokens, prefer=self._prefer)
+
+    @property
+    def _prefer(self) -> Mapping[str, float] | None:
+        return None if self._round_trips is None else self._round_trips.seconds or None
 
     def close(self) -> None:
         self._closing.set()
@@ -63,6 +90,9 @@ class KnownServers:
 
     def _look(self) -> None:
         self._records = self._peer.servers(self._model_id)
+        if self._round_trips is not None:
+            ends = [record.peer for record in self._records if record.embeds or record.heads]
+            self._round_trips.ask(ends[:_MEASURED])
 
     def _keep_looking(self) -> None:
         while not self._closing.wait(_REFRESH):
@@ -73,8 +103,10 @@ class KnownServers:
 
 
 @contextmanager
-def join_swarm(directory: Path, config: PeerConfig) -> Iterator[Joined]:
+def join_swarm(directory: Path, config: PeerConfig, *, timed: bool = False) -> Iterator[Joined]:
     """Join a swarm that serves the model whose config and tokenizer lie in `directory`, until the block ends.
+
+    `timed` asks for the timings of each token.
 
     Raises `NetworkError` when the swarm cannot be joined.
     """
@@ -82,7 +114,8 @@ def join_swarm(directory: Path, config: PeerConfig) -> Iterator[Joined]:
     peer = SwarmPeer(config)
     try:
         known = KnownServers(peer, fingerprint(described))
-        transport = SwarmTransport(peer.network, known.route)
+        transport = SwarmTransport(peer.network, known, vocabulary=_vocabulary(described), timed=timed)
+        known.measure(transport.round_trips)
         try:
             yield Joined(transport, "swarm", directory, _context_length(described))
         finally:
@@ -90,6 +123,11 @@ def join_swarm(directory: Path, config: PeerConfig) -> Iterator[Joined]:
             transport.close()
     finally:
         peer.close()
+
+
+def _vocabulary(described: dict[str, object]) -> int | None:
+    value = described.get("vocab_size")
+    return value if isinstance(value, int) else None
 
 
 def _context_length(described: dict[str, object]) -> int:

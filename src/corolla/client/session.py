@@ -27,6 +27,7 @@ class Session:
         self.tokens: list[int] = []
         self._cached = 0  # how many tokens the server is known to have
         self._generation = 0
+        self._asked = 0  # when the answer under way was, in unix milliseconds
         self._replies: SimpleQueue[Reply] = SimpleQueue()
         self._link = transport.connect(peer, self._replies.put)
 
@@ -66,6 +67,7 @@ class Session:
         with. After a `CallerError` before the first token the history is as it was.
         """
         before = self.position
+        self._asked = int(time.time() * 1000)
         self.tokens.extend(token_ids)
         if not self.tokens:
             raise EmptyPrompt
@@ -114,7 +116,7 @@ class Session:
             self._generation += 1
             start = min(self._cached, self.position - 1)
             try:
-                self._link.send(Step(self.name, start, tuple(self.tokens[start:]), self._generation, settings))
+                self._link.send(Step(self.name, start, tuple(self.tokens[start:]), self._generation, settings, asked=self._asked))
             except CapacityError as full:
                 self._sleep(full, deadline)
             else:

@@ -1,4 +1,4 @@
-"""The swarm as a transport: a session's link goes along a route of servers, and along another when one of them fails.
+"""The swarm as a transport: a session's link goes along a route of servers, and along another when one of them fails or leaves.
 
 Recovery is the rule of positions and nothing else: a link whose route broke tells its session `Gap(0)`, the session sends its
 history again, and that step takes a new route. What late or hung servers still send belongs to an older generation.
@@ -9,45 +9,95 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
-from corolla.errors import NetworkError
+from corolla.errors import NetworkError, NoRoute, ProtocolError
 from corolla.swarm.bans import Bans, blameworthy
 from corolla.swarm.convert import error_of, from_message, from_settings, to_reply
 from corolla.swarm.network import Network
+from corolla.swarm.pings import RoundTrips
 from corolla.swarm.routing import Route
 from corolla.swarm.transport import Deliver
-from corolla.swarm.wire import MAX_STEP_TOKENS, CachedFrame, FailedFrame, GapFrame, Hop, Ping, Pong, StepFrame, TokenFrame, WireMessage
+from corolla.swarm.wire import (
+    MAX_STEP_TOKENS,
+    CachedFrame,
+    FailedFrame,
+    GapFrame,
+    Hop,
+    Leaving,
+    Ping,
+    Pong,
+    StepFrame,
+    TokenFrame,
+    WireMessage,
+)
 from corolla.types import Close, Gap, Message, Step
 
 log = logging.getLogger(__name__)
 
-FindRoute = Callable[[Collection[str], int], Route]
-"""Given banned peers and the tokens that need room: the route to take. Raises `NoRoute`."""
+
+class Router(Protocol):
+    """Chooses routes for sessions."""
+
+    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
+        """The route to take, around the peers of `avoid`, with room for so many tokens. Raises `NoRoute`."""
+        ...
+
+    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
+        """A route that is so much quicker than `route` has become that a session should move there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """When a silent route is doubted, in seconds."""
+    """When a route is doubted, in seconds."""
 
     silence: float = 2.0  # without a reply, until the route's servers are asked whether they live
     answer: float = 1.0  # for them to say so; who does not is as good as dead
+    reconsider: float = 5.0  # on a route, until a quicker one is looked for
+    leaving: float = 60.0  # for which a server that said it leaves is avoided
+
+
+@dataclass(slots=True)
+class ClientCounters:
+    """What happened since the transport was made."""
+
+    replays: int = 0  # histories that were sent again from the beginning
+    faults: int = 0  # servers that were given up by a session
+    moves: int = 0  # sessions that went on elsewhere because a server left or had become slow
 
 
 class SwarmTransport:
-    """A `Transport` to whichever servers `find_route` chooses; the peer named in `connect` does not matter.
+    """A `Transport` to whichever servers the router chooses; the peer named in `connect` does not matter.
 
     One for each client process: it listens on `network` and watches over its links on a thread of its own.
+
+    Args:
+        vocabulary: of the model; a server that answers with another token is at fault. None takes any token.
+        timed: ask for each token's timings.
     """
 
-    def __init__(self, network: Network, find_route: FindRoute, *, bans: Bans | None = None, patience: Patience | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        router: Router,
+        *,
+        bans: Bans | None = None,
+        patience: Patience | None = None,
+        vocabulary: int | None = None,
+        timed: bool = False,
+    ) -> None:
         self.network = network
-        self.find_route = find_route
+        self.router = router
         self.bans = bans or Bans()
         self.patience = patience or Patience()
+        self.vocabulary, self.timed = vocabulary, timed
+        self.counters = ClientCounters()
+        self.round_trips = RoundTrips(network.send)
         self._links: dict[str, SwarmLink] = {}
         self._heard: dict[str, float] = {}  # when a peer last sent anything
+        self._leaving: dict[str, float] = {}  # when a peer said that it leaves
         self._lock = threading.Lock()
         self._closed = threading.Event()
         network.listen(self._receive, self._lose)
@@ -61,6 +111,12 @@ class SwarmTransport:
         """Leave the network; links deliver nothing more."""
         self._closed.set()
         self.network.close()
+
+    @property
+    def avoided(self) -> frozenset[str]:
+        """The peers that no session should go to now."""
+        since = time.monotonic() - self.patience.leaving
+        return self.bans.banned() | {peer for peer, said in list(self._leaving.items()) if said > since}
 
     def heard(self, peer: str) -> float:
         """When `peer` last sent anything, on `time.monotonic`'s clock; minus infinity if never."""
@@ -81,10 +137,17 @@ class SwarmTransport:
                 link = self._links.get(message.session)
             if link is not None:
                 link.receive(sender, message)
+        elif isinstance(message, Leaving):
+            self._leaving[sender] = time.monotonic()
+            for link in self._all():
+                link.left(sender)
         elif isinstance(message, Ping):
             self.network.send(sender, Pong(message.nonce))
+        elif isinstance(message, Pong):
+            self.round_trips.answered(sender, message)
 
     def _lose(self, peer: str) -> None:
+        self.round_trips.forget(peer)
         for link in self._all():
             link.lost(peer, NetworkError(f"the connection to {peer} broke"))
 
@@ -106,9 +169,13 @@ class SwarmLink:
         self._transport = transport
         self._deliver = deliver
         self._lock = threading.RLock()
+        self._session = ""
         self._route: Route | None = None
+        self._taken = 0.0  # when the route was, or was last compared with others
+        self._cold = True  # nobody on the route has anything of the session yet
         self._step: Step | None = None  # under way
-        self._since = 0.0  # when the last reply to it came, or it was sent
+        self._position = 0  # of the next token to come
+        self._since = 0.0  # when the last reply to the step came, or it was sent
         self._asked: float | None = None  # when the route's servers were asked whether they live
 
     @property
@@ -119,6 +186,7 @@ class SwarmLink:
     def send(self, message: Message) -> None:
         """See `Link.send`; also raises `NoRoute` while some block has no server."""
         with self._lock:
+            self._session = message.session
             if isinstance(message, Step):
                 self._transport.enter(message.session, self)
                 self._send_step(message)
@@ -135,18 +203,29 @@ class SwarmLink:
         self._transport.leave(self)
 
     def receive(self, sender: str, frame: TokenFrame | CachedFrame | GapFrame | FailedFrame) -> None:
-        """A reply from a server of the route; replies to earlier steps are dropped."""
+        """A reply; one to an earlier step, a repeated one, and one from a server that is not on the route are dropped."""
         with self._lock:
-            step = self._step
-            if step is None or frame.generation != step.generation or isinstance(frame, CachedFrame):
+            step, route = self._step, self._route
+            if step is None or route is None or sender not in route.peers:
+                return
+            if frame.generation != step.generation or isinstance(frame, CachedFrame):
                 return
             self._since, self._asked = time.monotonic(), None
             if isinstance(frame, FailedFrame) and blameworthy(error := error_of(frame)):
-                self.lost(frame.peer or sender, error)
+                self.lost(frame.peer if frame.peer in route.peers else sender, error)
                 return
+            if isinstance(frame, TokenFrame):
+                if frame.position < self._position:
+                    return
+                if problem := self._problem(frame):
+                    self.lost(sender, ProtocolError(problem))
+                    return
+                self._position += 1
             if isinstance(frame, FailedFrame) or (isinstance(frame, TokenFrame) and frame.finish is not None):
                 self._step = None
             self._transport.bans.forgive(sender)
+            if isinstance(frame, GapFrame):
+                self._transport.counters.replays += frame.have == 0
         self._deliver(to_reply(frame))
 
     def lost(self, peer: str, error: Exception) -> None:
@@ -155,14 +234,29 @@ class SwarmLink:
             if self._route is None or peer not in self._route.peers:
                 return
             seconds = self._transport.bans.blame(peer)
-            log.warning("server %s is left for %.0f s: %s", peer, seconds, error)
+            self._transport.counters.faults += 1
+            log.warning("server %s is left for %.0f s: %s", peer, seconds, error, extra={"session": self._session, "peer": peer})
             self._abandon()
-            step, self._step = self._step, None
-        if step is not None:
-            self._deliver(Gap(step.session, step.generation, 0))
+            gap = self._start_again()
+        if gap is not None:
+            self._deliver(gap)
+
+    def left(self, peer: str) -> None:
+        """A server wants to leave: the session goes on elsewhere if it can, and else stays for as long as it is served."""
+        with self._lock:
+            if self._route is None or peer not in self._route.peers:
+                return
+            try:
+                route = self._transport.router.route(self._transport.avoided, self._needed)
+            except (NoRoute, NetworkError) as error:
+                log.info("server %s wants to leave and must stay: %s", peer, error, extra={"session": self._session, "peer": peer})
+                return
+            gap = self._move(route)
+        if gap is not None:
+            self._deliver(gap)
 
     def check(self, now: float) -> None:
-        """Ask a silent route's servers whether they live, and give up those that do not say so."""
+        """Ask a silent route's servers whether they live, give up those that do not say so, and leave a route that has become slow."""
         patience, transport = self._transport.patience, self._transport
         with self._lock:
             if self._step is None or self._route is None:
@@ -170,48 +264,99 @@ class SwarmLink:
             if self._asked is None:
                 if now - self._since > patience.silence:
                     self._asked = now
-                    for peer in self._route.peers:
-                        transport.network.send(peer, Ping(0))
+                    transport.round_trips.ask(self._route.peers)
+                    return
+                gap = self._reconsider(now)
+                silent = []
+            elif now - self._asked < patience.answer:
                 return
-            if now - self._asked < patience.answer:
-                return
-            silent = [peer for peer in self._route.peers if transport.heard(peer) < self._asked]
-            self._since, self._asked = now, None
+            else:
+                gap = None
+                silent = [peer for peer in self._route.peers if transport.heard(peer) < self._asked]
+                self._since, self._asked = now, None
         for peer in silent:
             self.lost(peer, NetworkError(f"it did not answer for {patience.silence + patience.answer:g} s"))
+        if gap is not None:
+            self._deliver(gap)
+
+    def _problem(self, frame: TokenFrame) -> str | None:
+        """What is wrong with a token, if anything is."""
+        if frame.position > self._position:
+            return f"it answered the token at position {frame.position} before that at {self._position}"
+        vocabulary = self._transport.vocabulary
+        if vocabulary is not None and frame.token_id >= vocabulary:
+            return f"it answered token {frame.token_id} of a vocabulary of {vocabulary}"
+        return None
+
+    @property
+    def _needed(self) -> int:
+        """Tokens that a new route must have room for."""
+        return max(1, self._position)
+
+    def _reconsider(self, now: float) -> Gap | None:
+        transport = self._transport
+        if self._route is None or now - self._taken < transport.patience.reconsider:
+            return None
+        self._taken = now
+        route = transport.router.quicker(self._route, transport.avoided, self._needed)
+        return None if route is None else self._move(route)
+
+    def _move(self, route: Route) -> Gap | None:
+        assert self._route is not None
+        log.info("from %s to %s", self._route.peers, route.peers, extra={"session": self._session})
+        self._transport.counters.moves += 1
+        self._abandon()
+        self._take(route)
+        return self._start_again()
+
+    def _start_again(self) -> Gap | None:
+        """Nobody on a new route has anything of the session: what to tell it, if a step is under way."""
+        step, self._step = self._step, None
+        if step is None:
+            return None
+        self._transport.counters.replays += 1
+        return Gap(step.session, step.generation, 0)
+
+    def _take(self, route: Route) -> None:
+        self._route, self._taken = route, time.monotonic()
+        self._cold = True
 
     def _send_step(self, step: Step) -> None:
         tokens = tuple(step.payload)
         if self._route is None:
-            self._route = self._transport.find_route(self._transport.bans.banned(), step.start + len(tokens))
-            if step.start:
-                # Nobody on a new route has anything of the session.
-                self._deliver(Gap(step.session, step.generation, 0))
-                return
+            self._take(self._transport.router.route(self._transport.avoided, step.start + len(tokens)))
+        if self._cold and step.start:
+            self._deliver(Gap(step.session, step.generation, 0))
+            return
+        self._cold = False
+        assert self._route is not None
         hops = tuple(Hop(hop.peer, hop.start, hop.end) for hop in self._route.hops)
         self._step, self._since, self._asked = step, time.monotonic(), None
+        self._position = step.start + len(tokens)
         settings = from_settings(step.settings) if step.settings is not None else None
         for first in range(0, len(tokens), MAX_STEP_TOKENS):
             piece = tokens[first : first + MAX_STEP_TOKENS]
+            last = first + len(piece) == len(tokens)
             frame = StepFrame(
                 step.session,
                 step.generation,
                 step.start + first,
                 piece,
-                settings=settings if first + len(piece) == len(tokens) else None,
+                settings=settings if last else None,
                 route=hops,
                 client=self._transport.network.me,
                 adapter=step.adapter,
+                asked=step.asked,
+                more=not last,
+                timed=self._transport.timed,
             )
             self._transport.network.send(hops[0].peer, frame)
 
     def _abandon(self) -> None:
         """Let go of the route: its servers are told, as far as they hear."""
         route, self._route = self._route, None
-        if route is None or self._step is None:
-            return
-        for peer in route.peers:
+        for peer in route.peers if route is not None else ():
             try:
-                self._transport.network.send(peer, from_message(Close(self._step.session)))
+                self._transport.network.send(peer, from_message(Close(self._session)))
             except NetworkError:
                 return

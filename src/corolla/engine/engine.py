@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,9 @@ from corolla.engine.work import Computed, Work
 from corolla.errors import Busy, CapacityError, CorollaError, EmptyPrompt, InvalidSetting, PromptTooLong, ServerFault
 from corolla.models.span import SpanModel
 from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, Hidden, Message, Reply, Span, Step, Token
+
+_LIGHT_ROWS = 32
+_LOOK_AGAIN = 5.0  # seconds: sessions may wait for the pages of one whose next token never comes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,9 @@ class Counters:
     gaps: int = 0
     evicted_idle: int = 0
     evicted_running: int = 0
+    # Of forwards of few rows, which take about as long as one row does: how many, and the seconds that one block of them took.
+    light_steps: int = 0
+    light_seconds: float = 0.0
 
 
 class Engine:
@@ -65,7 +73,9 @@ class Engine:
         self._scheduler = Scheduler(self.pool, rows)
         self._conversations: dict[str, Conversation] = {}
         self.counters = Counters()
+        self.forward_seconds = 0.0  # of the forward whose replies are being delivered
         self._inbox: deque[tuple[Message, Deliver | None]] = deque()
+        self._calls: deque[Iterator[None]] = deque()
         self._arrivals = 0
         self._awake = threading.Event()
         self._stopping = False
@@ -78,8 +88,14 @@ class Engine:
 
     @property
     def active(self) -> int:
-        """Sessions with a step under way, those that wait to be received among them."""
+        """Sessions with a step or an answer under way, those that wait to be received among them."""
         return sum(not c.idle for c in list(self._conversations.values())) + len(self._inbox)
+
+    @property
+    def free_tokens(self) -> int:
+        """Positions that a newcomer could have: in free pages, and in those of idle sessions."""
+        idle = sum(len(c.table.pages) for c in list(self._conversations.values()) if c.idle)
+        return min(self.pool.free_pages + idle, self.pool.num_pages) * self.pool.page_size
 
     # Receive.
 
@@ -92,9 +108,16 @@ class Engine:
         """
         if isinstance(message, Step):
             self._check(message)
-            if self.active >= self.config.max_active:
+            known = self._conversations.get(message.session)
+            if (known is None or known.idle) and self.active >= self.config.max_active:
                 raise Busy(self.config.retry_after)
         self._inbox.append((message, deliver))
+        self._awake.set()
+
+    def call(self, job: Iterator[None]) -> None:
+        """Work for the engine's thread beside the sessions, from any thread: one `next` after each step, so that nobody's
+        tokens wait for all of it. The job must not raise."""
+        self._calls.append(job)
         self._awake.set()
 
     def _check(self, step: Step) -> None:
@@ -109,11 +132,16 @@ class Engine:
         span, own = step.span or self.model.span, self.model.span
         if not own.start <= span.start < span.end <= own.end:
             raise InvalidSetting("blocks", f"{span} are not among the blocks {own} held here")
-        if span.start == 0:
+        if isinstance(step.payload, torch.Tensor):
+            if step.payload.shape != (count, arch.hidden):
+                raise InvalidSetting("payload", f"hidden states come in the shape [tokens, {arch.hidden}]")
+            if span.start == 0 and not step.wants_hidden:
+                raise InvalidSetting("payload", "block 0 takes token ids, unless hidden states are wanted back")
+        elif span.start == 0:
             outside = next((token for token in step.payload if not 0 <= token < arch.vocabulary), None)
             if outside is not None:
                 raise InvalidSetting("payload", f"{outside} is no token of a vocabulary of {arch.vocabulary}")
-        elif not isinstance(step.payload, torch.Tensor) or step.payload.shape != (count, arch.hidden):
+        else:
             raise InvalidSetting("payload", f"block {span.start} takes hidden states of shape [tokens, {arch.hidden}]")
         if step.settings is not None:
             check_vocabulary(step.settings, arch.vocabulary)
@@ -135,7 +163,9 @@ class Engine:
         if conversation is not None and self._continues(conversation, step, deliver):
             return
         span = step.span or self.model.span
-        if conversation is not None and (conversation.table.adapter, conversation.span) != (step.adapter, span):
+        takes_hidden = isinstance(step.payload, torch.Tensor)
+        kind = step.adapter, span, takes_hidden
+        if conversation is not None and (conversation.table.adapter, conversation.span, conversation.takes_hidden) != kind:
             self._forget(conversation)
             conversation = None
         have = conversation.position if conversation is not None else 0
@@ -147,8 +177,9 @@ class Engine:
             return
         if conversation is None:
             # In a row of several servers each would find another length of a prefix: only a whole model shares them.
-            whole = len(span) == self.model.arch.blocks
-            conversation = Conversation(step.session, self.pool.open(step.adapter), span, shares_prefixes=whole)
+            whole = len(span) == self.model.arch.blocks and not takes_hidden
+            table = self.pool.open(step.adapter)
+            conversation = Conversation(step.session, table, span, takes_hidden=takes_hidden, shares_prefixes=whole)
             self._conversations[step.session] = conversation
         self.cache.copy_pages(self.pool.truncate(conversation.table, step.start))
         # A page that could not be copied is cut off: its tokens are still known, and are computed again.
@@ -161,9 +192,12 @@ class Engine:
         else:
             conversation.hidden = None
             conversation.tokens[step.start :] = step.payload
-        self._arrivals += 1
-        conversation.deliver, conversation.settings = deliver, step.settings
-        conversation.generation, conversation.sampled, conversation.arrival = step.generation, 0, self._arrivals
+        if conversation.idle or conversation.generation != step.generation:
+            self._arrivals += 1
+            conversation.generation, conversation.sampled, conversation.arrival = step.generation, 0, (step.asked, self._arrivals)
+            conversation.gives_hidden = step.wants_hidden or span.end != self.model.arch.blocks
+        conversation.deliver, conversation.settings, conversation.more = deliver, step.settings, step.more
+        conversation.seen = time.monotonic()
 
     def _continues(self, conversation: Conversation, step: Step, deliver: Deliver) -> bool:
         """A chunk of hidden states that follows one still waiting here: take it behind that."""
@@ -173,12 +207,18 @@ class Engine:
             return False
         conversation.hidden = torch.cat([waiting, step.payload])
         conversation.tokens[step.start :] = step.tokens
-        conversation.settings, conversation.deliver = step.settings, deliver
+        conversation.deliver, conversation.settings, conversation.more = deliver, step.settings, step.more
+        conversation.seen = time.monotonic()
         return True
 
     def _rest(self, conversation: Conversation) -> None:
         """Idle from here on: what is cached stays, what was pending is dropped."""
-        conversation.deliver = conversation.settings = conversation.hidden = None
+        conversation.deliver = conversation.settings = None
+        self._wait(conversation)
+
+    def _wait(self, conversation: Conversation) -> None:
+        """Nothing is left to compute, until something more comes."""
+        conversation.hidden = None
         del conversation.tokens[conversation.position :]
         self.pool.truncate(conversation.table, conversation.position)
 
@@ -189,25 +229,39 @@ class Engine:
     # The loop.
 
     def run_once(self) -> bool:
-        """One turn: receive, schedule, forward, reply. False when there was nothing to compute."""
+        """One turn: receive, schedule, forward, reply, and a piece of the calls. False when there was nothing to compute."""
         while self._inbox:
             self._take(*self._inbox.popleft())
         scheduled = self._schedule()
-        if not scheduled:
-            return self._fail_stuck()
-        self.counters.steps += 1
+        if scheduled:
+            self.counters.steps += 1
         for span in sorted({conversation.span for conversation, _ in scheduled}):
             self._forward(span, [(conversation, work) for conversation, work in scheduled if conversation.span == span])
+        called = self._advance_call()
+        return bool(scheduled) or called or self._fail_stuck()
+
+    def _advance_call(self) -> bool:
+        """A piece of the oldest call."""
+        if not self._calls:
+            return False
+        ended = object()
+        if next(self._calls[0], ended) is ended:
+            self._calls.popleft()
         return True
 
     def _forward(self, span: Span, scheduled: list[tuple[Conversation, Work]]) -> None:
         """Forward and reply for the sessions that go through the same blocks."""
+        began = time.perf_counter()
         try:
             computed = self._executor.forward([work for _, work in scheduled], span)
             sampled = iter(self._sample(scheduled, computed))
         except (CorollaError, RuntimeError, MemoryError) as error:
             self._fail([c for c, _ in scheduled], error)
             return
+        self.forward_seconds = time.perf_counter() - began
+        if sum(work.rows.count for _, work in scheduled) <= _LIGHT_ROWS:
+            self.counters.light_steps += 1
+            self.counters.light_seconds += self.forward_seconds / len(span)
         at = 0
         for conversation, work in scheduled:
             hidden = computed.hidden[at : at + work.rows.count]
@@ -223,9 +277,10 @@ class Engine:
             self._forget(conversation)
         for conversation in schedule.set_back:
             deliver = conversation.deliver
-            # What came as hidden states only its sender can give again; tokens are known here.
-            if conversation.hidden is not None and deliver is not None:
+            # A whole model computes the tokens again by itself; the servers of a route are all given them again.
+            if len(conversation.span) < self.model.arch.blocks or conversation.takes_hidden:
                 self._forget(conversation)
+                assert deliver is not None, "an idle session was set back"
                 deliver(Gap(conversation.session, conversation.generation, 0))
         return schedule.work
 
@@ -246,7 +301,8 @@ class Engine:
         self.counters.rows += count
         conversation.used = self.counters.steps
         self.pool.advance(conversation.table, count)
-        if conversation.hidden is not None:
+        if conversation.takes_hidden:
+            assert conversation.hidden is not None, "rows were computed that nobody sent"
             conversation.hidden = conversation.hidden[count:]
         elif conversation.shares_prefixes:
             self.pool.publish(conversation.table, conversation.tokens, conversation.position)
@@ -255,15 +311,17 @@ class Engine:
         if sampled is not None:
             deliver(self._token(conversation, sampled))
             return
-        done = conversation.pending == 0
+        complete = conversation.pending == 0 and not conversation.more
         reply: Reply | None = None
-        if conversation.span.end != self.model.arch.blocks:
+        if conversation.gives_hidden:
             tokens = tuple(conversation.tokens[work.rows.start : work.rows.end])
-            reply = Hidden(conversation.session, conversation.generation, work.rows.start, hidden, tokens, last=done)
-        elif done:
+            reply = Hidden(conversation.session, conversation.generation, work.rows.start, hidden, tokens, last=complete)
+        elif complete:
             reply = Cached(conversation.session, conversation.generation, conversation.position)
-        if done:
+        if complete and conversation.settings is None:
             self._rest(conversation)
+        elif conversation.pending == 0:
+            self._wait(conversation)
         if reply is not None:
             deliver(reply)
 
@@ -290,6 +348,8 @@ class Engine:
         )
         if finish is None and conversation.span.start == 0:
             conversation.tokens.append(sampled.token_id)
+        elif finish is None:
+            self._wait(conversation)
         else:
             self._rest(conversation)
         return token
@@ -304,9 +364,9 @@ class Engine:
                 deliver(Failed(conversation.session, conversation.generation, fault))
 
     def _fail_stuck(self) -> bool:
-        """Nothing could be scheduled: a session under way is too large for the pool that the others left."""
-        stuck = [c for c in self._conversations.values() if not c.idle]
-        if stuck:
+        """Nothing could be scheduled, and nothing will give pages back: a session under way is too large for the pool."""
+        stuck = [c for c in self._conversations.values() if c.pending]
+        if stuck and not any(c.waiting for c in self._conversations.values()):
             self._fail(stuck, CapacityError("the KV cache has no room for this session", self.config.retry_after))
         return False
 
@@ -329,7 +389,7 @@ class Engine:
             while not self._stopping:
                 self._awake.clear()
                 if not self.run_once() and not self._inbox:
-                    self._awake.wait()
+                    self._awake.wait(_LOOK_AGAIN)
         except BaseException as error:
             # A fault of the engine itself: nobody may wait for ever on a loop that is gone.
             reason = error
@@ -345,6 +405,5 @@ class Engine:
         self.pool.check_integrity()
         for conversation in self._conversations.values():
             known = len(conversation.tokens)
-            embeds = conversation.span.start == 0
-            assert not embeds or conversation.position <= known, f"{conversation.session} caches more than its history"
+            assert conversation.takes_hidden or conversation.position <= known, f"{conversation.session} caches more than its history"
             assert not (conversation.idle and conversation.pending), f"{conversation.session} is idle with rows to compute"

@@ -48,11 +48,16 @@ class Executor:
 
     def _inputs(self, works: Sequence[Work], padded: int, part: Span) -> torch.Tensor:
         model = self.model
-        if part.start == 0:
+        if part.start == 0 and not any(isinstance(work.payload, torch.Tensor) for work in works):
             ids = [token for work in works for token in work.payload]
             return model.embed(torch.tensor(ids + [0] * (padded - len(ids))))
-        rows = torch.cat([work.payload.to(model.device, model.dtype) for work in works])  # type: ignore[union-attr]
+        rows = torch.cat([self._rows(work) for work in works])
         return torch.nn.functional.pad(rows, (0, 0, 0, padded - rows.shape[0]))
+
+    def _rows(self, work: Work) -> torch.Tensor:
+        if isinstance(work.payload, torch.Tensor):
+            return work.payload.to(self.model.device, self.model.dtype)
+        return self.model.embed(torch.tensor(work.payload))
 
     def _logits(self, works: Sequence[Work], hidden: torch.Tensor, part: Span) -> torch.Tensor | None:
         if part.end != self.model.arch.blocks:

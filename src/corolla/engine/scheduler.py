@@ -1,11 +1,13 @@
 """Which rows the next forward computes: first one row for each session that decodes, then chunks of prefill.
 
-When the pages run out, the session that was idle longest is evicted, and then the latest arrival that is under way is set
-back: it is computed again when pages are free. The rule of positions brings both back.
+When the pages run out, the session that was idle longest is evicted, and then the one under way that asked last is set
+back: it is computed again when pages are free. The rule of positions brings both back. All servers of a route go by the time of
+asking, so no two sessions wait for one another, each on a server where the other one holds the pages.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +15,8 @@ from corolla.engine.attention import Rows
 from corolla.engine.pages import PagePool
 from corolla.engine.sequence import Conversation
 from corolla.engine.work import Work
+
+_LOST_AFTER = 30.0  # seconds without the next token: whoever should send it is gone
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,8 +68,9 @@ class Scheduler:
         table = conversation.table
         while not self._pool.reserve(table, table.length + count):
             holders = [c for c in everyone if c.table.pages and c is not conversation and c not in keep]
-            idle = [c for c in holders if c.idle]
-            later = [c for c in holders if not c.idle and c.arrival > conversation.arrival]
+            lost = time.monotonic() - _LOST_AFTER
+            idle = [c for c in holders if c.idle or (c.waiting and c.seen < lost)]
+            later = [c for c in holders if c.arrival > conversation.arrival]
             if idle:
                 victim = min(idle, key=lambda c: c.used)
                 schedule.evicted.append(victim)
@@ -80,4 +85,4 @@ class Scheduler:
     def _work(self, conversation: Conversation, count: int) -> Work:
         rows = Rows(conversation.table, conversation.position, count)
         last = count == conversation.pending
-        return Work(rows, conversation.payload(count), wants_logits=last and conversation.settings is not None)
+        return Work(rows, conversation.payload(count), wants_logits=last and conversation.samples)

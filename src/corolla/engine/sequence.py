@@ -19,22 +19,29 @@ Deliver = Callable[[Reply], None]
 class Conversation:
     """The state of one session.
 
-    `tokens` is the whole history as far as it is known here. For a span that embeds, what lies past the table's length is
-    still to be computed; for a later span, `hidden` holds the rows [pending, hidden] that are.
+    `tokens` is the whole history as far as it is known here. Where token ids come in, what lies past the table's length is
+    still to be computed; where hidden states do, `hidden` holds the rows [pending, hidden] that are.
+
+    A session is under way from a step's arrival until its last reply. On a server of a part of the model that includes the
+    time between two tokens of an answer, when it waits for the next one to come round.
     """
 
     session: str
     table: PageTable
     span: Span  # the blocks that it goes through here
+    takes_hidden: bool  # whether hidden states come in, rather than token ids
     shares_prefixes: bool  # whether its full pages are published, and its beginning is looked for among those of others
     tokens: list[int] = field(default_factory=list)
     hidden: torch.Tensor | None = None
     deliver: Deliver | None = None  # of the step under way; None while idle
     settings: GenerationSettings | None = None
+    gives_hidden: bool = False  # hidden states go out, rather than tokens
+    more: bool = False  # further rows of the step are on their way
     generation: int = 0
     sampled: int = 0  # tokens of the answer under way
-    arrival: int = 0  # order of the steps under way: the earliest is served first
+    arrival: tuple[int, int] = (0, 0)  # when the answer was asked for, then the order of arrival: the earliest is served first
     used: int = 0  # the engine step it last took part in: the longest unused is evicted first
+    seen: float = 0.0  # when its last message came, on `time.monotonic`'s clock
 
     @property
     def position(self) -> int:
@@ -45,11 +52,21 @@ class Conversation:
         return self.deliver is None
 
     @property
+    def samples(self) -> bool:
+        """Whether a token is drawn after the last pending row."""
+        return self.settings is not None and not self.gives_hidden
+
+    @property
     def pending(self) -> int:
         """Rows still to be computed."""
-        if self.hidden is not None:
-            return self.hidden.shape[0]
+        if self.takes_hidden:
+            return 0 if self.hidden is None else self.hidden.shape[0]
         return max(0, len(self.tokens) - self.position)
+
+    @property
+    def waiting(self) -> bool:
+        """Under way, with nothing to compute until the next token comes round."""
+        return not self.idle and not self.pending
 
     def payload(self, count: int) -> Sequence[int] | torch.Tensor:
         """The next `count` rows to compute."""

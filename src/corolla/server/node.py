@@ -2,34 +2,73 @@
 
 The tokens' way: the first server embeds, hidden states go from server to server, the last one samples. A sampled token goes
 to the client and, at the same time, straight back to the first server (the ring): the client is not on the critical path.
+
+The hidden states' way of a session is the same with hidden states at both ends. Without a session see `calls`.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+import time
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from corolla.engine.engine import Engine
-from corolla.errors import CorollaError, NetworkError, ServerFault
+from corolla.errors import Busy, CorollaError, NetworkError, ServerFault, Unauthorized
 from corolla.swarm.arrays import check_finite
-from corolla.swarm.convert import failed_of, from_reply, from_step, to_message, to_step
+from corolla.swarm.convert import failed_of, from_reply, from_step, to_message, to_settings, to_step, to_timings
 from corolla.swarm.network import Network
-from corolla.swarm.wire import CancelFrame, CloseFrame, Hop, Ping, Pong, StepFrame, WireDtype, WireMessage
-from corolla.types import Close, Hidden, Reply, Span, Step, Token
+from corolla.swarm.pings import RoundTrips
+from corolla.swarm.wire import (
+    AskCounters,
+    CancelFrame,
+    CloseFrame,
+    Counters,
+    Hop,
+    Leaving,
+    Ping,
+    Pong,
+    StepFrame,
+    WireDtype,
+    WireMessage,
+)
+from corolla.types import Close, GenerationSettings, Hidden, HopTiming, Reply, Span, Step, Token
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanServerConfig:
+    """`wire_dtype` is that of the hidden states sent on: the model's own where the answer must not depend on the route."""
+
+    wire_dtype: WireDtype
+    sessions_per_client: int = 1024  # open at once; one more is Busy
+    retry_after: float = 1.0  # seconds, told to who is turned away
+
+
+@dataclass(slots=True)
+class NodeCounters:
+    """What happened since the server was made."""
+
+    pushes: int = 0  # of hidden states to the next server
+    ring_steps: int = 0  # tokens that went from the last server straight to the first
+    refused: int = 0  # steps answered with an error
+
+
+@dataclass(slots=True, eq=False)
 class _Way:
-    """How a session goes on from here; sent with its first step and remembered."""
+    """How a session goes on from here, and what else came with its first step and need not come again."""
 
     generation: int
     route: tuple[Hop, ...]
     hop: int
     client: str
+    adapter: str
+    asked: int
+    timed: bool
+    wants_hidden: bool
+    settings: GenerationSettings | None = None
 
     @property
     def span(self) -> Span:
@@ -37,36 +76,80 @@ class _Way:
         here = self.route[self.hop]
         return Span(here.start, here.end)
 
+    @property
+    def before(self) -> str:
+        """Who sends steps here: the client or the server before."""
+        return self.client if self.hop == 0 else self.route[self.hop - 1].peer
+
+    @property
+    def last(self) -> bool:
+        return self.hop == len(self.route) - 1
+
+
+@dataclass(slots=True, eq=False)
+class _UnderWay:
+    """A step in the engine. `since` is when it came, or its last reply went."""
+
+    way: _Way
+    step: Step
+    tells_way: bool  # whether the next server has to be told the way
+    since: float
+    timings: tuple[HopTiming, ...]
+
 
 class SpanServer:
-    """Serves one engine's span over a network until `close`.
+    """Serves one engine's span over a network until `close`, or until another one listens on that network."""
 
-    Args:
-        wire_dtype: of the hidden states that it sends on; that of the model where the answer must not depend on the route.
-    """
-
-    def __init__(self, engine: Engine, network: Network, wire_dtype: WireDtype) -> None:
-        self._engine, self._network, self._wire_dtype = engine, network, wire_dtype
+    def __init__(self, engine: Engine, network: Network, config: SpanServerConfig) -> None:
+        self._engine, self._network, self._config = engine, network, config
         self._ways: dict[str, _Way] = {}
+        self._leaving = False
+        self.counters = NodeCounters()
+        self.round_trips = RoundTrips(self._send)
         network.listen(self._receive, self._lose)
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions are open here, idle ones among them."""
+        return len(self._ways)
+
+    def leave(self) -> None:
+        """Take no new sessions, and ask those that are open to go on elsewhere; they are served until they do."""
+        self._leaving = True
+        for client in {way.client for way in list(self._ways.values())}:
+            self._send(client, Leaving())
+
+    def stay(self) -> None:
+        """Take sessions again after `leave`."""
+        self._leaving = False
+
+    def stop(self) -> None:
+        """Stop the engine; the network stays."""
+        self._engine.stop()
 
     def close(self) -> None:
         """Leave the network and stop the engine."""
         self._network.close()
         self._engine.stop()
 
+    # On the network's thread from here on.
+
     def _receive(self, sender: str, message: WireMessage) -> None:
         if isinstance(message, StepFrame):
             self._step(sender, message)
         elif isinstance(message, (CancelFrame, CloseFrame)):
-            self._engine.receive(to_message(message))
-            if isinstance(message, CloseFrame):
-                self._ways.pop(message.session, None)
+            self._end(sender, message)
         elif isinstance(message, Ping):
             self._send(sender, Pong(message.nonce))
+        elif isinstance(message, Pong):
+            self.round_trips.answered(sender, message)
+        elif isinstance(message, AskCounters):
+            counts = asdict(self.counters) | asdict(self._engine.counters)
+            self._send(sender, Counters({name: int(count) for name, count in counts.items()}))
 
     def _lose(self, peer: str) -> None:
         """The sessions of a client that is gone are closed; of a server that is gone, its sessions' clients are told."""
+        self.round_trips.forget(peer)
         for session, way in list(self._ways.items()):
             if way.client == peer:
                 del self._ways[session]
@@ -75,61 +158,128 @@ class SpanServer:
                 gone = NetworkError("the servers before or behind it cannot reach it")
                 self._send(way.client, failed_of(gone, session, way.generation, peer=peer))
 
+    def _end(self, sender: str, frame: CancelFrame | CloseFrame) -> None:
+        way = self._ways.get(frame.session)
+        if way is None or (sender != way.client and all(sender != hop.peer for hop in way.route)):
+            return
+        self._engine.receive(to_message(frame))
+        if isinstance(frame, CloseFrame):
+            del self._ways[frame.session]
+
     def _step(self, sender: str, frame: StepFrame) -> None:
-        client = frame.client or sender
+        client, blamed = frame.client or sender, self._network.me
         try:
-            way = self._way(frame)
+            way = self._way(sender, frame)
             client = way.client
             step = to_step(frame)
-            if isinstance(step.payload, torch.Tensor):
-                check_finite(step.payload)
-            # Only the head samples; the servers before it pass the settings on.
-            mine = replace(step, span=way.span, settings=step.settings if way.hop == len(way.route) - 1 else None)
-            tells_way = bool(frame.route)
-            self._engine.receive(mine, lambda reply: self._reply(way, step, reply, tells_way=tells_way))
+            if isinstance(step.payload, torch.Tensor) and way.hop:
+                blamed = way.before
+                self._check(step.payload)
+                blamed = self._network.me
+            # What a step without a way leaves out came with the first one.
+            step = replace(step, span=way.span, settings=way.settings, adapter=way.adapter, asked=way.asked, wants_hidden=way.wants_hidden)
+            under_way = _UnderWay(way, step, bool(frame.route), time.perf_counter(), to_timings(frame.timings))
+            self._engine.receive(step, lambda reply: self._reply(under_way, reply))
         except CorollaError as error:
-            self._send(client, failed_of(error, frame.session, frame.generation, peer=self._network.me))
+            self.counters.refused += 1
+            log.info("a step was refused: %s", error, extra={"session": frame.session, "peer": sender})
+            self._send(client, failed_of(error, frame.session, frame.generation, peer=blamed))
 
-    def _way(self, frame: StepFrame) -> _Way:
+    def _way(self, sender: str, frame: StepFrame) -> _Way:
         known = self._ways.get(frame.session)
-        if not frame.route:
-            if known is None or known.generation != frame.generation:
-                raise ServerFault("this server does not know the session's route")
-            return known
-        if known is not None and known.generation > frame.generation:
-            raise ServerFault("a later step of the session came before this one")
-        way = self._ways[frame.session] = _Way(frame.generation, frame.route, frame.hop, frame.client)
-        return way
+        if frame.route:
+            way = _Way(
+                frame.generation,
+                frame.route,
+                frame.hop,
+                frame.client or sender,
+                frame.adapter,
+                frame.asked,
+                frame.timed,
+                wants_hidden=frame.output == "hidden",
+                settings=None if frame.settings is None else to_settings(frame.settings),
+            )
+            self._admit(sender, frame.session, way, known)
+            self._ways[frame.session] = way
+            return way
+        if known is None or known.generation != frame.generation:
+            raise ServerFault("this server does not know the session's route")
+        if sender not in (known.before, known.route[-1].peer):
+            raise Unauthorized(f"peer {sender} is not on the session's route")
+        return known
+
+    def _admit(self, sender: str, session: str, way: _Way, known: _Way | None) -> None:
+        if way.route[way.hop].peer != self._network.me or sender != way.before:
+            raise Unauthorized("the step did not come the way that it names")
+        if known is not None:
+            if way.client != known.client:
+                raise Unauthorized("the session belongs to another client")
+            if way.generation < known.generation:
+                raise ServerFault("a later step of the session came before this one")
+            return
+        if self._leaving:
+            raise NetworkError("this server is leaving, and takes no new sessions")
+        if sum(other.client == way.client for other in self._ways.values()) >= self._config.sessions_per_client:
+            raise Busy(self._config.retry_after)
+
+    def _check(self, hidden: torch.Tensor) -> None:
+        """Raises `ServerFault` for rows that no server of this model sends."""
+        width = self._engine.model.arch.hidden
+        if hidden.shape[1] != width:
+            raise ServerFault(f"it sent rows of {hidden.shape[1]} values, and this model's have {width}")
+        check_finite(hidden)
 
     # On the engine's thread from here on.
 
-    def _reply(self, way: _Way, step: Step, reply: Reply, *, tells_way: bool) -> None:
-        if isinstance(reply, Hidden):
-            self._pass_on(way, step, reply, tells_way=tells_way)
+    def _reply(self, under_way: _UnderWay, reply: Reply) -> None:
+        way = under_way.way
+        timings = self._timings(under_way) if way.timed else ()
+        if isinstance(reply, Hidden) and not way.last:
+            self._pass_on(under_way, reply, timings)
             return
-        if isinstance(reply, Token) and reply.finish is None and len(way.route) > 1:
-            self._close_ring(way, step, reply)
-        self._send(way.client, from_reply(reply, peer=self._network.me))
+        if isinstance(reply, Token) and len(way.route) > 1:
+            self._close_ring(way, reply)
+        self._send(way.client, from_reply(reply, peer=self._network.me, wire_dtype=self._config.wire_dtype, timings=timings))
 
-    def _pass_on(self, way: _Way, step: Step, reply: Hidden, *, tells_way: bool) -> None:
+    def _pass_on(self, under_way: _UnderWay, reply: Hidden, timings: tuple[HopTiming, ...]) -> None:
         """The rows that are computed so far go to the next server; it samples after the last of them."""
-        onward = replace(step, start=reply.start, payload=reply.hidden, tokens=reply.tokens, settings=step.settings if reply.last else None)
+        way, step = under_way.way, under_way.step
+        onward = replace(step, start=reply.start, payload=reply.hidden, tokens=reply.tokens, more=not reply.last)
         hop = way.hop + 1
-        if tells_way:
-            frame = from_step(onward, wire_dtype=self._wire_dtype, route=way.route, hop=hop, client=way.client)
+        if under_way.tells_way:
+            onward = onward if reply.last else replace(onward, settings=None)
+            frame = from_step(
+                onward,
+                wire_dtype=self._config.wire_dtype,
+                route=way.route,
+                hop=hop,
+                client=way.client,
+                timed=way.timed,
+                timings=timings,
+            )
         else:
-            frame = from_step(onward, wire_dtype=self._wire_dtype)
+            frame = from_step(replace(onward, settings=None, adapter=""), wire_dtype=self._config.wire_dtype, timings=timings)
+        self.counters.pushes += 1
         self._send(way.route[hop].peer, frame)
 
-    def _close_ring(self, way: _Way, step: Step, token: Token) -> None:
-        settings = step.settings
-        assert settings is not None, "a token was sampled for a step without settings"
-        left = replace(settings, max_tokens_to_generate=settings.max_tokens_to_generate - 1)
-        again = Step(step.session, token.position, (token.token_id,), step.generation, left, step.adapter)
-        self._send(way.route[0].peer, from_step(again))
+    def _close_ring(self, way: _Way, token: Token) -> None:
+        """The token goes on where the route begins; after the last one the other servers are told that the answer has ended."""
+        if token.finish is None:
+            self.counters.ring_steps += 1
+            self._send(way.route[0].peer, StepFrame(token.session, token.generation, token.position, (token.token_id,)))
+        else:
+            for hop in way.route[:-1]:
+                self._send(hop.peer, CancelFrame(token.session, token.generation))
+
+    def _timings(self, under_way: _UnderWay) -> tuple[HopTiming, ...]:
+        now, compute = time.perf_counter(), self._engine.forward_seconds
+        queue = max(0.0, now - under_way.since - compute)
+        under_way.since = now
+        transfer = self.round_trips.of(under_way.way.before) / 2
+        return (*under_way.timings, HopTiming(self._network.me, queue, compute, transfer))
 
     def _send(self, peer: str, message: WireMessage) -> None:
         try:
             self._network.send(peer, message)
         except NetworkError as error:  # this server is leaving
-            log.info("a message to %s was not sent: %s", peer, error)
+            log.info("a message was not sent: %s", error, extra={"peer": peer})

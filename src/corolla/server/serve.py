@@ -25,7 +25,7 @@ from corolla.models.families import architecture
 from corolla.models.linear import WeightFormat
 from corolla.models.span import load_span
 from corolla.server.embedded import fast_dtype
-from corolla.server.node import SpanServer
+from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.placement import choose_span
 from corolla.swarm.records import ServerRecord, State, fingerprint
@@ -56,7 +56,7 @@ class RunningServer:
         self.span = engine.model.span
         self._throughput = measure_throughput(engine)
         engine.start()
-        self._server = SpanServer(engine, peer.network, wire_dtype=_name_of(engine.model.dtype))
+        self._server = SpanServer(engine, peer.network, SpanServerConfig(wire_dtype=_name_of(engine.model.dtype)))
         self._stopping = threading.Event()
         self._announce("ready")
         self._announcing = threading.Thread(target=self._keep_announced, name="corolla-announce", daemon=True)

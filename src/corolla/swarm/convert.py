@@ -55,6 +55,7 @@ def to_step(frame: StepFrame) -> Step:
         frame.adapter,
         tokens=() if frame.hidden is None else frame.tokens,
         asked=frame.asked,
+        more=frame.more,
         wants_hidden=frame.output == "hidden",
     )
 
@@ -93,6 +94,7 @@ def from_step(
         step.adapter,
         from_timings(timings),
         asked=step.asked if route else 0,
+        more=step.more,
         timed=timed,
         output="hidden" if step.wants_hidden else "token",
     )

@@ -122,6 +122,17 @@ def find_route(
     return min(routes, key=_order)
 
 
+def seconds_along(records: Iterable[ServerRecord], route: Route, *, blocks: int, prefer: Mapping[str, float] | None = None) -> float | None:
+    """What a step of one token takes along a route by these records; None where one of its servers is not among them,
+    or computes nothing."""
+    servers = {record.peer: record for record in records}
+    if not all(hop.peer in servers and servers[hop.peer].throughput > 0 for hop in route.hops):
+        return None
+    return _Ring([servers[peer] for peer in route.peers], blocks, 1, prefer).seconds(
+        [(i, h.start, h.end) for i, h in enumerate(route.hops)]
+    )
+
+
 def _order(route: Route) -> tuple[float, int, tuple[str, ...]]:
     return route.seconds, len(route.hops), route.peers
 
@@ -155,7 +166,7 @@ class _Ring:
                 break
             _, onward = self._ways(first)
             hops = _without_returns(self._follow(first, onward))
-            route = Route(tuple(Hop(self._servers[i].peer, start, end) for i, start, end in hops), self._seconds(hops))
+            route = Route(tuple(Hop(self._servers[i].peer, start, end) for i, start, end in hops), self.seconds(hops))
             best = route if best is None else min(best, route, key=_order)
         assert best is not None, "every block has a holder"
         return best
@@ -195,7 +206,8 @@ class _Ring:
                 server, start = then, block + 1
         return hops
 
-    def _seconds(self, hops: Sequence[tuple[int, int, int]]) -> float:
+    def seconds(self, hops: Sequence[tuple[int, int, int]]) -> float:
+        """What a step takes along hops, as (server, start, end)."""
         computing = sum(self._compute[i] * (end - start) for i, start, end in hops)
         passing = sum(self._passing(one, other) for (one, *_), (other, *_) in pairwise((*hops, hops[0])))
         return computing + passing + self._client[hops[0][0]] + self._client[hops[-1][0]]

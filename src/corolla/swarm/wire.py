@@ -57,6 +57,7 @@ _SHORT = {
     "asked": "j",
     "timed": "u",
     "output": "v",
+    "more": "y",
     "queue_s": "q",
     "compute_s": "c",
     "transfer_s": "x",
@@ -163,6 +164,7 @@ class StepFrame(_Kind, frozen=True, tag="step"):
     adapter: Name = ""
     timings: Timings = ()
     asked: Count = 0
+    more: bool = False  # further rows follow in frames of their own
     timed: bool = False  # fill `timings` on the way, and send them with each token
     output: Literal["token", "hidden"] = "token"
 
