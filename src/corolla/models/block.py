@@ -7,14 +7,14 @@ Legend: T rows, E hidden, H heads, K key heads, D head_dim, R rotary_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
 from corolla.models.architecture import Architecture
-from corolla.models.linear import Linear
+from corolla.models.linear import Differentiable, Linear
 
 
 class Attention(Protocol):
@@ -110,6 +110,12 @@ class Block:
         if self.mlp_post_norm is not None:
             return self.mlp_post_norm(self.down(inner)).add_(y_TxE)
         return self.down.added(inner, y_TxE)
+
+    def differentiable(self) -> Block:
+        """This block with gradients with respect to its rows; it holds its weights unpacked, so drop it after the backward."""
+        gate = None if self.gate is None else Differentiable(self.gate)
+        qkv, out, up, down = (Differentiable(linear) for linear in (self.qkv, self.out, self.up, self.down))
+        return replace(self, qkv=qkv, out=out, up=up, gate=gate, down=down)
 
     def _qkv(self, normed_TxE: torch.Tensor, turns: tuple[Rotation, ...]) -> torch.Tensor:
         arch = self.arch

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch.nn import functional as F
@@ -44,6 +44,10 @@ class Linear(Protocol):
         """linear(x) * other"""
         ...
 
+    def widened(self) -> torch.Tensor:
+        """The weight [out, in] in the working dtype, as the product uses it; a copy wherever it is kept in another format."""
+        ...
+
 
 class _Unfused(ABC):
     """What follows the product, as operations of its own."""
@@ -69,6 +73,9 @@ class PlainLinear(_Unfused):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def widened(self) -> torch.Tensor:
+        return self.weight
 
 
 class PackedLinear:
@@ -96,6 +103,10 @@ class PackedLinear:
     def multiplied(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return self._binary(x, other, self._weight, self._bias, "mul")
 
+    def widened(self) -> torch.Tensor:
+        """Bit for bit the weight that was packed."""
+        return self._weight.to_dense()
+
 
 class Int8Linear(_Unfused):
     """Symmetric int8, one scale a row, weights only; off the CPU they are widened for each product, which saves memory, not time."""
@@ -122,12 +133,12 @@ class Int4Linear(_Unfused):
     """Asymmetric int4 in groups of `INT4_GROUP` inputs, weights only (CPU)."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        outputs, inputs = weight.shape
-        groups = weight.float().view(outputs, inputs // INT4_GROUP, INT4_GROUP)
+        outputs, self._inputs = weight.shape
+        groups = weight.float().view(outputs, self._inputs // INT4_GROUP, INT4_GROUP)
         low, high = groups.amin(-1), groups.amax(-1)
         scale = ((high - low) / 15).clamp_(min=1e-12)
         # The operator computes (q - 8) * scale + zero.
-        codes = ((groups - low[..., None]) / scale[..., None]).round_().clamp_(0, 15).to(torch.int32).view(outputs, inputs)
+        codes = ((groups - low[..., None]) / scale[..., None]).round_().clamp_(0, 15).to(torch.int32).view(outputs, self._inputs)
         self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         self._scale_and_zero = torch.stack([scale, low + 8 * scale], -1).transpose(0, 1).contiguous().to(weight.dtype)
         self._bias = bias
@@ -135,6 +146,40 @@ class Int4Linear(_Unfused):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._weight, INT4_GROUP, self._scale_and_zero)
         return y if self._bias is None else y.add_(self._bias)
+
+    def widened(self) -> torch.Tensor:
+        """By the product itself, over the identity: how the codes lie depends on the machine, and only the operator knows."""
+        identity = torch.eye(self._inputs, dtype=self._scale_and_zero.dtype)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(identity, self._weight, INT4_GROUP, self._scale_and_zero).t()
+
+
+class Differentiable(_Unfused):
+    """A layer with gradients with respect to its input; its weights are frozen. The product's values are those of `linear`.
+
+    Holds the widened weight, which the other formats do not: make it for the backward of a block, and drop it.
+    """
+
+    def __init__(self, linear: Linear) -> None:
+        self._linear, self._weight = linear, linear.widened()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return _FrozenProduct.apply(x, self._linear, self._weight)  # type: ignore[no-untyped-call]
+
+    def widened(self) -> torch.Tensor:
+        return self._weight
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """The operators of the packed formats have no derivative of their own. Nothing of the input is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, linear: Linear, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        return linear(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradients[0] @ ctx.weight, None, None
 
 
 def can_pack(dtype: torch.dtype) -> bool:

@@ -68,10 +68,13 @@ class SpanModel:
     def forward(self, hidden_TxE: torch.Tensor, positions_T: torch.Tensor, attention: Attention, part: Span | None = None) -> torch.Tensor:
         """Hidden states [T, hidden] through every block of the span, or of a part of it."""
         turns = rotations(self.arch, positions_T, self.dtype)
-        blocks = self.blocks if part is None else self.blocks[part.start - self.span.start : part.end - self.span.start]
-        for block in blocks:
+        for block in self.blocks if part is None else self.blocks_of(part):
             hidden_TxE = block(hidden_TxE, attention, turns)
         return hidden_TxE
+
+    def blocks_of(self, part: Span) -> tuple[Block, ...]:
+        """The blocks of a part of this span."""
+        return self.blocks[part.start - self.span.start : part.end - self.span.start]
 
     def logits(self, hidden_RxE: torch.Tensor) -> torch.Tensor:
         """Logits [R, vocabulary] of hidden states that left the last block."""
