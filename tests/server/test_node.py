@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from corolla.client.session import Session
@@ -17,7 +19,7 @@ from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.network import LocalHub
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.routing import Route, find_route
+from corolla.swarm.routing import Route, find_route, seconds_along
 from corolla.types import FinishReason, GenerationSettings, Span
 from tests.models import tiny
 
@@ -42,11 +44,11 @@ class Swarm:
         self.servers: dict[str, SpanServer] = {}
         self.engines: dict[str, Engine] = {}
         self.routes: list[Route] = []
-        self.transport = SwarmTransport(self.hub.join("client"), self, patience=Patience(silence=0.5, answer=0.5))
+        self.transport = SwarmTransport(self.hub.join("client"), self, patience=Patience(silence=0.5, answer=0.5, reconsider=0.2))
 
-    def add(self, name: str, start: int, end: int, throughput: float = 100.0) -> None:
+    def add(self, name: str, start: int, end: int, throughput: float = 100.0, cache_tokens: int = 2048) -> None:
         model = load_span(self.directory, Span(start, end), dtype="float32")
-        engine = Engine(model, EngineConfig(cache_tokens=2048, page_size=16, step_rows=32))
+        engine = Engine(model, EngineConfig(cache_tokens=cache_tokens, page_size=16, step_rows=32))
         engine.start()
         self.engines[name] = engine
         self.servers[name] = SpanServer(engine, self.hub.join(name), SpanServerConfig(wire_dtype="float32"))
@@ -66,7 +68,9 @@ class Swarm:
         return route
 
     def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
-        return None
+        best = find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
+        seconds = seconds_along(self.records.values(), route, blocks=4)
+        return best if seconds is not None and best.seconds * 2 < seconds else None
 
     def close(self) -> None:
         self.transport.close()
@@ -186,10 +190,7 @@ def test_stopping_early_and_leaving_free_the_pages(swarm: Swarm) -> None:
     assert [next(tokens).finish for _ in range(5)] == [None] * 5
     tokens.close()
     session.close()
-    deadline = time.monotonic() + TIMEOUT
-    while any(engine.pool.free_pages < engine.pool.num_pages for engine in swarm.engines.values()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: all(engine.pool.free_pages == engine.pool.num_pages for engine in swarm.engines.values()))
 
 
 def test_many_sessions_at_once(swarm: Swarm, directory: Path) -> None:
@@ -205,3 +206,86 @@ def test_many_sessions_at_once(swarm: Swarm, directory: Path) -> None:
     assert tokens == [reference.greedy(PROMPT[: 10 + 9 * i], 30) for i in range(8)]
     for session in sessions:
         session.close()
+
+
+def test_a_leaving_server_hands_its_sessions_over_and_takes_no_new_ones(swarm: Swarm, directory: Path) -> None:
+    swarm.add("spare", 1, 3, throughput=1.0)
+    assert answer(swarm, at={5: swarm.servers["b"].leave}) == Reference(directory).greedy(PROMPT, 30)
+    assert swarm.routes[-1].peers == ("a", "spare", "c")
+    assert swarm.servers["b"].sessions == 0
+    assert swarm.transport.counters.faults == 0
+    swarm.servers["spare"].close()  # nobody else holds its blocks, and who leaves takes nothing new
+    with Session(swarm.transport, "") as session, pytest.raises(CapacityError):
+        list(session.generate(PROMPT, SETTINGS, timeout=2.0))
+
+
+def test_a_leaving_server_serves_an_answer_that_nobody_else_can_take(swarm: Swarm, directory: Path) -> None:
+    assert answer(swarm, at={5: swarm.servers["b"].leave}) == Reference(directory).greedy(PROMPT, 30)
+    assert len(swarm.routes) == 1
+
+
+def test_an_idle_session_leaves_too(swarm: Swarm, directory: Path) -> None:
+    swarm.add("spare", 1, 3, throughput=1.0)
+    with Session(swarm.transport, "") as session:
+        first = [token.token_id for token in session.generate(PROMPT, SETTINGS, timeout=TIMEOUT)]
+        swarm.servers["b"].leave()
+        wait_until(lambda: swarm.servers["b"].sessions == 0)
+        second = [token.token_id for token in session.generate([7, 8], SETTINGS, timeout=TIMEOUT)]
+    assert second == Reference(directory).greedy([*PROMPT, *first, 7, 8], 30)
+
+
+def test_a_server_that_has_become_slow_is_left(swarm: Swarm, directory: Path) -> None:
+    swarm.add("spare", 1, 3)
+    b = swarm.records["b"]
+    long = GenerationSettings(max_tokens_to_generate=300)
+
+    def slow_down() -> None:
+        swarm.records["b"] = msgspec.structs.replace(b, throughput=1.0)
+        time.sleep(0.5)  # tokens wait meanwhile; the transport's thread looks again
+
+    swarm.records["spare"] = msgspec.structs.replace(swarm.records["spare"], throughput=50.0)
+    assert answer(swarm, long, at={5: slow_down}) == Reference(directory).greedy(PROMPT, 300)
+    assert swarm.transport.counters.moves == 1
+    assert swarm.routes[0].peers == ("a", "b", "c")
+
+
+def test_sessions_share_a_room_for_a_few(directory: Path) -> None:
+    swarm = Swarm(directory)
+    for name, start, end in (("a", 0, 2), ("b", 2, 4)):
+        swarm.add(name, start, end, cache_tokens=16 * 8 * 4)  # room for four sessions of 128 tokens
+    found: dict[int, list[int]] = {}
+
+    def chat(index: int) -> None:
+        with Session(swarm.transport, "") as session:
+            found[index] = [token.token_id for token in session.generate(PROMPT[index:], SETTINGS, timeout=60.0)]
+
+    threads = [threading.Thread(target=chat, args=(index,)) for index in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reference = Reference(directory)
+    assert found == {index: reference.greedy(PROMPT[index:], 30) for index in range(16)}
+    swarm.close()
+
+
+def test_timings_name_every_server_of_the_route(swarm: Swarm) -> None:
+    swarm.transport.timed = True
+    with Session(swarm.transport, "") as session:
+        tokens = list(session.generate(PROMPT, SETTINGS, timeout=TIMEOUT))
+    for token in tokens:
+        assert [timing.peer for timing in token.timings] == ["a", "b", "c"]
+        assert all(timing.compute > 0 and timing.queue >= 0 for timing in token.timings)
+
+
+def test_counters_show_pushes_and_ring_steps(swarm: Swarm) -> None:
+    answer(swarm)
+    assert swarm.servers["a"].counters.pushes >= 30
+    assert swarm.servers["c"].counters.ring_steps == 29
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
