@@ -1,0 +1,43 @@
+"""A peer of a swarm within one process: a `server.announcing.Peer` over the local network and directory."""
+
+from __future__ import annotations
+
+import asyncio
+
+from corolla.errors import NetworkError
+from corolla.swarm.directory import LocalDirectory
+from corolla.swarm.network import LocalHub
+from corolla.swarm.records import ServerRecord
+
+
+class LocalPeer:
+    """`published` is every record in order; while `cut_off`, the directory does not answer."""
+
+    def __init__(self, hub: LocalHub, directory: LocalDirectory, name: str) -> None:
+        self.network = hub.join(name)
+        self.addresses = [f"/local/{name}", "x" * 1000]
+        self.published: list[ServerRecord] = []
+        self.withdrawn = self.closed = self.cut_off = False
+        self._directory = directory
+
+    def servers(self, model: str | None = None) -> list[ServerRecord]:
+        self._check()
+        return asyncio.run(self._directory.servers(model))
+
+    def publish(self, record: ServerRecord) -> None:
+        self._check()
+        self.published.append(record)
+        asyncio.run(self._directory.publish(record))
+
+    def withdraw(self) -> None:
+        self._check()
+        self.withdrawn = True
+        asyncio.run(self._directory.withdraw(self.network.me))
+
+    def close(self) -> None:
+        self.closed = True
+        self.network.close()
+
+    def _check(self) -> None:
+        if self.cut_off:
+            raise NetworkError("cut off")
