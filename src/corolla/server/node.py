@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from corolla.engine.engine import Engine
-from corolla.errors import Busy, CorollaError, NetworkError, ServerFault, Unauthorized
+from corolla.errors import Busy, CorollaError, InvalidSetting, NetworkError, ServerFault, Unauthorized
 from corolla.swarm.arrays import check_finite
 from corolla.swarm.convert import failed_of, from_reply, from_step, to_message, to_settings, to_step, to_timings
 from corolla.swarm.network import Network
@@ -172,9 +172,9 @@ class SpanServer:
             way = self._way(sender, frame)
             client = way.client
             step = to_step(frame)
-            if isinstance(step.payload, torch.Tensor) and way.hop:
+            if isinstance(step.payload, torch.Tensor):
                 blamed = way.before
-                self._check(step.payload)
+                self._check(step.payload, way)
                 blamed = self._network.me
             # What a step without a way leaves out came with the first one.
             step = replace(step, span=way.span, settings=way.settings, adapter=way.adapter, asked=way.asked, wants_hidden=way.wants_hidden)
@@ -222,12 +222,17 @@ class SpanServer:
         if sum(other.client == way.client for other in self._ways.values()) >= self._config.sessions_per_client:
             raise Busy(self._config.retry_after)
 
-    def _check(self, hidden: torch.Tensor) -> None:
-        """Raises `ServerFault` for rows that no server of this model sends."""
-        width = self._engine.model.arch.hidden
-        if hidden.shape[1] != width:
-            raise ServerFault(f"it sent rows of {hidden.shape[1]} values, and this model's have {width}")
-        check_finite(hidden)
+    def _check(self, hidden: torch.Tensor, way: _Way) -> None:
+        """Raises `ServerFault` for rows that no server of this model sends, `InvalidSetting` where they are the client's."""
+        try:
+            width = self._engine.model.arch.hidden
+            if hidden.shape[1] != width:
+                raise ServerFault(f"rows of {hidden.shape[1]} values came, and this model's have {width}")
+            check_finite(hidden)
+        except ServerFault as fault:
+            if way.hop == 0:
+                raise InvalidSetting("hidden", str(fault)) from fault
+            raise
 
     # On the engine's thread from here on.
 

@@ -54,7 +54,7 @@ def check_finite(tensor: torch.Tensor) -> None:
     finite = tensor.isfinite()
     if not bool(finite.all()):
         count = finite.numel() - int(finite.sum())
-        raise ServerFault(f"{count} of {finite.numel()} hidden states are NaN or infinite: the server that computed them is at fault")
+        raise ServerFault(f"{count} of {finite.numel()} hidden states are NaN or infinite")
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
