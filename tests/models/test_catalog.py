@@ -1,5 +1,9 @@
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -90,3 +94,79 @@ def test_installed_lists_what_it_cannot_read_in_full(cache: Path, config: object
     put_model(cache / "models" / "odd", config)
     (model,) = catalog.installed()
     assert model.blocks == (2 if config and "text_config" in config else None)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a download asks for: the list of one repository's files, and the files."""
+
+    FILES = (
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "onnx/config.json",
+    )
+    COMMIT = "a" * 40
+    given: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self._answer(json.dumps(LLAMA).encode(), "application/octet-stream")
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/models/org/name/revision/"):
+            files = [{"rfilename": name} for name in self.FILES]
+            self._answer(json.dumps({"id": "org/name", "sha": self.COMMIT, "siblings": files}).encode(), "application/json")
+        elif self.path.startswith("/api/models/org/name/tree/"):
+            files = [{"type": "file", "path": name, "size": 10, "oid": "b" * 40} for name in self.FILES]
+            self._answer(json.dumps(files).encode(), "application/json")
+        else:
+            self.given.append(self.path.rpartition(self.COMMIT + "/")[2])
+            self.do_HEAD()
+
+    def _answer(self, body: bytes, kind: str) -> None:
+        self.send_response(200)
+        for name, value in (
+            ("Content-Type", kind),
+            ("Content-Length", len(body)),
+            ("ETag", f'"{hash(self.path) % 2**64:x}"'),
+            ("X-Repo-Commit", self.COMMIT),
+        ):
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(Hub, "given", [])
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_client_fetches_no_weights_and_a_server_then_only_what_is_missing(cache: Path, hub: type[Hub]) -> None:
+    directory = catalog.resolve("org/name", weights=False)
+    assert {path.name for path in directory.iterdir()} == {"config.json", "tokenizer.json", "chat_template.jinja"}
+    assert catalog.installed() == []
+    hub.given.clear()
+    assert catalog.resolve("org/name") == directory
+    assert sorted(hub.given) == ["model.safetensors", "model.safetensors.index.json"]
+
+
+def test_a_client_needs_no_weights_in_a_local_directory(tmp_path: Path) -> None:
+    directory = put_model(tmp_path / "model")
+    write_checksums(directory)
+    (directory / "model.safetensors").unlink()
+    assert catalog.resolve(str(directory), weights=False) == directory
+    with pytest.raises(CheckpointError):
+        catalog.resolve(str(directory))

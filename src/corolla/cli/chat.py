@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from corolla.cli import options
+from corolla.cli import logs, options
+from corolla.cli.logs import LogLevel
 from corolla.cli.opening import opened
 from corolla.types import GenerationSettings
 
@@ -36,6 +37,7 @@ def chat(
     batch_invariant: options.BatchInvariant = False,
     peers: options.Peers = None,
     secret: options.Secret = None,
+    log_level: options.LogLevel = LogLevel.WARNING,
 ) -> None:
     """Talk with a model.
 
@@ -51,6 +53,7 @@ def chat(
         "seed": seed,
     }
     GenerationSettings.parse(**sampling)
+    logs.set_up(log_level, swarm=bool(peers))
 
     from corolla.chat.conversation import Conversation, read_few_shot
     from corolla.chat.dialogue import Dialogue

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from corolla.cli import options
+from corolla.cli import logs, options
+from corolla.cli.logs import LogLevel
 from corolla.cli.opening import opened
 from corolla.errors import EmptyPrompt
 from corolla.types import GenerationSettings
@@ -33,6 +34,7 @@ def generate(
     batch_invariant: options.BatchInvariant = False,
     peers: options.Peers = None,
     secret: options.Secret = None,
+    log_level: options.LogLevel = LogLevel.WARNING,
 ) -> None:
     """Continue a text.
 
@@ -52,6 +54,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise EmptyPrompt
+    logs.set_up(log_level, swarm=bool(peers))
 
     from corolla.client.completion import Completion
     from corolla.client.session import Session

@@ -22,12 +22,14 @@ def opened(model: str, *, peers: Sequence[str] | None, secret: str | None, **mac
     with ExitStack() as stack:
         with showing_progress() as progress:
             if peers:
+                from corolla.cli.addresses import check_addresses
                 from corolla.client.joined import join_swarm
                 from corolla.models.catalog import resolve
                 from corolla.swarm.peer import PeerConfig
 
-                directory = resolve(model, progress=progress)
-                config = PeerConfig(initial_peers=peers, secret=secret_bytes(secret), client_mode=True)
+                joined = check_addresses(peers)
+                directory = resolve(model, weights=False, progress=progress)
+                config = PeerConfig(initial_peers=joined, secret=secret_bytes(secret), client_mode=True)
                 entered: Embedded | Joined = stack.enter_context(join_swarm(directory, config))
             else:
                 from corolla.server.embedded import open_model

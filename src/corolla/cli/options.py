@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from corolla.cli.logs import LogLevel as Level
+
 _SAMPLING = "Sampling"
 _MACHINE = "Machine"
 _SWARM = "Swarm"
@@ -34,7 +36,16 @@ Peers = Annotated[
 ]
 Secret = Annotated[
     str | None,
-    typer.Option(help="What every peer of the swarm must know; without one it is open.", envvar="COROLLA_SECRET", rich_help_panel=_SWARM),
+    typer.Option(
+        help="What every peer of the swarm must know; without one it is open. Others see a command line: better set COROLLA_SECRET.",
+        envvar="COROLLA_SECRET",
+        show_envvar=False,
+        rich_help_panel=_SWARM,
+    ),
+]
+LogLevel = Annotated[
+    Level,
+    typer.Option(help="The least that is logged, on standard error: debug, info, warning or error.", show_choices=False, metavar="LEVEL"),
 ]
 BatchInvariant = Annotated[
     bool,

@@ -12,7 +12,9 @@ from typing import Annotated
 
 import typer
 
-from corolla.cli import options
+from corolla.cli import logs, options
+from corolla.cli.addresses import check_addresses
+from corolla.cli.logs import LogLevel
 from corolla.cli.opening import secret_bytes
 from corolla.cli.progress import showing_progress
 from corolla.errors import InvalidSetting
@@ -39,6 +41,7 @@ def serve(
     weights: options.Weights = None,
     threads: options.Threads = None,
     batch_invariant: options.BatchInvariant = False,
+    log_level: options.LogLevel = LogLevel.WARNING,
 ) -> None:
     """Offer a span of a model to a swarm, until Ctrl-C or SIGTERM.
 
@@ -48,12 +51,14 @@ def serve(
         raise InvalidSetting("peers", "name a peer of the swarm with --peers, or start one with --new-swarm")
     span = None if blocks is None else _span(blocks)
     key = secret_bytes(secret)
+    logs.set_up(log_level, swarm=True)
+    joined = check_addresses(peers)
 
     from corolla.engine.engine import EngineConfig
     from corolla.server.serve import ServeConfig, serving
     from corolla.swarm.peer import PeerConfig
 
-    peer = PeerConfig(initial_peers=peers or (), host=host, port=port, announce=announce or (), identity=identity, secret=key)
+    peer = PeerConfig(initial_peers=joined, host=host, port=port, announce=announce or (), identity=identity, secret=key)
     config = ServeConfig(
         span=span,
         capacity=capacity,

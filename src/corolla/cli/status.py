@@ -3,83 +3,200 @@
 from __future__ import annotations
 
 import json as json_format
+import statistics
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
-from corolla.cli import options
+from corolla.cli import logs, options
+from corolla.cli.addresses import check_addresses
+from corolla.cli.logs import LogLevel
 from corolla.cli.opening import secret_bytes
-from corolla.errors import InvalidSetting
+from corolla.cli.sizes import short
+from corolla.errors import CorollaError, InvalidSetting
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Group
+    from rich.table import Table
 
+    from corolla.swarm.peer import SwarmPeer
     from corolla.swarm.records import ServerRecord
 
-_WIDTH = 30  # columns of the drawing
+WIDTH = 100  # columns that a table may take
+_DRAWING = 12  # columns of the drawing
+_NAME = 12
 _WATCH = 3.0  # seconds between two looks
+_COUNTERS_TIMEOUT = 5.0  # seconds for a server to say its counters
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen of a swarm: its servers' records, and the counters of those that were asked and answered."""
+
+    records: Sequence[ServerRecord]
+    counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    problem: str = ""  # why there is nothing newer
+
+    def as_builtins(self) -> list[dict[str, object]]:
+        """A JSON object for each server."""
+        told = ({"counters": dict(self.counters[record.peer])} if record.peer in self.counters else {} for record in self.records)
+        return [msgspec.to_builtins(record) | extra for record, extra in zip(self.records, told, strict=True)]
 
 
 def status(
     peers: options.Peers = None,
     secret: options.Secret = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON list of the servers' records.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds, until Ctrl-C.")] = False,
+    counters: Annotated[
+        bool, typer.Option("--counters", help="Ask each server what happened there: steps, pushes, replays, evictions, bans.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON list of all that the servers announce, sizes and times unrounded.")
+    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds, until Ctrl-C; with --json a list a line.")] = False,
+    log_level: options.LogLevel = LogLevel.WARNING,
 ) -> None:
-    """Show a swarm's servers: which blocks they hold, how fast they are, and what is missing."""
+    """Show a swarm's servers: which blocks they hold, how fast they are, and what is missing.
+
+    tok/s is how many tokens a second a server takes through its blocks, one by one; busy its sessions with work under way; free
+    the tokens that its cache still has room for; rtt the median round trip to the servers around it.
+    """
     if not peers:
         raise InvalidSetting("peers", "name a peer of the swarm with --peers")
     key = secret_bytes(secret)
+    logs.set_up(log_level, swarm=True)
+    joined = check_addresses(peers)
 
     from corolla.swarm.peer import PeerConfig, SwarmPeer
 
-    peer = SwarmPeer(PeerConfig(initial_peers=peers, secret=key, client_mode=True))
+    peer = SwarmPeer(PeerConfig(initial_peers=joined, secret=key, client_mode=True))
     try:
-        _report(peer.servers(), json=json)
-        while watch:
-            time.sleep(_WATCH)
-            _report(peer.servers(), json=json)
+        first = look(peer, counters=counters)
+        if watch:
+            _watch(peer, first, counters=counters, json=json)
+        elif json:
+            typer.echo(json_format.dumps(first.as_builtins(), indent=2))
+        else:
+            _print(first)
     finally:
         peer.close()
 
 
-def _report(records: list[ServerRecord], *, json: bool) -> None:
-    if json:
-        typer.echo(json_format.dumps([msgspec.to_builtins(record) for record in records], indent=2))
-        return
+def look(peer: SwarmPeer, *, counters: bool) -> Look:
+    """What the swarm is now. Raises `NetworkError`."""
+    records = peer.servers()
+    if not counters:
+        return Look(records)
 
-    from rich.console import Console
+    from corolla.client.counters import ask_counters
 
-    console = Console()
-    if not records:
-        console.print("no server is announced in this swarm")
-    for model in sorted({record.model for record in records}):
-        show(console, model, [record for record in records if record.model == model])
+    return Look(records, ask_counters(peer.network, [record.peer for record in records], _COUNTERS_TIMEOUT))
 
 
-def show(console: Console, model: str, records: list[ServerRecord]) -> None:
-    """One model's servers as a table with a drawing of their spans, and the blocks that nobody holds."""
-    from rich.table import Table
+def draw(seen: Look) -> Group:
+    """Every model's servers as a table with a drawing of their spans, and the blocks that nobody holds."""
+    from rich.console import Group
+    from rich.text import Text
 
     from corolla.swarm.routing import gaps
 
+    parts: list[Text | Table] = []
+    for model, group in groupby(sorted(seen.records, key=lambda record: record.model), key=lambda record: record.model):
+        records = list(group)
+        blocks = records[0].blocks
+        missing = gaps(records, blocks)
+        parts += [Text(f"model {model[:16]}, {blocks} blocks, {len(records)} server{'s' if len(records) != 1 else ''}"), table(records)]
+        if missing:
+            parts.append(Text(f"nobody holds blocks {', '.join(map(str, missing))}: no answer can be computed", style="bold red"))
+        else:
+            parts.append(Text("every block is held", style="green"))
+    if not seen.records:
+        parts.append(Text("no server is announced in this swarm"))
+    for record in seen.records:
+        if record.peer in seen.counters:
+            counts = "  ".join(f"{name} {count}" for name, count in sorted(seen.counters[record.peer].items()))
+            parts.append(Text.assemble((_name(record), "bold"), f"  {counts or 'has no counters'}"))
+    if seen.problem:
+        parts.append(Text(seen.problem, style="yellow"))
+    return Group(*parts)
+
+
+def table(records: Sequence[ServerRecord]) -> Table:
+    """One model's servers, a line each of at most `WIDTH` columns."""
+    from rich.table import Table
+    from rich.text import Text
+
     blocks = records[0].blocks
-    table = Table("server", "blocks", f"of {blocks}", "rows/s", "active", "weights", "state", box=None, pad_edge=False)
-    table.columns[2].no_wrap = True
+    table = Table(
+        "server", "blocks", f"of {blocks}", "tok/s", "busy", "free", "rtt ms", "weights", "version", "state", box=None, pad_edge=False
+    )
+    for column in table.columns:
+        column.no_wrap = True
+    for place in (3, 4, 5, 6):
+        table.columns[place].justify = "right"
     for record in records:
-        name = record.name or record.peer[-8:]
-        speed = f"{record.throughput / len(record.span):.0f}"
-        figures = (speed, str(record.active), f"{record.dtype} {record.weights}", record.state)
-        table.add_row(name, str(record.span), drawing(record, blocks), *figures)
-    console.print(f"model {model}")
-    console.print(table)
-    missing = gaps(records, blocks)
-    console.print(f"nobody holds blocks {', '.join(map(str, missing))}" if missing else "every block is held")
+        around = list(record.round_trips.values())
+        figures = (
+            short(record.throughput / len(record.span)),
+            short(record.active),
+            short(record.free_tokens),
+            short(statistics.median(around) * 1000) if around else "?",
+            f"{_SHORT.get(record.dtype, record.dtype)} {record.weights}"[:11],
+            record.version[:8],
+        )
+        state = Text(record.state, style="" if record.state == "ready" else "yellow")
+        # As texts: what servers call themselves is no markup.
+        table.add_row(*map(Text, (_name(record), str(record.span), drawing(record, blocks), *figures)), state)
+    return table
 
 
 def drawing(record: ServerRecord, blocks: int) -> str:
     """The span as a bar over the model's blocks."""
-    first, last = record.start * _WIDTH // blocks, -(-record.end * _WIDTH // blocks)
-    return "\u00b7" * first + "\u2588" * (last - first) + "\u00b7" * (_WIDTH - last)
+    first, last = record.start * _DRAWING // blocks, -(-record.end * _DRAWING // blocks)
+    return "\u00b7" * first + "\u2588" * (last - first) + "\u00b7" * (_DRAWING - last)
+
+
+def _name(record: ServerRecord) -> str:
+    name = record.name or record.peer[-8:]
+    return name if len(name) <= _NAME else name[: _NAME - 1] + "\u2026"
+
+
+def _print(seen: Look) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    # A pipe or a file has no width: whoever reads it wants whole lines.
+    console.print(draw(seen), width=None if console.is_terminal else WIDTH)
+
+
+def _watch(peer: SwarmPeer, seen: Look, *, counters: bool, json: bool) -> None:
+    """In place on a terminal, else one look after the other."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(highlight=False)
+    if json or not console.is_terminal:
+        while True:
+            if json:
+                typer.echo(json_format.dumps(seen.as_builtins()))
+            else:
+                _print(seen)
+            time.sleep(_WATCH)
+            seen = _again(peer, seen, counters=counters)
+    with Live(draw(seen), console=console, auto_refresh=False, screen=False) as live:
+        while True:
+            time.sleep(_WATCH)
+            seen = _again(peer, seen, counters=counters)
+            live.update(draw(seen), refresh=True)
+
+
+def _again(peer: SwarmPeer, before: Look, *, counters: bool) -> Look:
+    try:
+        return look(peer, counters=counters)
+    except CorollaError as error:
+        return Look(before.records, before.counters, f"as of a while ago: {error}")

@@ -49,7 +49,8 @@ class InstalledModel:
 
 
 # `*` of the hub's patterns matches `/` too, so folders (other formats, original weights) are left out by name.
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+_DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model"]  # config, generation config, tokenizer and chat template
+_WEIGHTS = ["*.safetensors"]
 _UNWANTED = ["*/*", "consolidated*.safetensors"]
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 
@@ -68,28 +69,33 @@ def models_directory() -> Path:
     return cache_directory() / "models"
 
 
-def resolve(name: str, *, progress: Progress | None = None, revision: str | None = None) -> Path:
+def resolve(name: str, *, weights: bool = True, progress: Progress | None = None, revision: str | None = None) -> Path:
     """The directory of the model called `name`: an alias, else a local directory, else a hub id ORG/NAME.
 
     What is not here yet is fetched: an alias into Corolla's cache, a hub id (at `revision`: a branch, tag or commit) into the
     hub's, where a download that broke off goes on. A directory with a SHA256SUMS is checked against it.
+
+    Without `weights`, for a client of a swarm, a hub id's config, tokenizer and chat template alone are fetched, and a local
+    directory needs no more; an alias comes whole, for its tokenizer is part of the one file that it is made from.
     Raises `ModelNotFound`, `CheckpointError` or `StorageError`.
     """
     if name in ALIASES:
         directory = ALIASES[name].fetch(models_directory(), progress)
-        verify(directory)  # 0.2 s for the default model: less than a bar is worth
+        if weights:
+            verify(directory)  # 0.2 s for the default model: less than a bar is worth
         return directory
     directory = Path(name).expanduser()
     if name and directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ModelNotFound(f"{directory} is no model's directory: it holds no config.json")
-        verify(directory, progress)
+        if weights:
+            verify(directory, progress)
         return directory
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFound(
             f"there is no model {name!r}: give a model's local directory, a hub id as ORG/NAME, or one of the aliases: {', '.join(ALIASES)}"
         )
-    return _from_hub(name, revision)
+    return _from_hub(name, revision, weights=weights)
 
 
 def installed() -> list[InstalledModel]:
@@ -98,7 +104,7 @@ def installed() -> list[InstalledModel]:
     return sorted((describe(name, path) for name, path in (directories | _in_hub_cache()).items()), key=lambda model: model.name)
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, *, weights: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -111,9 +117,10 @@ def _from_hub(name: str, revision: str | None) -> Path:
     )
 
     otherwise = f"name a model's local directory or one of the aliases: {', '.join(ALIASES)}"
+    wanted, unwanted = (_DESCRIPTION + _WEIGHTS, _UNWANTED) if weights else (_DESCRIPTION, [*_UNWANTED, "*.index.json"])
     try:
         directory = Path(
-            snapshot_download(name, revision=revision, cache_dir=constants.HF_HUB_CACHE, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+            snapshot_download(name, revision=revision, cache_dir=constants.HF_HUB_CACHE, allow_patterns=wanted, ignore_patterns=unwanted)
         )
     except GatedRepoError as error:
         raise ModelNotFound(f"{name} is gated: accept its terms on the hub and log in with `hf auth login`") from error
@@ -135,7 +142,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
                 f"the disk is full: {name} does not fit into the hub's cache; make room, or set HF_HOME to a larger disk"
             ) from error
         raise
-    if not any(directory.glob("*.safetensors")):
+    if not (directory / "config.json").is_file():
+        raise ModelNotFound(f"{name} on the hub has no config.json, so it is no model that transformers knows: look for another copy of it")
+    if weights and not any(directory.glob("*.safetensors")):
         raise CheckpointError(f"{name} has no safetensors on the hub, and pickled weights are never read: look for a converted copy of it")
     return directory
 

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from corolla.cli.status import WIDTH, Look, draw
+from corolla.swarm.records import ServerRecord
+
+
+def record(start: int, end: int, **changes: Any) -> ServerRecord:
+    fields: dict[str, Any] = {
+        "peer": f"12D3KooWpeer{start}",
+        "name": "",
+        "model": "m" * 32,
+        "start": start,
+        "end": end,
+        "blocks": 30,
+        "dtype": "bfloat16",
+        "weights": "packed",
+        "throughput": 4412.6,
+        "free_tokens": 131072,
+        "active": 2,
+        "round_trips": {"a": 0.0004, "b": 0.030},
+        "addresses": (),
+        "version": "0.1.0",
+        "state": "ready",
+        "expires": time.time() + 20,
+    }
+    return ServerRecord(**fields | changes)
+
+
+def shown(*records: ServerRecord, **rest: Any) -> str:
+    console = Console(width=WIDTH, file=None, record=True, quiet=True)
+    with console.capture() as capture:
+        console.quiet = False
+        console.print(draw(Look(records, **rest)))
+    return capture.get()
+
+
+def test_a_server_is_a_line_with_its_figures() -> None:
+    lines = shown(record(0, 15), record(15, 30, name="attic", round_trips={}, dtype="float32", state="draining")).splitlines()
+    assert lines[0] == "model mmmmmmmmmmmmmmmm, 30 blocks, 2 servers"
+    assert " ".join(lines[2].split()) == "ooWpeer0 0:15 ██████······ 294 2 131k 15.2 bf16 packed 0.1.0 ready"
+    assert " ".join(lines[3].split()) == "attic 15:30 ······██████ 294 2 131k ? fp32 packed 0.1.0 draining"
+    assert lines[4] == "every block is held"
+
+
+def test_gaps_are_named_for_each_model() -> None:
+    text = shown(record(0, 10), record(12, 30), record(1, 2, model="other", blocks=2))
+    assert "nobody holds blocks 10:12: no answer" in text
+    assert "nobody holds blocks 0:1: no answer" in text
+    assert "no server is announced" in shown()
+
+
+def test_the_longest_line_fits() -> None:
+    widest = record(
+        4000,
+        4096,
+        blocks=4096,
+        name="w" * 64,
+        throughput=12345678.0,
+        free_tokens=2**53,
+        active=2**53,
+        round_trips={"a": 1234.5},
+        weights="unheard-of",
+        version="10.11.12+local.version",
+        state="draining",
+    )
+    lines = shown(widest).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert lines[2].endswith("draining")
+
+
+@pytest.mark.parametrize("name", ["[red]", "[/]", "[link=http://example.org]here[/link]", ":smile:"])
+def test_what_servers_call_themselves_is_no_markup(name: str) -> None:
+    assert name[:10] in shown(record(0, 30, name=name))
+
+
+def test_counters_stand_below_and_in_json() -> None:
+    counters = {"12D3KooWpeer0": {"steps": 7, "evictions": 0}}
+    assert "ooWpeer0  evictions 0  steps 7" in shown(record(0, 15), record(15, 30), counters=counters)
+    first, second = json.loads(json.dumps(Look([record(0, 15), record(15, 30)], counters).as_builtins()))
+    assert (first["counters"], first["free_tokens"], first["round_trips"]["b"]) == ({"steps": 7, "evictions": 0}, 131072, 0.03)
+    assert "counters" not in second
+
+
+def test_a_look_that_failed_is_said_beside_the_last_one() -> None:
+    assert "as of a while ago" in shown(record(0, 30), problem="as of a while ago: the swarm's DHT did not answer")
+
+
+def test_status_needs_a_peer(corolla: Any) -> None:
+    assert corolla("status").stderr == "error: peers: name a peer of the swarm with --peers\n"
