@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from corolla.engine.calls import Gradients, Sequences
 
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,3 +66,12 @@ def example(span: Any, lengths: Sequence[int], hidden: int, prompts: int = 0, *,
     rows, gradient = (torch.randn(sum(lengths), hidden, generator=generator).to(DTYPES[dtype]) for _ in range(2))
     soft = torch.randn(len(span), prompts, hidden, generator=generator).to(DTYPES[dtype]) if prompts else None
     return Sequences(span, tuple(lengths), rows, soft), gradient
+
+
+def finish(call: Generator[None, None, T]) -> T:
+    """What a call returns."""
+    while True:
+        try:
+            next(call)
+        except StopIteration as done:
+            return done.value

@@ -9,7 +9,7 @@ import torch
 
 from corolla.errors import InvalidSetting
 from corolla.models.architecture import Activation
-from corolla.models.linear import Int8Linear, PlainLinear, can_pack, make_linear
+from corolla.models.linear import Differentiable, Int8Linear, PlainLinear, can_pack, make_linear
 
 SHAPE = 64, 96  # out, in
 
@@ -49,6 +49,43 @@ def test_int8_widened_equals_its_product() -> None:
     linear = Int8Linear(weight, bias)
     x = torch.randn(3, SHAPE[1])
     torch.testing.assert_close(torch.nn.functional.linear(x, linear.widened(), bias), linear(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fmt", ["plain", "packed", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_widened_weights_are_those_of_the_product(fmt: Any, dtype: torch.dtype) -> None:
+    weight, _ = weights(dtype)
+    linear = make_linear(weight, None, fmt)
+    widened = linear.widened()
+    assert widened.dtype == dtype
+    if fmt in ("plain", "packed"):
+        assert torch.equal(widened, weight)
+    x = torch.randn(5, SHAPE[1]).to(dtype)
+    torch.testing.assert_close(torch.nn.functional.linear(x, widened), linear(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("fmt", ["plain", "packed", "int8", "int4"])
+def test_gradients_are_those_of_the_stock_product(fmt: Any) -> None:
+    weight, bias = weights(torch.float32)
+    linear = make_linear(weight, bias, fmt)
+    differentiable, stock = Differentiable(linear), PlainLinear(linear.widened(), bias)
+    x, other, gradient = torch.randn(5, SHAPE[1]), torch.randn(5, SHAPE[0]), torch.randn(5, SHAPE[0])
+    x.requires_grad_()
+    other.requires_grad_()
+    for call in (
+        lambda linear: linear(x),
+        lambda linear: linear.activated(x, "gelu_tanh"),
+        lambda linear: linear.added(x, other),
+        lambda linear: linear.multiplied(x, other),
+    ):
+        got, expected = (torch.autograd.grad(call(each), [x, other], gradient, allow_unused=True) for each in (differentiable, stock))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_keeps_the_products_values() -> None:
+    linear = make_linear(*weights(torch.bfloat16), "packed")
+    x = torch.randn(5, SHAPE[1]).bfloat16()
+    assert torch.equal(Differentiable(linear)(x.clone().requires_grad_()), linear(x))
 
 
 def test_shapes_that_int4_cannot_take_become_int8() -> None:

@@ -10,14 +10,13 @@ heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
 from corolla.engine.attention import alibi, attend
-from corolla.errors import CorollaError, ServerFault
 from corolla.models.architecture import Architecture
 from corolla.models.block import Block, Rotation, rotations
 from corolla.models.span import SpanModel
@@ -75,21 +74,6 @@ def backward(model: SpanModel, sequences: Sequences, gradient_TxE: torch.Tensor)
         gradient = yield from _back(block, inputs.pop(), gradient, pieces)
         of_prompts.append(prompts.summed(gradient))
     return Gradients(gradient, torch.stack(of_prompts[::-1]) if sequences.prompts is not None else None)
-
-
-Outcome = torch.Tensor | Gradients | CorollaError
-
-
-def job(call: Generator[None, None, torch.Tensor | Gradients], deliver: Callable[[Outcome], None]) -> Iterator[None]:
-    """A call as work for `Engine.call`: its result goes to `deliver`, or the typed error it ended with, on the engine's thread."""
-    outcome: Outcome
-    try:
-        outcome = yield from call
-    except CorollaError as error:
-        outcome = error
-    except (RuntimeError, MemoryError) as error:
-        outcome = ServerFault(f"the call failed: {error}")
-    deliver(outcome)
 
 
 class SequenceAttention:
@@ -190,9 +174,7 @@ def _through(block: Block, hidden_TxE: torch.Tensor, pieces: list[_Piece]) -> Ge
     return out
 
 
-def _back(
-    block: Block, hidden_TxE: torch.Tensor, gradient_TxE: torch.Tensor, pieces: list[_Piece]
-) -> Generator[None, None, torch.Tensor]:
+def _back(block: Block, hidden_TxE: torch.Tensor, gradient_TxE: torch.Tensor, pieces: list[_Piece]) -> Generator[None, None, torch.Tensor]:
     out = torch.empty_like(gradient_TxE)
     differentiable = block.differentiable()
     for piece in pieces:

@@ -163,7 +163,7 @@ class Differentiable(_Unfused):
         self._linear, self._weight = linear, linear.widened()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return _FrozenProduct.apply(x, self._linear, self._weight)  # type: ignore[no-untyped-call]
+        return _FrozenProduct.apply(x, self._linear, self._weight)
 
     def widened(self) -> torch.Tensor:
         return self._weight

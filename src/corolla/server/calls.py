@@ -1,0 +1,155 @@
+"""The hidden states' way without a session, at a server: forward and backward calls in, rows and gradients out.
+
+They are computed in between the steps of sessions, in the order of their arrival, a piece at a time (`engine.calls`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from corolla.engine.calls import Sequences, backward, forward
+from corolla.engine.engine import Engine
+from corolla.errors import Busy, CorollaError, InvalidSetting, PromptTooLong, ServerFault
+from corolla.models.span import SpanModel
+from corolla.swarm.arrays import from_array, to_array
+from corolla.swarm.convert import failed_of
+from corolla.swarm.wire import Array, BackwardFrame, FailedFrame, ForwardFrame, ResultFrame, TimingFrame, WireMessage
+from corolla.types import Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallsConfig:
+    rows: int = 8192  # of all sequences of one call; its backward holds as many for each block
+    waiting_per_peer: int = 4  # calls, the one that is computed among them; one more is Busy
+    waiting: int = 16  # of all peers
+    retry_after: float = 1.0  # seconds, told to who is turned away
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    sender: str
+    frame: ForwardFrame | BackwardFrame
+    arrived: float = field(default_factory=time.perf_counter)
+    dropped: bool = False
+
+
+class Calls:
+    """Takes calls from any thread; `send` is used on the engine's thread too.
+
+    Args:
+        me: this server's id, which its answers name.
+    """
+
+    def __init__(self, engine: Engine, send: Callable[[str, WireMessage], None], *, me: str, config: CallsConfig | None = None) -> None:
+        self._engine, self._send, self._me = engine, send, me
+        self.config = config or CallsConfig()
+        self._lock = threading.Lock()
+        self._waiting: list[_Call] = []
+
+    @property
+    def waiting(self) -> int:
+        """Calls that are not answered, the one that is computed among them."""
+        return len(self._waiting)
+
+    def receive(self, sender: str, frame: ForwardFrame | BackwardFrame) -> None:
+        """Answered, now or later, by a `ResultFrame` or by a `FailedFrame` with one of
+
+        - `Busy`: too many calls wait, of this peer or of all.
+        - `InvalidSetting`, `PromptTooLong`: the call can never be computed here, or not with these values.
+        - `ServerFault`: computing it failed.
+        """
+        call = _Call(sender, frame)
+        try:
+            self._check(frame)
+            self._admit(call)
+        except CorollaError as error:
+            self._send(sender, self._failed(call, error))
+            return
+        self._engine.call(self._steps(call))
+
+    def lose(self, peer: str) -> None:
+        """The peer is gone: its calls are dropped, the one that is computed at its next piece."""
+        with self._lock:
+            for call in self._waiting:
+                call.dropped |= call.sender == peer
+            self._waiting = [call for call in self._waiting if not call.dropped]
+
+    def _check(self, frame: ForwardFrame | BackwardFrame) -> None:
+        arch, own = self._engine.model.arch, self._engine.model.span
+        if not own.start <= frame.start < frame.end <= own.end:
+            raise InvalidSetting("blocks", f"{frame.start}:{frame.end} are not among the blocks {own} held here")
+        if frame.hidden.shape[1] != arch.hidden:
+            raise InvalidSetting("hidden", f"rows of {frame.hidden.shape[1]} values came, and the model's have {arch.hidden}")
+        if frame.rows > self.config.rows:
+            raise InvalidSetting(
+                "lengths", f"{frame.rows} rows in one call, and this server takes {self.config.rows}: send fewer sequences"
+            )
+        if max(frame.lengths) > arch.context_length:
+            raise PromptTooLong(max(frame.lengths), arch.context_length)
+
+    def _admit(self, call: _Call) -> None:
+        with self._lock:
+            of_sender = sum(other.sender == call.sender for other in self._waiting)
+            if of_sender >= self.config.waiting_per_peer or len(self._waiting) >= self.config.waiting:
+                raise Busy(self.config.retry_after)
+            self._waiting.append(call)
+
+    # On the engine's thread from here on.
+
+    def _steps(self, call: _Call) -> Iterator[None]:
+        """What `Engine.call` takes."""
+        queued, computed = time.perf_counter() - call.arrived, 0.0
+        work = _compute(self._engine.model, call.frame)
+        while not call.dropped:
+            began = time.perf_counter()
+            try:
+                next(work)
+            except StopIteration as done:
+                timing = TimingFrame(self._me, queued, computed, 0.0)
+                self._answer(call, ResultFrame(call.frame.call, done.value, (timing,)))
+                return
+            except CorollaError as error:
+                self._answer(call, self._failed(call, error))
+                return
+            except (RuntimeError, MemoryError) as error:
+                self._answer(call, self._failed(call, ServerFault(f"the call failed: {error}")))
+                return
+            computed += time.perf_counter() - began
+            yield
+
+    def _answer(self, call: _Call, answer: ResultFrame | FailedFrame) -> None:
+        with self._lock:
+            if call.dropped:
+                return
+            self._waiting.remove(call)
+        self._send(call.sender, answer)
+
+    def _failed(self, call: _Call, error: CorollaError) -> FailedFrame:
+        return failed_of(error, str(call.frame.call), 0, peer=self._me)
+
+
+def _compute(model: SpanModel, frame: ForwardFrame | BackwardFrame) -> Generator[None, None, Array]:
+    """What a call is answered with, in the dtype in which it came."""
+    came = from_array(frame.hidden)
+    if not bool(came.isfinite().all()):
+        raise InvalidSetting("hidden", "some of the values that came with the call are NaN or infinite")
+    span = Span(frame.start, frame.end)
+    rows, prompts = came[: came.shape[0] - frame.prompt_rows], came[came.shape[0] - frame.prompt_rows :]
+    sequences = Sequences(span, frame.lengths, rows[: frame.rows], prompts.unflatten(0, (len(span), -1)) if frame.prompts else None)
+    if isinstance(frame, ForwardFrame):
+        result = yield from forward(model, sequences)
+    else:
+        gradients = yield from backward(model, sequences, rows[frame.rows :])
+        result = gradients.hidden
+        if gradients.prompts is not None:
+            result = torch.cat([result.float(), gradients.prompts.flatten(0, 1)])
+    if not bool(result.isfinite().all()):
+        # Another server would find the same: nobody is to be banned for it.
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise InvalidSetting("hidden", f"the result overflows this server's {dtype}: send smaller values or gradients")
+    return to_array(result, frame.hidden.dtype)

@@ -1,0 +1,164 @@
+"""Calls at a server: what is answered, what is refused, what is dropped."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from corolla.engine.calls import backward, forward
+from corolla.engine.engine import Engine, EngineConfig
+from corolla.models.linear import PlainLinear
+from corolla.models.span import SpanModel, load_span
+from corolla.server.calls import Calls, CallsConfig
+from corolla.swarm.arrays import from_array, to_array
+from corolla.swarm.wire import BackwardFrame, FailedFrame, ForwardFrame, ResultFrame, WireMessage
+from corolla.types import Reply, Span, Step
+from tests.engine.stock import example, finish
+from tests.models import tiny
+
+LENGTHS = (9, 4)
+SPAN = Span(1, 3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> SpanModel:
+    return load_span(tiny.save("llama", tmp_path_factory.mktemp("llama")), Span(0, 3), dtype="float32")
+
+
+class Loop:
+    """An engine that computes when it is told to."""
+
+    def __init__(self, model: SpanModel) -> None:
+        self.model = model
+        self.jobs: deque[Iterator[None]] = deque()
+
+    def call(self, job: Iterator[None]) -> None:
+        self.jobs.append(job)
+
+    def run(self) -> None:
+        while self.jobs:
+            list(self.jobs.popleft())
+
+
+class Server:
+    def __init__(self, model: SpanModel, **config: Any) -> None:
+        self.loop = Loop(model)
+        self.sent: list[tuple[str, WireMessage]] = []
+        self.calls = Calls(
+            cast(Engine, self.loop), lambda peer, message: self.sent.append((peer, message)), me="s", config=CallsConfig(**config)
+        )
+
+    def answer(self, frame: ForwardFrame | BackwardFrame) -> WireMessage:
+        self.calls.receive("client", frame)
+        self.loop.run()
+        assert self.calls.waiting == 0
+        ((peer, message),) = self.sent
+        assert peer == "client"
+        return message
+
+
+def forward_frame(
+    call: int = 7, span: Span = SPAN, lengths: tuple[int, ...] = LENGTHS, hidden: int = 64, value: float = 1.0
+) -> ForwardFrame:
+    return ForwardFrame(call, span.start, span.end, lengths, to_array(torch.full((sum(lengths), hidden), value), "float32"))
+
+
+@pytest.mark.parametrize("prompts", [0, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_and_gradients_come_back_in_the_dtype_they_came_in(model: SpanModel, prompts: int, dtype: Any) -> None:
+    sequences, gradient = example(SPAN, LENGTHS, 64, prompts, dtype=dtype)
+    soft = [] if sequences.prompts is None else [sequences.prompts.flatten(0, 1)]
+    array = to_array(torch.cat([sequences.hidden, *soft]), dtype)
+    result = Server(model).answer(ForwardFrame(7, 1, 3, LENGTHS, array, prompts))
+    assert isinstance(result, ResultFrame)
+    assert (result.call, result.hidden.dtype) == (7, dtype)
+    assert torch.equal(from_array(result.hidden), finish(forward(model, sequences)).to(getattr(torch, dtype)))
+    (timing,) = result.timings
+    assert timing.peer == "s"
+    assert timing.compute_s > 0
+
+    array = to_array(torch.cat([sequences.hidden, gradient, *soft]), dtype)
+    result = Server(model).answer(BackwardFrame(8, 1, 3, LENGTHS, array, prompts))
+    assert isinstance(result, ResultFrame)
+    expected = finish(backward(model, sequences, gradient))
+    both = expected.hidden if expected.prompts is None else torch.cat([expected.hidden, expected.prompts.flatten(0, 1)])
+    assert torch.equal(from_array(result.hidden), both.to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize(
+    ("frame", "kind", "word"),
+    [
+        (forward_frame(span=Span(2, 4)), "InvalidSetting", "blocks: 2:4"),
+        (forward_frame(hidden=32), "InvalidSetting", "hidden: rows of 32"),
+        (forward_frame(lengths=(60, 60)), "InvalidSetting", "lengths: 120 rows"),
+        (forward_frame(lengths=(513,)), "PromptTooLong", "513"),
+        (forward_frame(value=math.nan), "InvalidSetting", "hidden: .*NaN"),
+        (forward_frame(value=math.inf), "InvalidSetting", "hidden: .*infinite"),
+    ],
+)
+def test_what_cannot_be_computed_is_the_callers_fault(model: SpanModel, frame: ForwardFrame, kind: str, word: str) -> None:
+    answer = Server(model, rows=1000 if kind == "PromptTooLong" else 100).answer(frame)
+    assert isinstance(answer, FailedFrame)
+    assert (answer.session, answer.generation, answer.kind, answer.peer) == ("7", 0, kind, "s")
+    assert re.search(word, answer.message)
+
+
+def test_gradients_that_overflow_are_the_callers_too(model: SpanModel) -> None:
+    rows = torch.cat([torch.ones(13, 64), torch.full((13, 64), 3e38)])
+    answer = Server(model).answer(BackwardFrame(7, 1, 3, LENGTHS, to_array(rows, "float32")))
+    assert isinstance(answer, FailedFrame)
+    assert answer.kind == "InvalidSetting"
+    assert "overflows this server's float32" in answer.message
+
+
+def test_a_fault_while_computing_is_the_servers(model: SpanModel) -> None:
+    broken = replace(model.blocks[1], down=PlainLinear(torch.zeros(64, 7), None))
+    blocks = (model.blocks[0], broken, model.blocks[2])
+    span = SpanModel(model.arch, model.span, model.dtype, model.device, "plain", blocks, None, None, None, None, 0)
+    answer = Server(span).answer(forward_frame())
+    assert isinstance(answer, FailedFrame)
+    assert answer.kind == "ServerFault"
+
+
+def test_more_calls_than_may_wait_are_busy(model: SpanModel) -> None:
+    server = Server(model, waiting=3, waiting_per_peer=2, retry_after=0.5)
+    for call, peer in enumerate(("a", "a", "a", "b", "c")):
+        server.calls.receive(peer, forward_frame(call))
+    refused = [(peer, m.session, m.kind, m.retry_after) for peer, m in server.sent if isinstance(m, FailedFrame)]
+    assert refused == [("a", "2", "Busy", 0.5), ("c", "4", "Busy", 0.5)]
+    server.loop.run()
+    assert [(peer, m.call) for peer, m in server.sent if isinstance(m, ResultFrame)] == [("a", 0), ("a", 1), ("b", 3)]
+    server.calls.receive("c", forward_frame(5))
+    assert server.calls.waiting == 1
+
+
+def test_calls_of_a_lost_peer_are_dropped(model: SpanModel) -> None:
+    server = Server(model)
+    for call, peer in enumerate(("a", "b", "a")):
+        server.calls.receive(peer, forward_frame(call))
+    next(server.loop.jobs[0])
+    server.calls.lose("a")
+    assert server.calls.waiting == 1
+    assert [len(list(job)) for job in server.loop.jobs] == [0, len(SPAN), 0]
+    assert [peer for peer, _ in server.sent] == ["b"]
+
+
+def test_a_session_decodes_while_a_call_is_computed(model: SpanModel) -> None:
+    engine = Engine(model, EngineConfig(cache_tokens=512, page_size=16))
+    sent: list[WireMessage] = []
+    Calls(engine, lambda peer, message: sent.append(message), me="s").receive("client", forward_frame(lengths=(200,) * 3))
+    replies: list[Reply] = []
+    engine.receive(Step("s", 0, [5, 6, 7]), replies.append)
+    engine.run_once()
+    assert replies
+    assert not sent
+    while not sent:
+        assert engine.run_once()
+    assert isinstance(sent[0], ResultFrame)
