@@ -15,7 +15,7 @@ from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.network import LocalHub, LocalNetwork
-from corolla.swarm.wire import FailedFrame, GapFrame, HiddenFrame, Hop, StepFrame, WireMessage
+from corolla.swarm.wire import FailedFrame, ForwardFrame, GapFrame, HiddenFrame, Hop, ResultFrame, StepFrame, WireMessage
 from corolla.types import Span
 from tests.models import tiny
 
@@ -95,3 +95,15 @@ def test_rows_that_are_not_finite_are_refused(client: Client) -> None:
     answer = client.step(0, torch.full((3, 64), float("nan")))
     assert isinstance(answer, FailedFrame)
     assert answer.kind == "InvalidSetting"
+
+
+def test_a_forward_without_a_session_gives_the_same_rows(client: Client, reference: tuple[torch.Tensor, torch.Tensor]) -> None:
+    entering, _ = reference
+    first = client.step(0, entering)
+    client.network.send("a", ForwardFrame(7, 0, 1, (len(TOKENS),), to_array(entering, "float32")))
+    result = client.inbox.get(timeout=20)
+    assert isinstance(result, ResultFrame)
+    client.network.send("b", ForwardFrame(8, 1, 4, (len(TOKENS),), result.hidden))
+    result = client.inbox.get(timeout=20)
+    assert isinstance(result, ResultFrame)
+    torch.testing.assert_close(from_array(result.hidden), first, rtol=1e-4, atol=1e-5)

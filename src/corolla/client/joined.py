@@ -42,6 +42,7 @@ class KnownServers:
     def __init__(self, peer: SwarmPeer, model_id: str) -> None:
         self._peer, self._model_id = peer, model_id
         self._records: list[ServerRecord] = []
+        self._blocks = 0  # of the whole model, as soon as any server has said it
         self._round_trips: RoundTrips | None = None
         self._closing = threading.Event()
         self._look()
@@ -71,14 +72,15 @@ class KnownServers:
             best = self._route(idle, avoid, needed_tokens)
         except (NoRoute, NetworkError):
             return None
-        seconds = seconds_along(idle, route, blocks=idle[0].blocks, prefer=self._prefer)
+        seconds = seconds_along(idle, route, blocks=self._blocks, prefer=self._prefer)
         return best if seconds is not None and best.seconds * _WORTH_MOVING < seconds else None
 
     def _route(self, records: list[ServerRecord], avoid: Collection[str], needed_tokens: int) -> Route:
-        if not records:
+        if records:
+            self._blocks = records[0].blocks
+        if not self._blocks:
             raise NetworkError("no server of this swarm serves this model; `corolla status` shows which it serves")
-        blocks = records[0].blocks
-        return find_route(records, blocks=blocks, now=time.time(), banned=avoid, needed_tokens=needed_tokens, prefer=self._prefer)
+        return find_route(records, blocks=self._blocks, now=time.time(), banned=avoid, needed_tokens=needed_tokens, prefer=self._prefer)
 
     @property
     def _prefer(self) -> Mapping[str, float] | None:

@@ -16,15 +16,18 @@ import torch
 
 from corolla.engine.engine import Engine
 from corolla.errors import Busy, CorollaError, InvalidSetting, NetworkError, ServerFault, Unauthorized
+from corolla.server.calls import Calls
 from corolla.swarm.arrays import check_finite
 from corolla.swarm.convert import failed_of, from_reply, from_step, to_message, to_settings, to_step, to_timings
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.wire import (
     AskCounters,
+    BackwardFrame,
     CancelFrame,
     CloseFrame,
     Counters,
+    ForwardFrame,
     Hop,
     Leaving,
     Ping,
@@ -106,6 +109,7 @@ class SpanServer:
         self._leaving = False
         self.counters = NodeCounters()
         self.round_trips = RoundTrips(self._send)
+        self._calls = Calls(engine, self._send, me=network.me)
         network.listen(self._receive, self._lose)
 
     @property
@@ -137,6 +141,8 @@ class SpanServer:
     def _receive(self, sender: str, message: WireMessage) -> None:
         if isinstance(message, StepFrame):
             self._step(sender, message)
+        elif isinstance(message, (ForwardFrame, BackwardFrame)):
+            self._calls.receive(sender, message)
         elif isinstance(message, (CancelFrame, CloseFrame)):
             self._end(sender, message)
         elif isinstance(message, Ping):
@@ -150,6 +156,7 @@ class SpanServer:
     def _lose(self, peer: str) -> None:
         """The sessions of a client that is gone are closed; of a server that is gone, its sessions' clients are told."""
         self.round_trips.forget(peer)
+        self._calls.lose(peer)
         for session, way in list(self._ways.items()):
             if way.client == peer:
                 del self._ways[session]
