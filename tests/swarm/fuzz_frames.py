@@ -73,7 +73,7 @@ MESSAGES: tuple[WireMessage, ...] = (
 
 
 def frame_of(message: WireMessage) -> bytes:
-    """A frame as `read_frame` gives it."""
+    """A frame as `read_body` gives it."""
     return b"".join(frames.encode(message))[frames.LENGTH.size :]
 
 

@@ -76,6 +76,24 @@ def test_old_faults_are_forgotten(bans: Bans, clock: Clock) -> None:
     assert bans.blame("a") == 2.0
 
 
+def test_what_is_left_of_a_ban(bans: Bans, clock: Clock) -> None:
+    assert bans.left("a") == 0.0
+    bans.blame("a")
+    clock.now += 0.5
+    assert bans.left("a") == 1.5
+    clock.now += 2.0
+    assert bans.left("a") == 0.0
+
+
+def test_new_names_fill_no_memory(clock: Clock) -> None:
+    bans = Bans(clock, BanPolicy(peers=3))
+    for name in "abc":
+        bans.blame(name)
+        clock.now += 0.1
+    bans.blame("d")
+    assert bans.banned() == {"b", "c", "d"}
+
+
 @pytest.mark.parametrize("error", [ServerFault("x"), ProtocolError("x"), NetworkError("x"), DeadlineExceeded("x")])
 def test_faults_of_servers_and_networks_are_blamed(error: CorollaError) -> None:
     assert blameworthy(error)

@@ -8,9 +8,9 @@ from typing import get_args
 import msgspec
 import pytest
 
-from corolla.errors import CallerError, ProtocolError
+from corolla.errors import CallerError, NetworkError, ProtocolError
 from corolla.swarm import frames
-from corolla.swarm.frames import decode, encode, read_frame
+from corolla.swarm.frames import decode, encode, read_body, read_length
 from corolla.swarm.wire import Array, HiddenFrame, Ping, SettingsFrame, StepFrame, Unknown, WireMessage
 from tests.swarm.fuzz_frames import MESSAGES, array, frame_of, fuzz
 
@@ -27,12 +27,17 @@ def packed(**values: object) -> bytes:
     return msgspec.msgpack.encode(values)
 
 
+async def next_frame(reader: asyncio.StreamReader, limit: int = LIMIT) -> memoryview | None:
+    length = await read_length(reader, limit)
+    return None if length is None else await read_body(reader, length, lambda _: None)
+
+
 def read(data: bytes, limit: int = LIMIT) -> memoryview | None:
     async def run() -> memoryview | None:
         reader = asyncio.StreamReader()
         reader.feed_data(data)
         reader.feed_eof()
-        return await read_frame(reader, limit)
+        return await next_frame(reader, limit)
 
     return asyncio.run(run())
 
@@ -69,17 +74,17 @@ def test_frames_follow_one_another_on_a_stream() -> None:
             reader.feed_data(b"".join(encode(message)))
         reader.feed_eof()
         for message in MESSAGES:
-            frame = await read_frame(reader, LIMIT)
+            frame = await next_frame(reader)
             assert frame is not None
             assert decode(frame) == message
-        assert await read_frame(reader, LIMIT) is None
+        assert await next_frame(reader) is None
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("cut", [1, 3, 4, 5, 10, -1])
 def test_a_stream_that_ends_within_a_frame(cut: int) -> None:
-    with pytest.raises(ProtocolError, match="ended within a frame"):
+    with pytest.raises(NetworkError, match="ended within a frame"):
         read(b"".join(encode(MESSAGES[1]))[:cut])
 
 
@@ -190,13 +195,34 @@ def test_a_claimed_frame_is_not_allocated() -> None:
         reader.feed_eof()
         tracemalloc.start()
         try:
-            with pytest.raises(ProtocolError):
-                await read_frame(reader, limit)
+            with pytest.raises(NetworkError):
+                await next_frame(reader, limit)
             assert tracemalloc.get_traced_memory()[1] < MEBIBYTE
         finally:
             tracemalloc.stop()
 
     asyncio.run(run())
+
+
+def test_every_piece_is_told_and_may_be_refused() -> None:
+    async def run(most: int) -> list[int]:
+        reader, told = asyncio.StreamReader(), []
+
+        def arrived(count: int) -> None:
+            told.append(count)
+            if sum(told) > most:
+                raise NetworkError("too much")
+
+        body = asyncio.create_task(read_body(reader, 300, arrived))
+        for _ in range(3):
+            reader.feed_data(bytes(100))
+            await asyncio.sleep(0)
+        assert len(await body) == 300
+        return told
+
+    assert asyncio.run(run(300)) == [100, 100, 100]
+    with pytest.raises(NetworkError, match="too much"):
+        asyncio.run(run(150))
 
 
 def test_what_no_frame_holds_is_the_callers_fault() -> None:

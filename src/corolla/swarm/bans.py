@@ -14,12 +14,14 @@ from corolla.errors import NetworkError, ServerFault
 class BanPolicy:
     """How long faults ban, in seconds: `shortest`, then twice the last ban, up to `longest`.
 
-    A peer whose last ban ended `memory` seconds ago starts from `shortest` again.
+    A peer whose last ban ended `memory` seconds ago starts from `shortest` again. `peers` bans are remembered at most, those
+    that last longest: new ids cost a hostile peer nothing.
     """
 
     shortest: float = 2.0
     longest: float = 300.0
     memory: float = 900.0
+    peers: int = 4096
 
 
 @dataclass(slots=True)
@@ -54,6 +56,8 @@ class Bans:
         with self._lock:
             self._bans = {name: ban for name, ban in self._bans.items() if now < ban.until + self._policy.memory}
             ban = self._bans.get(peer)
+            if ban is None and len(self._bans) >= self._policy.peers:
+                del self._bans[min(self._bans, key=lambda name: self._bans[name].until)]
             if ban is None or now >= ban.until:
                 seconds = self._policy.shortest if ban is None else min(2 * ban.seconds, self._policy.longest)
                 ban = self._bans[peer] = _Ban(seconds, now + seconds)
@@ -65,6 +69,11 @@ class Bans:
             ban = self._bans.get(peer)
             if ban is not None and self._clock() >= ban.until:
                 del self._bans[peer]
+
+    def left(self, peer: str) -> float:
+        """Seconds until `peer` is not banned any more; 0 if it is not."""
+        ban = self._bans.get(peer)
+        return 0.0 if ban is None else max(0.0, ban.until - self._clock())
 
     def banned(self) -> frozenset[str]:
         """The peers that are banned now."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import Callable
 from typing import Annotated, get_args
 
 import msgspec
 
-from corolla.errors import CallerError, ProtocolError
+from corolla.errors import CallerError, NetworkError, ProtocolError
 from corolla.swarm.wire import Array, BackwardFrame, ForwardFrame, HiddenFrame, Name, ResultFrame, StepFrame, Unknown, WireMessage
 
 MAJOR = 1
@@ -64,7 +65,7 @@ def encode(message: WireMessage) -> list[bytes | memoryview]:
 
 
 def decode(frame: bytes | memoryview) -> WireMessage | Unknown:
-    """The message in a frame as `read_frame` gives it: without its length. Its tensor's `data` is a view into `frame`.
+    """The message in a frame as `read_body` gives it: without its length. Its tensor's `data` is a view into `frame`.
 
     Raises `ProtocolError` for anything else than a frame of this major version.
     """
@@ -89,21 +90,41 @@ def decode(frame: bytes | memoryview) -> WireMessage | Unknown:
     return message
 
 
-async def read_frame(reader: asyncio.StreamReader, limit: int) -> memoryview | None:
-    """The next frame, without its length; `None` when the stream ended before it began.
+async def read_length(reader: asyncio.StreamReader, limit: int) -> int | None:
+    """How many bytes the next frame has, its length not counted; `None` when the stream ended before it began.
 
-    A frame longer than `limit` bytes is refused before anything is allocated for it; memory grows with what arrives, not
-    with what is claimed. Raises `ProtocolError`; the stream is of no use afterwards. Whoever calls sets the deadline.
+    Raises `ProtocolError` for a frame that no peer sends, longer than `limit` bytes for one, and `NetworkError` for a stream
+    that ends within; the stream is of no use afterwards.
     """
     try:
         (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-        if not _PREFIX.size <= length <= limit:
-            raise ProtocolError(f"a peer announces a frame of {length} bytes; one has {_PREFIX.size} to {limit}")
-        return memoryview(await reader.readexactly(length))
     except asyncio.IncompleteReadError as error:
-        if not error.partial and error.expected == LENGTH.size:
+        if not error.partial:
             return None
-        raise ProtocolError(f"the stream ended within a frame: {len(error.partial)} of {error.expected} bytes came") from None
+        raise _cut(len(error.partial), LENGTH.size) from None
+    if not _PREFIX.size <= length <= limit:
+        raise ProtocolError(f"a peer announces a frame of {length} bytes; one has {_PREFIX.size} to {limit}")
+    return int(length)
+
+
+async def read_body(reader: asyncio.StreamReader, length: int, arrived: Callable[[int], None]) -> memoryview:
+    """The frame, without its length, of which `read_length` told `length`.
+
+    Memory grows with what arrives and not with what is claimed; `arrived` is told of every piece, in bytes, before it is kept,
+    and may raise. Raises `NetworkError` for a stream that ends within, as a peer's that dies. The deadline is the caller's.
+    """
+    body = bytearray()
+    while len(body) < length:
+        piece = await reader.read(length - len(body))
+        if not piece:
+            raise _cut(len(body), length)
+        arrived(len(piece))
+        body += piece
+    return memoryview(body).toreadonly()
+
+
+def _cut(came: int, expected: int) -> NetworkError:
+    return NetworkError(f"the stream ended within a frame: {came} of {expected} bytes came")
 
 
 def _array_of(message: WireMessage) -> Array | None:

@@ -1,0 +1,279 @@
+"""Peers over real libp2p daemons: what honest ones do, and what hostile ones cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from corolla.errors import CallerError, NetworkError
+from corolla.swarm import frames
+from corolla.swarm.bans import BanPolicy, Bans
+from corolla.swarm.handshake import MESSAGE_BYTES
+from corolla.swarm.p2p import P2PConfig
+from corolla.swarm.wire import Array, HiddenFrame, Ping, Pong, Refused, WireMessage
+from tests.swarm.daemons import Hostile, Peer
+
+SECRET = b"correct horse battery staple"
+MEBIBYTE = 2**20
+# Deadlines that a test can wait for. The peers' own are longer than those that honest peers keep to.
+QUICK = P2PConfig(secret=SECRET, handshake_timeout=3.0, frame_timeout=3.0, slowest=2**30, frames_per_second=2000.0)
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # hivemind finds its daemon through a deprecated function
+
+
+class Clock:
+    """Stands still, and with it every ban."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    bans = Bans(CLOCK, BanPolicy(shortest=2.0, longest=100.0))
+    peer = Peer(tmp_path_factory.mktemp("target") / "key", QUICK, bans=bans)
+    yield peer
+    peer.network.close()
+
+
+@pytest.fixture(scope="module")
+def honest(target: Peer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    peer = Peer(tmp_path_factory.mktemp("honest") / "key", P2PConfig(secret=SECRET), peers=target.addresses)
+    yield peer
+    peer.network.close()
+
+
+def bytes_of(message: WireMessage) -> bytes:
+    return b"".join(frames.encode(message))
+
+
+def framed(header: bytes, body: bytes = b"", major: int = frames.MAJOR) -> bytes:
+    return struct.pack("<IBBH", 4 + len(header) + len(body), major, 0, len(header)) + header + body
+
+
+def test_two_peers_talk_on_one_stream(target: Peer, honest: Peer) -> None:
+    honest.ping(target.me, 1)
+    target.ping(honest.me, 2)
+    for size in (1, 2000, 300_000):
+        hidden = Array("float32", (1, size), memoryview(bytes(4 * size)))
+        honest.network.send(target.me, HiddenFrame("s", 0, 0, hidden))
+    honest.ping(target.me, 3)
+    sizes = [message.hidden.data.nbytes for sender, message in target.came if isinstance(message, HiddenFrame)]
+    assert sizes == [4, 8000, 1_200_000]
+    assert not target.lost
+    assert not honest.lost
+
+
+HIDDEN = {"t": "hidden", "s": "s", "g": 0, "b": 0, "h": {"d": "float32", "z": [2, 2]}}
+BAD_BYTES = {
+    "a claimed 4 GiB": b"\xff\xff\xff\xff",
+    "noise": bytes(range(255, -1, -1)) * 20,
+    "a frame of nothing": struct.pack("<I", 0),
+    "another version": framed(b"\x80", major=9),
+    "no header": framed(b""),
+    "a tensor cut short": framed(msgspec.msgpack.encode(HIDDEN), b"1234"),
+    "a negative nonce": framed(msgspec.msgpack.encode({"t": "ping", "nonce": -1})),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_BYTES.values(), ids=BAD_BYTES.keys())
+def test_bytes_that_are_no_frame_ban_their_sender(
+    target: Peer, honest: Peer, tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: bytes
+) -> None:
+    async def attack() -> str:
+        async with Hostile(tmp_path / "key", target, SECRET) as hostile:
+            stream, other = await hostile.enter(), await hostile.enter()
+            await stream.write(bad)
+            await stream.until_closed()
+            await other.until_closed()
+            assert await hostile.refused()
+            return hostile.me
+
+    with caplog.at_level(logging.WARNING):
+        hostile = asyncio.run(attack())
+    assert hostile in target.lost
+    assert target.network.bans.left(hostile)
+    assert [getattr(entry, "peer", None) for entry in caplog.records if entry.name == "corolla.swarm.p2p"] == [hostile]
+    honest.ping(target.me, 10)
+
+
+def test_bans_end_and_grow(target: Peer, tmp_path: Path) -> None:
+    async def attack() -> list[float]:
+        bans = []
+        async with Hostile(tmp_path / "key", target, SECRET) as hostile:
+            for _ in range(3):
+                stream = await hostile.enter()
+                await stream.write(bytes(100))
+                await stream.until_closed()
+                assert await hostile.refused()
+                bans.append(target.network.bans.left(hostile.me))
+                CLOCK.now += bans[-1]
+            assert not await hostile.refused()
+        return bans
+
+    assert asyncio.run(attack()) == [2.0, 4.0, 8.0]
+
+
+def test_nothing_is_sent_to_a_banned_peer(target: Peer) -> None:
+    target.network.bans.blame("QmNobody")
+    target.network.send("QmNobody", Ping(1))
+    target.wait(lambda: "QmNobody" in target.lost)
+
+
+async def _says_nothing(hostile: Hostile) -> None:
+    await (await hostile.open()).until_closed()
+
+
+async def _says_noise(hostile: Hostile) -> None:
+    stream = await hostile.open()
+    await stream.write(bytes(MESSAGE_BYTES))
+    await stream.until_closed()
+
+
+async def _stalls_in_a_frame(hostile: Hostile) -> None:
+    stream = await hostile.enter()
+    await stream.write(bytes_of(Ping(5))[:-1])
+    await stream.until_closed()
+
+
+@pytest.mark.parametrize("attack", [_says_nothing, _says_noise, _stalls_in_a_frame])
+def test_who_stalls_or_breaks_the_handshake_is_banned(target: Peer, tmp_path: Path, attack: Callable[[Hostile], object]) -> None:
+    async def scenario() -> None:
+        async with Hostile(tmp_path / "key", target, SECRET) as hostile:
+            await attack(hostile)  # type: ignore[misc]
+            assert await hostile.refused()
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_cut_within_a_frame_bans_nobody(target: Peer, tmp_path: Path) -> None:
+    """It is what a peer that dies looks like."""
+
+    async def scenario() -> None:
+        async with Hostile(tmp_path / "key", target, SECRET) as dying:
+            stream = await dying.enter()
+            await stream.write(bytes_of(Ping(5))[:-1])
+            await stream.close()
+            await asyncio.to_thread(target.wait, lambda: dying.me in target.lost)
+            assert not await dying.refused()
+
+    asyncio.run(scenario())
+
+
+def test_a_kind_of_a_later_version_bans_nobody(target: Peer, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with Hostile(tmp_path / "key", target, SECRET) as later:
+            stream = await later.enter()
+            await stream.write(framed(msgspec.msgpack.encode({"t": "later"})) + bytes_of(Ping(5)))
+            for expected in (Refused("later"), Pong(5)):
+                assert await stream.read(len(bytes_of(expected))) == bytes_of(expected)
+            assert not await later.refused()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("secret", [b"guessed", None])
+def test_a_wrong_secret_is_refused_and_logged(target: Peer, tmp_path: Path, caplog: pytest.LogCaptureFixture, secret: bytes | None) -> None:
+    stranger = Peer(tmp_path / "key", P2PConfig(secret=secret), peers=target.addresses)
+    with caplog.at_level(logging.WARNING):
+        stranger.network.send(target.me, Ping(1))
+        stranger.wait(lambda: stranger.lost == [target.me])
+    stranger.network.close()
+    assert not any(sender == stranger.me for sender, _ in target.came)
+    assert any(getattr(entry, "peer", None) == stranger.me and "secret" in entry.getMessage() for entry in caplog.records)
+
+
+def test_a_recorded_handshake_is_refused_and_logged(target: Peer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The messages as the dialer sent them, from the same peer to the same peer."""
+
+    async def scenario() -> str:
+        async with Hostile(tmp_path / "key", target, SECRET) as hostile:
+            recorded = await hostile.enter()
+            await recorded.write(bytes_of(Ping(7)))
+            assert await recorded.read(len(bytes_of(Pong(7)))) == bytes_of(Pong(7))
+            again = await hostile.open()
+            for message in recorded.said:
+                await again.write(message)
+            await again.until_closed()
+            assert recorded.heard[0] != again.heard
+            assert await hostile.refused()
+            return hostile.me
+
+    with caplog.at_level(logging.WARNING):
+        hostile = asyncio.run(scenario())
+    assert [message for sender, message in target.came if sender == hostile] == [Ping(7)]
+    assert any(getattr(entry, "peer", None) == hostile and "does not know" in entry.getMessage() for entry in caplog.records)
+
+
+def test_claims_allocate_nothing(target: Peer, tmp_path: Path) -> None:
+    limit = QUICK.frame_limit
+
+    async def scenario() -> int:
+        async with Hostile(tmp_path / "key", target, SECRET) as hostile:
+            before = psutil.Process().memory_info().rss
+            streams = [await hostile.enter() for _ in range(QUICK.streams_per_peer)]
+            assert await hostile.refused()  # one stream more
+            for stream in streams:
+                await stream.write(struct.pack("<I", limit) + bytes(1000))
+            grown = 0
+            while not target.network.bans.left(hostile.me):
+                grown = max(grown, psutil.Process().memory_info().rss - before)
+                await asyncio.sleep(0.05)
+            return grown
+
+    assert asyncio.run(scenario()) < 32 * MEBIBYTE
+    assert target.network.unfinished == 0
+
+
+def test_a_flood_is_read_slowly_and_the_others_are_served(target: Peer, honest: Peer, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with Hostile(tmp_path / "key", target, SECRET) as hostile:
+            stream = await hostile.enter()
+            flood = asyncio.create_task(stream.write(bytes_of(Pong(1)) * 200_000))
+            while not target.network.counts["slowed"]:
+                await asyncio.sleep(0.01)
+            for nonce in range(20, 40):
+                await asyncio.to_thread(honest.ping, target.me, nonce)
+            assert not flood.done()
+            assert not target.network.bans.left(hostile.me)
+            flood.cancel()
+
+    before = psutil.Process().memory_info().rss
+    asyncio.run(scenario())
+    assert psutil.Process().memory_info().rss - before < 64 * MEBIBYTE
+    target.came.clear()
+
+
+def test_what_arrives_is_bounded_too(tmp_path: Path) -> None:
+    config = P2PConfig(frame_limit=8 * MEBIBYTE, unfinished_limit=MEBIBYTE)
+    target = Peer(tmp_path / "key", config)
+
+    async def scenario() -> None:
+        async with Hostile(tmp_path / "hostile", target, None) as hostile:
+            stream = await hostile.enter()
+            with suppress(ConnectionError):  # it may be closed while we write
+                await stream.write(struct.pack("<I", 8 * MEBIBYTE) + bytes(2 * MEBIBYTE))
+            await stream.until_closed()
+            assert not target.network.bans.left(hostile.me)  # there was no room, and that is no fault of its own
+
+    asyncio.run(scenario())
+    target.wait(lambda: len(target.lost) == 1)
+    with pytest.raises(CallerError, match="fewer tokens"):
+        target.network.send("QmA", HiddenFrame("s", 0, 0, Array("float32", (1024, 4096), memoryview(bytes(2**24)))))
+    target.network.close()
+    target.network.close()
+    with pytest.raises(NetworkError, match="left the swarm"):
+        target.network.send("QmA", Ping(1))
