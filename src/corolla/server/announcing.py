@@ -97,7 +97,6 @@ def nearest(peers: Iterable[str], round_trips: Mapping[str, float]) -> dict[str,
 def to_ask(peers: Iterable[str], round_trips: Mapping[str, float], chance: random.Random) -> list[str]:
     """At most `NEIGHBOURS` of `peers` whose round trips to measure now: the nearest, and some by chance that may be nearer."""
     among = sorted(set(peers))
-    near = list(nearest(among, round_trips))
+    near = list(nearest(among, round_trips))[: NEIGHBOURS - _NEWCOMERS]
     others = [peer for peer in among if peer not in near]
-    newcomers = chance.sample(others, min(len(others), max(_NEWCOMERS, NEIGHBOURS - len(near))))
-    return [*near[: NEIGHBOURS - len(newcomers)], *newcomers]
+    return near + chance.sample(others, min(len(others), NEIGHBOURS - len(near)))

@@ -1,0 +1,142 @@
+"""The span that a server holds: loaded, served, and exchanged for another one while its place in the swarm stays."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from corolla.engine.engine import Engine, EngineConfig
+from corolla.errors import NetworkError
+from corolla.models.linear import WeightFormat
+from corolla.models.span import load_span
+from corolla.server.measuring import Meter, measure_throughput
+from corolla.server.node import SpanServer, SpanServerConfig
+from corolla.swarm.convert import failed_of
+from corolla.swarm.network import Network
+from corolla.swarm.wire import AskCounters, BackwardFrame, Counters, ForwardFrame, Ping, Pong, StepFrame, WireDtype, WireMessage
+from corolla.types import Span
+
+log = logging.getLogger(__name__)
+Report = Callable[[int, int], None]
+"""Called with (blocks loaded, blocks in all)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What stays the same in a server's life: which model it serves, and how it computes."""
+
+    directory: Path
+    dtype: str
+    weights: WeightFormat
+    device: str
+    wire_dtype: WireDtype
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """A span that is loaded and served."""
+
+    engine: Engine
+    server: SpanServer
+    meter: Meter
+
+    @property
+    def span(self) -> Span:
+        return self.engine.model.span
+
+
+class Holder:
+    """Holds one span at a time on `network`; before the first and between two of them it answers that it holds none.
+
+    `load` and `let_go` are for one thread at a time, the others for any.
+    """
+
+    def __init__(self, network: Network, offer: Offer) -> None:
+        self._network, self._offer = network, offer
+        self._lock = threading.Lock()
+        self._leaving_for_good = threading.Event()
+        self._held: Held | None = None
+        network.listen(self._answer_empty, lambda peer: None)
+
+    @property
+    def held(self) -> Held | None:
+        return self._held
+
+    def load(self, span: Span, report: Report | None = None) -> Held:
+        """Load a span and serve it.
+
+        Raises `CheckpointError`, `UnsupportedModel` and `InvalidSetting` as `load_span` does, `RuntimeError`, `MemoryError` or
+        `OSError` when the machine has no room or does not read, and `NetworkError` when this server is told to leave meanwhile.
+        """
+
+        def told(done: int, total: int) -> None:
+            if self._leaving_for_good.is_set():
+                raise NetworkError("this server is leaving")
+            log.debug("%d of blocks %s loaded", done, span)
+            if report is not None:
+                report(done, total)
+
+        offer = self._offer
+        model = load_span(offer.directory, span, dtype=offer.dtype, weights=offer.weights, device=offer.device, progress=told)
+        engine = Engine(model, offer.engine)
+        throughput = measure_throughput(engine)
+        engine.start()
+        with self._lock:
+            if self._leaving_for_good.is_set():
+                engine.stop()
+                raise NetworkError("this server is leaving")
+            server = SpanServer(engine, self._network, SpanServerConfig(wire_dtype=offer.wire_dtype))
+            self._held = Held(engine, server, Meter(engine, throughput))
+            return self._held
+
+    def let_go(self) -> None:
+        """Hold nothing any more, and free its memory. Whoever has a session here is told that it ended."""
+        with self._lock:
+            held, self._held = self._held, None
+            self._network.listen(self._answer_empty, lambda peer: None)
+        if held is not None:
+            held.server.stop()
+        del held
+        gc.collect()  # sessions and callbacks refer to one another, and through the engine to the weights
+        if torch.device(self._offer.device).type == "cuda":
+            torch.cuda.empty_cache()
+
+    def drain(self, *, draining: bool) -> None:
+        """Take no new sessions and ask those that are open to go on elsewhere, or take sessions again."""
+        with self._lock:
+            if self._held is None or self._leaving_for_good.is_set():
+                return
+            if draining:
+                self._held.server.leave()
+            else:
+                self._held.server.stay()
+
+    def leave_for_good(self) -> None:
+        """From now on nothing is loaded, and the sessions of what is held are asked to go on elsewhere."""
+        with self._lock:
+            self._leaving_for_good.set()
+            if self._held is not None:
+                self._held.server.leave()
+
+    def _answer_empty(self, sender: str, message: WireMessage) -> None:
+        if isinstance(message, Ping):
+            self._send(sender, Pong(message.nonce))
+        elif isinstance(message, AskCounters):
+            self._send(sender, Counters({}))
+        empty = NetworkError("this server is loading a span and serves none yet")
+        if isinstance(message, StepFrame):
+            self._send(message.client or sender, failed_of(empty, message.session, message.generation, peer=self._network.me))
+        elif isinstance(message, (ForwardFrame, BackwardFrame)):
+            self._send(sender, failed_of(empty, str(message.call), 0, peer=self._network.me))
+
+    def _send(self, peer: str, message: WireMessage) -> None:
+        with suppress(NetworkError):
+            self._network.send(peer, message)

@@ -1,0 +1,262 @@
+"""Whole servers over the network and directory of one process: records, draining, moving."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from corolla.client.session import Session
+from corolla.client.swarm import Patience, SwarmTransport
+from corolla.engine.engine import EngineConfig
+from corolla.errors import InvalidSetting
+from corolla.models.reference import Reference
+from corolla.server.serve import RunningServer, ServeConfig, settle_terms
+from corolla.swarm.directory import LocalDirectory
+from corolla.swarm.network import LocalHub
+from corolla.swarm.placement import MovePolicy
+from corolla.swarm.records import ServerRecord
+from corolla.swarm.routing import Route, find_route
+from corolla.types import GenerationSettings, Span
+from tests.models import tiny
+from tests.server.local_peer import LocalPeer
+from tests.swarm.simulation import make_record
+
+DEADLINE = 60.0
+PROMPT = [5 + i * 11 % 180 for i in range(20)]
+COUNT = 40
+LONG = GenerationSettings(max_tokens_to_generate=COUNT)
+QUICK: dict[str, Any] = {
+    "dtype": "float32",
+    "weights": "plain",
+    "device": "cpu",
+    "announce_every": 0.05,
+    "lifetime": 1.0,
+    "moving": MovePolicy(pace=0.2, settle=0.2),
+    "engine": EngineConfig(cache_tokens=1024),
+}
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("llama"))
+
+
+class Swarm:
+    """Servers by name, and one client that looks for its routes in the directory."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        self.hub = LocalHub()
+        self.directory = LocalDirectory()
+        self.peers: dict[str, LocalPeer] = {}
+        self.servers: dict[str, RunningServer] = {}
+        self.transport = SwarmTransport(self.hub.join("client"), self, patience=Patience(silence=0.5, answer=0.5))
+
+    def serve(self, peer: str, **settings: Any) -> RunningServer:
+        config = ServeConfig(**{**QUICK, **settings})
+        self.peers[peer] = LocalPeer(self.hub, self.directory, peer)
+        self.servers[peer] = RunningServer(self.peers[peer], settle_terms(self.model, config), config)
+        return self.servers[peer]
+
+    def announce(self, peer: str, start: int, end: int) -> None:
+        """A server that is nothing but a record."""
+        model = settle_terms(self.model, ServeConfig(**QUICK)).model_id
+        quick = {"dtype": "float32", "weights": "plain", "throughput": 1e9}
+        record = make_record(peer, start, end, model=model, blocks=4, expires=time.time() + 1000, **quick)
+        asyncio.run(self.directory.publish(record))
+
+    def records(self) -> dict[str, ServerRecord]:
+        return {record.peer: record for record in asyncio.run(self.directory.servers())}
+
+    def spans(self) -> dict[str, Span]:
+        """Of the servers that are ready."""
+        return {peer: record.span for peer, record in self.records().items() if record.state == "ready"}
+
+    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
+        records = self.records().values()
+        return find_route(records, blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
+
+    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
+        return None
+
+    def close(self) -> None:
+        self.transport.close()
+        for server in self.servers.values():
+            server.close()
+
+
+@pytest.fixture
+def swarm(directory: Path) -> Iterator[Swarm]:
+    swarm = Swarm(directory)
+    yield swarm
+    swarm.close()
+
+
+def test_a_record_says_what_is_measured(swarm: Swarm) -> None:
+    swarm.serve("a", span=Span(0, 2), name="rose")
+    swarm.serve("b", span=Span(2, 4))
+    until(lambda: set(swarm.records()["a"].round_trips) == {"b"} and set(swarm.records()["b"].round_trips) == {"a"})
+    record = swarm.records()["a"]
+    assert (record.span, record.blocks, record.name, record.state) == (Span(0, 2), 4, "rose", "ready")
+    assert (record.dtype, record.weights, record.free_tokens, record.active) == ("float32", "plain", 1024, 0)
+    assert record.throughput > 0
+    assert record.addresses == ("/local/a",)  # and not the one that is too long
+    assert [said.state for said in swarm.peers["a"].published[:2]] == ["joining", "ready"]
+
+
+def test_what_is_held_by_sessions_is_not_free(swarm: Swarm) -> None:
+    swarm.serve("a")
+    with Session(swarm.transport, "") as session:
+        answer = session.generate(PROMPT, LONG, timeout=DEADLINE)
+        next(answer)
+        until(lambda: [r for r in swarm.peers["a"].published if r.active == 1 and r.free_tokens < 1024] or not list(answer))
+    until(lambda: swarm.records()["a"].active == 0 and swarm.records()["a"].free_tokens == 1024)
+
+
+def test_servers_share_the_blocks_among_them(swarm: Swarm) -> None:
+    assert swarm.serve("a", capacity=2).span == Span(0, 2)
+    assert swarm.serve("b", capacity=3).span == Span(1, 4)
+    assert swarm.serve("c").span == Span(0, 4)
+
+
+def test_servers_that_start_together_do_not_all_take_the_same_blocks(swarm: Swarm) -> None:
+    threads = [threading.Thread(target=swarm.serve, args=(name,), kwargs={"capacity": 2}) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    until(lambda: sorted(swarm.spans().values()) == [Span(0, 2), Span(2, 4)])
+
+
+def test_memory_bounds_the_span(directory: Path) -> None:
+    def capacity(**settings: Any) -> int:
+        return settle_terms(directory, ServeConfig(**{**QUICK, **settings})).capacity
+
+    assert capacity() == 4
+    assert capacity(memory=2**30) == 4
+    assert capacity(memory=2**20) == 2
+    assert capacity(memory=2**20, capacity=1) == 1
+    assert capacity(memory=2**20, capacity=4) == 2
+    assert capacity(capacity=3) == 3
+    with pytest.raises(InvalidSetting, match="memory"):
+        capacity(memory=2**16)
+    with pytest.raises(InvalidSetting, match="memory"):
+        capacity(memory=2**16, span=Span(0, 1))
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "tpu", "mps", "?"])
+def test_a_device_that_is_not_there_is_refused(directory: Path, device: str) -> None:
+    with pytest.raises(InvalidSetting, match="device"):
+        settle_terms(directory, ServeConfig(device=device))
+
+
+def test_a_server_that_cannot_load_leaves_no_record(swarm: Swarm) -> None:
+    with pytest.raises(InvalidSetting):
+        swarm.serve("a", span=Span(2, 9))
+    assert swarm.records() == {}
+
+
+def test_an_answer_goes_on_elsewhere_when_its_server_leaves(swarm: Swarm, directory: Path) -> None:
+    swarm.serve("a")
+    leaving: list[threading.Thread] = []
+    with Session(swarm.transport, "") as session:
+        tokens = []
+        for token in session.generate(PROMPT, LONG, timeout=DEADLINE):
+            tokens.append(token.token_id)
+            if len(tokens) == 5:
+                swarm.serve("b")
+                leaving.append(threading.Thread(target=swarm.servers["a"].close))
+                leaving[0].start()
+    assert tokens == Reference(directory).greedy(PROMPT, COUNT)
+    assert swarm.transport.counters.moves + swarm.transport.counters.faults <= 1
+    leaving[0].join(DEADLINE)
+    assert swarm.peers["a"].closed
+    assert list(swarm.records()) == ["b"]
+
+
+def test_an_answer_that_nobody_else_can_take_is_served_to_its_end(swarm: Swarm, directory: Path) -> None:
+    swarm.serve("a")
+    with Session(swarm.transport, "") as session:
+        answer = session.generate(PROMPT, LONG, timeout=DEADLINE)
+        tokens = [next(answer).token_id]
+        closing = threading.Thread(target=swarm.servers["a"].close)
+        closing.start()
+        until(lambda: not swarm.records())  # withdrawn at once
+        tokens += [token.token_id for token in answer]
+    assert tokens == Reference(directory).greedy(PROMPT, COUNT)
+    closing.join(DEADLINE)
+    assert swarm.peers["a"].closed
+
+
+def test_a_server_that_is_told_twice_ends_at_once(swarm: Swarm) -> None:
+    server = swarm.serve("a", drain_timeout=1e6)
+    told_again = threading.Event()
+    with Session(swarm.transport, "") as session:
+        next(session.generate(PROMPT, LONG, timeout=DEADLINE))
+        told_again.set()
+        server.close(told_again)
+        assert swarm.peers["a"].closed
+        server.close()  # for good measure
+
+
+def test_a_server_moves_to_a_gap(swarm: Swarm) -> None:
+    for peer in "abc":
+        swarm.serve(peer, capacity=2)
+    spans = swarm.spans()
+    alone = next(peer for peer, span in spans.items() if list(spans.values()).count(span) == 1)
+    swarm.hub.kill(alone)
+    swarm.peers[alone].cut_off = True
+    until(lambda: sorted(swarm.spans().values()) == [Span(0, 2), Span(2, 4)] and alone not in swarm.spans())
+    moved = next(peer for peer, span in swarm.spans().items() if span != spans[peer])
+    states = [record.state for record in swarm.peers[moved].published]
+    assert [state for state, _ in groupby(states)] == ["joining", "ready", "draining", "joining", "ready"]
+    with Session(swarm.transport, "") as session:
+        answered = [token.token_id for token in session.generate(PROMPT, LONG, timeout=DEADLINE)]
+    assert answered == Reference(swarm.model).greedy(PROMPT, COUNT)
+
+
+def test_a_drain_that_is_not_needed_any_more_ends(swarm: Swarm) -> None:
+    swarm.announce("ghost", 2, 4)
+    for peer in "ab":
+        swarm.serve(peer, capacity=2, moving=MovePolicy(pace=0.1, settle=1e6))
+    asyncio.run(swarm.directory.withdraw("ghost"))
+    until(lambda: "draining" in [record.state for record in swarm.records().values()])
+    swarm.announce("ghost", 2, 4)
+    until(lambda: swarm.spans() == {"a": Span(0, 2), "b": Span(0, 2), "ghost": Span(2, 4)})
+
+
+def test_a_server_whose_blocks_were_named_stays(swarm: Swarm) -> None:
+    for name in "ab":
+        swarm.serve(name, span=Span(0, 2))
+    said = len(swarm.peers["a"].published)
+    until(lambda: len(swarm.peers["a"].published) > said + 30)
+    assert set(swarm.spans().values()) == {Span(0, 2)}
+
+
+def test_a_server_that_cannot_load_where_it_is_needed_goes_back(directory: Path, tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path)
+    swarm = Swarm(model)
+    swarm.announce("ghost", 2, 4)
+    for name in "ab":
+        assert swarm.serve(name, capacity=2).span == Span(0, 2)
+    weights = {name: tensor for name, tensor in load_file(model / "model.safetensors").items() if "layers.3." not in name}
+    save_file(weights, model / "model.safetensors")
+    asyncio.run(swarm.directory.withdraw("ghost"))
+    until(lambda: any(r.span == Span(2, 4) for name in "ab" for r in swarm.peers[name].published))
+    until(lambda: swarm.spans() == {"a": Span(0, 2), "b": Span(0, 2)})
+    swarm.close()
