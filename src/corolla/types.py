@@ -157,9 +157,13 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Forget the session: its pages are free at once."""
+    """Forget the session: its pages are free at once.
+
+    With a `generation`, a later one stays: a step on a new route may come before the message that ends the old one.
+    """
 
     session: str
+    generation: int | None = None
 
 
 Message = Step | Cancel | Close

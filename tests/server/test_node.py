@@ -20,6 +20,7 @@ from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.network import LocalHub
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Route, find_route, seconds_along
+from corolla.swarm.wire import CloseFrame
 from corolla.types import FinishReason, GenerationSettings, Span
 from tests.models import tiny
 
@@ -44,7 +45,7 @@ class Swarm:
         self.servers: dict[str, SpanServer] = {}
         self.engines: dict[str, Engine] = {}
         self.routes: list[Route] = []
-        self.transport = SwarmTransport(self.hub.join("client"), self, patience=Patience(silence=0.5, answer=0.5, reconsider=0.2))
+        self.transport = SwarmTransport(self.hub.join("client"), self, patience=Patience(silence=0.5, answer=0.5, reconsider=0.2, lost=1.0))
 
     def add(self, name: str, start: int, end: int, throughput: float = 100.0, cache_tokens: int = 2048) -> None:
         model = load_span(self.directory, Span(start, end), dtype="float32")
@@ -267,6 +268,23 @@ def test_sessions_share_a_room_for_a_few(directory: Path) -> None:
     reference = Reference(directory)
     assert found == {index: reference.greedy(PROMPT[index:], 30) for index in range(16)}
     swarm.close()
+
+
+def test_a_message_that_got_lost_is_asked_for_again(swarm: Swarm, directory: Path) -> None:
+    assert answer(swarm, at={6: lambda: swarm.hub.drop_next("b", "c")}) == Reference(directory).greedy(PROMPT, 30)
+    assert swarm.transport.counters.replays == 1
+    assert swarm.transport.counters.faults == 0
+
+
+def test_the_end_of_an_old_route_does_not_end_a_new_one(swarm: Swarm, directory: Path) -> None:
+    with Session(swarm.transport, "") as session:
+        tokens = [token.token_id for token in session.generate(PROMPT, SETTINGS, timeout=TIMEOUT)]
+        for server in ("a", "b", "c"):  # it comes late
+            swarm.transport.network.send(server, CloseFrame(session.name, 0))
+        before = swarm.engines["b"].counters.rows
+        tokens += [token.token_id for token in session.generate([7], SETTINGS, timeout=TIMEOUT)]
+        assert swarm.engines["b"].counters.rows - before < len(PROMPT)
+    assert tokens[30:] == Reference(directory).greedy([*PROMPT, *tokens[:30], 7], 30)
 
 
 def test_timings_name_every_server_of_the_route(swarm: Swarm) -> None:

@@ -15,6 +15,7 @@ from corolla.swarm import convert, frames, wire
 from corolla.swarm.arrays import from_array
 from corolla.swarm.wire import (
     Array,
+    Ask,
     AskCounters,
     BackwardFrame,
     CachedFrame,
@@ -36,6 +37,7 @@ from corolla.swarm.wire import (
     TimingFrame,
     TokenFrame,
     Unknown,
+    Whereabouts,
     WireMessage,
 )
 from corolla.types import FinishReason
@@ -53,6 +55,9 @@ MESSAGES: tuple[WireMessage, ...] = (
     StepFrame("session", 2, 0, (5,), array("q8", 1, 70), SettingsFrame(stop_token_ids=(2, 3)), ROUTE, 2, "client"),
     CancelFrame("session", 3),
     CloseFrame("session"),
+    CloseFrame("session", 4),
+    Ask("session", 4),
+    Whereabouts("session", 4, 17, 3),
     TokenFrame("session", 1, 9, 42, -0.5, ((42, -0.5), (7, -1.25)), FinishReason.STOP, (TimingFrame("first", 0.1, 0.2, 0.3),)),
     HiddenFrame("session", 1, 4, array("float32", 2, 3)),
     HiddenFrame("session", 1, 4, array("float16", 3, 2)),
@@ -125,7 +130,7 @@ def handle(frame: bytes) -> str:
             convert.to_message(message)
         elif isinstance(message, ForwardFrame | BackwardFrame | ResultFrame):
             from_array(message.hidden)
-        elif not isinstance(message, Leaving | AskCounters | Counters | Ping | Pong | Refused):
+        elif not isinstance(message, Ask | Whereabouts | Leaving | AskCounters | Counters | Ping | Pong | Refused):
             convert.to_reply(message)
     except CorollaError:
         return "invalid"

@@ -22,6 +22,7 @@ from corolla.swarm.routing import Route
 from corolla.swarm.transport import Deliver
 from corolla.swarm.wire import (
     MAX_STEP_TOKENS,
+    Ask,
     CachedFrame,
     FailedFrame,
     GapFrame,
@@ -31,6 +32,7 @@ from corolla.swarm.wire import (
     Pong,
     StepFrame,
     TokenFrame,
+    Whereabouts,
     WireMessage,
 )
 from corolla.types import Close, Gap, Message, Step
@@ -55,6 +57,7 @@ class Patience:
 
     silence: float = 2.0  # without a reply, until the route's servers are asked whether they live
     answer: float = 1.0  # for them to say so; who does not is as good as dead
+    lost: float = 20.0  # without a reply, until they are asked, twice, how the session is getting on
     reconsider: float = 5.0  # on a route, until a quicker one is looked for
     leaving: float = 60.0  # for which a server that said it leaves is avoided
 
@@ -137,6 +140,11 @@ class SwarmTransport:
                 link = self._links.get(message.session)
             if link is not None:
                 link.receive(sender, message)
+        elif isinstance(message, Whereabouts):
+            with self._lock:
+                link = self._links.get(message.session)
+            if link is not None:
+                link.told(sender, message)
         elif isinstance(message, Leaving):
             self._leaving[sender] = time.monotonic()
             for link in self._all():
@@ -169,13 +177,16 @@ class SwarmLink:
         self._transport = transport
         self._deliver = deliver
         self._lock = threading.RLock()
-        self._session = ""
+        self._session, self._generation = "", 0
         self._route: Route | None = None
         self._taken = 0.0  # when the route was, or was last compared with others
         self._cold = True  # nobody on the route has anything of the session yet
         self._step: Step | None = None  # under way
         self._position = 0  # of the next token to come
-        self._since = 0.0  # when the last reply to the step came, or it was sent
+        self._replied = 0.0  # when the last reply to the step came, or it was sent
+        self._since = 0.0  # the same, or when the servers last said that they live
+        self._whereabouts: dict[str, tuple[int, int]] | None = None  # tokens cached and pending by server, when they were asked
+        self._said_before: dict[str, tuple[int, int]] | None = None
         self._asked: float | None = None  # when the route's servers were asked whether they live
 
     @property
@@ -210,7 +221,7 @@ class SwarmLink:
                 return
             if frame.generation != step.generation or isinstance(frame, CachedFrame):
                 return
-            self._since, self._asked = time.monotonic(), None
+            self._heard()
             if isinstance(frame, FailedFrame) and blameworthy(error := error_of(frame)):
                 self.lost(frame.peer if frame.peer in route.peers else sender, error)
                 return
@@ -227,6 +238,25 @@ class SwarmLink:
             if isinstance(frame, GapFrame):
                 self._transport.counters.replays += frame.have == 0
         self._deliver(to_reply(frame))
+
+    def told(self, sender: str, answer: Whereabouts) -> None:
+        """A server said how the session is getting on: if none has anything to compute, and none has got further since it was
+        asked before, a message was lost on the way."""
+        with self._lock:
+            step, route, said = self._step, self._route, self._whereabouts
+            if step is None or route is None or said is None or answer.generation != step.generation:
+                return
+            said[sender] = answer.cached, answer.pending
+            if set(said) < set(route.peers):
+                return
+            stands_still = said == self._said_before and not any(pending for _, pending in said.values())
+            self._said_before, self._whereabouts, self._replied = said, None, time.monotonic()
+            if not stands_still:
+                return
+            log.warning("an answer got lost on its way: it is asked for again", extra={"session": self._session})
+            gap = self._start_again()
+        if gap is not None:
+            self._deliver(gap)
 
     def lost(self, peer: str, error: Exception) -> None:
         """A server failed: if it is one of ours, the session is told to send its history again."""
@@ -261,6 +291,10 @@ class SwarmLink:
         with self._lock:
             if self._step is None or self._route is None:
                 return
+            if self._whereabouts is None and now - self._replied > patience.lost:
+                self._whereabouts = {}
+                for peer in self._route.peers:
+                    transport.network.send(peer, Ask(self._session, self._step.generation))
             if self._asked is None:
                 if now - self._since > patience.silence:
                     self._asked = now
@@ -278,6 +312,11 @@ class SwarmLink:
             self.lost(peer, NetworkError(f"it did not answer for {patience.silence + patience.answer:g} s"))
         if gap is not None:
             self._deliver(gap)
+
+    def _heard(self) -> None:
+        """The step is getting on."""
+        self._replied = self._since = time.monotonic()
+        self._asked = self._whereabouts = self._said_before = None
 
     def _problem(self, frame: TokenFrame) -> str | None:
         """What is wrong with a token, if anything is."""
@@ -331,7 +370,8 @@ class SwarmLink:
         self._cold = False
         assert self._route is not None
         hops = tuple(Hop(hop.peer, hop.start, hop.end) for hop in self._route.hops)
-        self._step, self._since, self._asked = step, time.monotonic(), None
+        self._step, self._generation = step, step.generation
+        self._heard()
         self._position = step.start + len(tokens)
         settings = from_settings(step.settings) if step.settings is not None else None
         for first in range(0, len(tokens), MAX_STEP_TOKENS):
@@ -357,6 +397,6 @@ class SwarmLink:
         route, self._route = self._route, None
         for peer in route.peers if route is not None else ():
             try:
-                self._transport.network.send(peer, from_message(Close(self._session)))
+                self._transport.network.send(peer, from_message(Close(self._session, self._generation)))
             except NetworkError:
                 return

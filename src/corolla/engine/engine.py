@@ -97,6 +97,14 @@ class Engine:
         idle = sum(len(c.table.pages) for c in list(self._conversations.values()) if c.idle)
         return min(self.pool.free_pages + idle, self.pool.num_pages) * self.pool.page_size
 
+    def whereabouts(self, session: str, generation: int) -> tuple[int, int]:
+        """Tokens of a session's generation that are cached here, and rows that are still to be computed."""
+        waiting = sum(len(message.payload) for message, _ in list(self._inbox) if isinstance(message, Step) and message.session == session)
+        known = self._conversations.get(session)
+        if known is None or known.generation != generation:
+            return 0, waiting
+        return known.position, known.pending + waiting
+
     # Receive.
 
     def receive(self, message: Message, deliver: Deliver | None = None) -> None:
@@ -149,7 +157,7 @@ class Engine:
     def _take(self, message: Message, deliver: Deliver | None) -> None:
         known = self._conversations.get(message.session)
         if isinstance(message, Close):
-            if known is not None:
+            if known is not None and (message.generation is None or known.generation <= message.generation):
                 self._forget(known)
         elif isinstance(message, Cancel):
             if known is not None and known.generation == message.generation:

@@ -22,6 +22,7 @@ from corolla.swarm.convert import failed_of, from_reply, from_step, to_message, 
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.wire import (
+    Ask,
     AskCounters,
     BackwardFrame,
     CancelFrame,
@@ -33,12 +34,14 @@ from corolla.swarm.wire import (
     Ping,
     Pong,
     StepFrame,
+    Whereabouts,
     WireDtype,
     WireMessage,
 )
 from corolla.types import Close, GenerationSettings, Hidden, HopTiming, Reply, Span, Step, Token
 
 log = logging.getLogger(__name__)
+_REMEMBERED = 4096  # closed sessions, whose late steps are refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +109,7 @@ class SpanServer:
     def __init__(self, engine: Engine, network: Network, config: SpanServerConfig) -> None:
         self._engine, self._network, self._config = engine, network, config
         self._ways: dict[str, _Way] = {}
+        self._closed: dict[str, int] = {}  # the generations that sessions ended with, the latest of them
         self._leaving = False
         self.counters = NodeCounters()
         self.round_trips = RoundTrips(self._send)
@@ -149,6 +153,9 @@ class SpanServer:
             self._send(sender, Pong(message.nonce))
         elif isinstance(message, Pong):
             self.round_trips.answered(sender, message)
+        elif isinstance(message, Ask):
+            cached, pending = self._engine.whereabouts(message.session, message.generation)
+            self._send(sender, Whereabouts(message.session, message.generation, cached, pending))
         elif isinstance(message, AskCounters):
             counts = asdict(self.counters) | asdict(self._engine.counters)
             self._send(sender, Counters({name: int(count) for name, count in counts.items()}))
@@ -170,8 +177,11 @@ class SpanServer:
         if way is None or (sender != way.client and all(sender != hop.peer for hop in way.route)):
             return
         self._engine.receive(to_message(frame))
-        if isinstance(frame, CloseFrame):
+        if isinstance(frame, CloseFrame) and (frame.generation is None or way.generation <= frame.generation):
             del self._ways[frame.session]
+            self._closed[frame.session] = way.generation
+            if len(self._closed) > _REMEMBERED:
+                del self._closed[next(iter(self._closed))]
 
     def _step(self, sender: str, frame: StepFrame) -> None:
         client, blamed = frame.client or sender, self._network.me
@@ -224,6 +234,8 @@ class SpanServer:
             if way.generation < known.generation:
                 raise ServerFault("a later step of the session came before this one")
             return
+        if self._closed.get(session, -1) >= way.generation:
+            raise Unauthorized("the session was closed while the step was on its way")
         if self._leaving:
             raise NetworkError("this server is leaving, and takes no new sessions")
         if sum(other.client == way.client for other in self._ways.values()) >= self._config.sessions_per_client:

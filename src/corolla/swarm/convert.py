@@ -33,7 +33,7 @@ def to_message(frame: Request) -> Message:
     if isinstance(frame, CancelFrame):
         return Cancel(frame.session, frame.generation)
     if isinstance(frame, CloseFrame):
-        return Close(frame.session)
+        return Close(frame.session, frame.generation)
     return to_step(frame)
 
 
@@ -41,7 +41,7 @@ def from_message(message: Cancel | Close) -> CancelFrame | CloseFrame:
     """A step needs to know its way: see `from_step`."""
     if isinstance(message, Cancel):
         return CancelFrame(message.session, message.generation)
-    return CloseFrame(message.session)
+    return CloseFrame(message.session, message.generation)
 
 
 def to_step(frame: StepFrame) -> Step:

@@ -42,13 +42,14 @@ class Network(Protocol):
 
 
 class LocalHub:
-    """The peers of one process. `kill`, `freeze` and `part` are what tests break it with."""
+    """The peers of one process. `kill`, `freeze`, `part` and `drop_next` are what tests break it with."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._peers: dict[str, LocalNetwork] = {}
         self._frozen: set[str] = set()
         self._parted: set[tuple[str, str]] = set()
+        self._dropping: set[tuple[str, str]] = set()
 
     def join(self, peer: str) -> LocalNetwork:
         """A network for a new peer of that id."""
@@ -79,12 +80,19 @@ class LocalHub:
         for network, lost in pair:
             network.lose(lost)
 
+    def drop_next(self, sender: str, receiver: str) -> None:
+        """Lose the next message from one peer to another, as when its stream breaks and both live on."""
+        self._dropping.add((sender, receiver))
+
     def carry(self, sender: str, receiver: str, message: WireMessage) -> None:
         with self._lock:
             source, target = self._peers.get(sender), self._peers.get(receiver)
         if source is None:
             raise NetworkError(f"the network of {sender} is closed")
         if sender in self._frozen:
+            return
+        if (sender, receiver) in self._dropping:
+            self._dropping.remove((sender, receiver))
             return
         if target is None or (sender, receiver) in self._parted:
             source.lose(receiver)

@@ -195,6 +195,7 @@ class CloseFrame(_Kind, frozen=True, tag="close"):
     """`types.Close`."""
 
     session: Name
+    generation: Count | None = None
 
 
 # Replies.
@@ -325,6 +326,22 @@ class ResultFrame(_Kind, frozen=True, tag="result"):
 # Between any two peers.
 
 
+class Ask(_Kind, frozen=True, tag="where"):
+    """How is this session getting on? Answered by `Whereabouts`."""
+
+    session: Name
+    generation: Count
+
+
+class Whereabouts(_Kind, frozen=True, tag="here"):
+    """`cached` tokens of the session lie at the sender and `pending` rows wait to be computed; 0 where it does not know that generation."""
+
+    session: Name
+    generation: Count
+    cached: Count
+    pending: Count
+
+
 class Leaving(_Kind, frozen=True, tag="leaving"):
     """The sender drains: it takes no new sessions, and those who have one with it should go on elsewhere as soon as they can.
     It serves them until then."""
@@ -365,5 +382,17 @@ class Unknown(msgspec.Struct, frozen=True):
 Request: TypeAlias = StepFrame | CancelFrame | CloseFrame
 Answer: TypeAlias = TokenFrame | HiddenFrame | CachedFrame | GapFrame | FailedFrame
 WireMessage: TypeAlias = (
-    Request | Answer | ForwardFrame | BackwardFrame | ResultFrame | Leaving | AskCounters | Counters | Ping | Pong | Refused
+    Request
+    | Answer
+    | ForwardFrame
+    | BackwardFrame
+    | ResultFrame
+    | Ask
+    | Whereabouts
+    | Leaving
+    | AskCounters
+    | Counters
+    | Ping
+    | Pong
+    | Refused
 )
