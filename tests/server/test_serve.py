@@ -224,7 +224,7 @@ def test_a_server_moves_to_a_gap(swarm: Swarm) -> None:
     until(lambda: sorted(swarm.spans().values()) == [Span(0, 2), Span(2, 4)] and alone not in swarm.spans())
     moved = next(peer for peer, span in swarm.spans().items() if span != spans[peer])
     states = [record.state for record in swarm.peers[moved].published]
-    assert [state for state, _ in groupby(states)] == ["joining", "ready", "draining", "joining", "ready"]
+    assert [state for state, _ in groupby(states)][-4:] == ["ready", "draining", "joining", "ready"]
     with Session(swarm.transport, "") as session:
         answered = [token.token_id for token in session.generate(PROMPT, LONG, timeout=DEADLINE)]
     assert answered == Reference(swarm.model).greedy(PROMPT, COUNT)

@@ -143,6 +143,15 @@ def test_a_draining_server_goes_when_no_step_is_under_way() -> None:
     assert should_move([*others, busy], busy, now=0.0, capacity=6) is None
 
 
+def test_of_servers_that_drain_for_the_same_gap_one_goes() -> None:
+    both = servers((0, 6), (0, 6), state="draining")
+    assert move(both, 0) == Span(6, 12)
+    assert move(both, 1) is None
+    assert move([both[0], make_record("p1", 0, 6)], 1) == Span(6, 12)  # this one does not go yet
+    apart = [make_record("p0", 1, 7, state="draining"), make_record("p1", 5, 11, state="draining")]
+    assert [move(apart, 0), move(apart, 1)] == [Span(0, 6), Span(6, 12)]
+
+
 def test_a_mover_waits_drains_and_moves() -> None:
     mover = Mover(1, MovePolicy(pace=10.0, settle=5.0))
     records = servers((0, 6), (0, 6))

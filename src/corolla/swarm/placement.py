@@ -64,6 +64,7 @@ def should_move(records: Iterable[ServerRecord], me: ServerRecord, *, now: float
 
     - While blocks lack a holder, it must close more gaps than it opens, or be part of shifting along (see `mended`). Servers
       that drain count as staying as long as nobody holds some block, so that all judge by the same spans, and as gone otherwise.
+      Of servers that drain to go to the same span the one of the lowest id goes.
     - Otherwise the blocks it leaves must, without this server, still be `factor` times as strong as those it goes to are
       now; moves one at a time then come to an end, for each makes the weakest blocks that it touches stronger.
     - In a swarm that is whole, the only ready holder of a block stays, whatever else would pay.
@@ -81,7 +82,8 @@ def should_move(records: Iterable[ServerRecord], me: ServerRecord, *, now: float
     elif all(coverage([*present, me], me.blocks)):
         target = _closing(staying, me, capacity)  # ahead of those that drain, by a server that can be spared
     else:
-        return _closing(present, me, capacity)
+        target = _closing(present, me, capacity)
+        return None if _yields(present, me, target) else target
     if target is None:
         return None
     ready = coverage((record for record in staying if record.state == "ready"), me.blocks)
@@ -97,6 +99,17 @@ def _closing(others: list[ServerRecord], me: ServerRecord, capacity: int) -> Spa
         return target
     place = mended([*others, me], me.blocks).get(me.peer, me.span)
     return place if place != me.span else None
+
+
+def _yields(others: list[ServerRecord], me: ServerRecord, target: Span | None) -> bool:
+    """Whether another server that drains goes to the gap: of those that would take the same span, that of the lowest id."""
+
+    def goes_there(other: ServerRecord) -> bool:
+        rest = [record for record in (*others, me) if record.peer != other.peer]
+        return _closing(rest, other, len(other.span)) == target
+
+    draining = [other for other in others if other.state == "draining" and other.peer < me.peer]
+    return me.state == "draining" and any(goes_there(other) for other in draining)
 
 
 def _strengthening(others: list[ServerRecord], me: ServerRecord, capacity: int, factor: float) -> Span | None:
