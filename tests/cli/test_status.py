@@ -34,9 +34,8 @@ def record(start: int, end: int, **changes: Any) -> ServerRecord:
 
 
 def shown(*records: ServerRecord, **rest: Any) -> str:
-    console = Console(width=WIDTH, file=None, record=True, quiet=True)
+    console = Console(width=WIDTH)
     with console.capture() as capture:
-        console.quiet = False
         console.print(draw(Look(records, **rest)))
     return capture.get()
 
@@ -47,6 +46,13 @@ def test_a_server_is_a_line_with_its_figures() -> None:
     assert " ".join(lines[2].split()) == "ooWpeer0 0:15 ██████······ 294 2 131k 15.2 bf16 packed 0.1.0 ready"
     assert " ".join(lines[3].split()) == "attic 15:30 ······██████ 294 2 131k ? fp32 packed 0.1.0 draining"
     assert lines[4] == "every block is held"
+
+
+def test_a_narrow_terminal_shows_the_same_with_less_around_it() -> None:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(draw(Look([record(0, 15, state="draining")]), console.width))
+    assert " ".join(capture.get().splitlines()[2].split()) == "ooWpeer0 0:15 ████···· 294 2 131k 15.2 bf16 packed draining"
 
 
 def test_gaps_are_named_for_each_model() -> None:

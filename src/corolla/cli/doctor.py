@@ -9,44 +9,51 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from corolla.cli import logs, options
+from corolla.cli.findings import Finding, Verdict, show
+from corolla.cli.logs import LogLevel
+from corolla.cli.opening import secret_bytes
+
 LOW_MEMORY = 2_000_000_000  # bytes available, for the default model and a session
 LOW_DISK = 1_000_000_000  # bytes free at the cache, for the default model while it is converted
 PYTHON = (3, 11)
 
 
-class Verdict(StrEnum):
-    GOOD = "good"
-    WEAK = "weak"  # works, but slower or with less
-    MISSING = "missing"  # Corolla does not work without
+def doctor(
+    peers: options.Peers = None,
+    secret: options.Secret = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    log_level: options.LogLevel = LogLevel.ERROR,
+) -> None:
+    """Say what this machine has, what is missing and what to do about it; with --peers, why a swarm cannot be reached.
 
+    Exit code 1 where something required is missing, or something stands in the swarm's way.
+    """
+    logs.set_up(log_level, swarm=bool(peers))
+    if peers:
+        from corolla.cli.reach import examine_swarm
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at; `advice` says what to do where it is not good."""
-
-    name: str
-    value: str
-    verdict: Verdict = Verdict.GOOD
-    advice: str = ""
-
-
-def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False) -> None:
-    """Say what this machine has, what is missing and what to do about it; exit code 1 where something required is missing."""
-    findings = list(examine())
-    missing = [finding for finding in findings if finding.verdict is Verdict.MISSING]
+        findings = list(examine_swarm(peers, secret_bytes(secret)))
+    else:
+        findings = list(examine())
+    fatal = sum(finding.fatal for finding in findings)
     if json:
         typer.echo(json_format.dumps([asdict(finding) for finding in findings], indent=2))
+    elif peers:
+        show(findings, "The swarm answers." if not fatal else "The swarm cannot be used from here; the lines in bold say what to do.")
     else:
-        _show(findings)
-    if missing:
+        show(
+            findings,
+            f"{fatal} required thing{'s are' if fatal != 1 else ' is'} missing." if fatal else "Nothing that Corolla needs is missing.",
+        )
+    if fatal:
         raise typer.Exit(1)
 
 
@@ -162,21 +169,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _show(findings: list[Finding]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    colors = {Verdict.GOOD: "green", Verdict.WEAK: "yellow", Verdict.MISSING: "red"}
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for finding in findings:
-        text = escape(finding.value) + (f"\n[bold]{escape(finding.advice)}[/bold]" if finding.advice else "")
-        table.add_row(f"[{colors[finding.verdict]}]{finding.verdict}[/]", finding.name, text)
-    console = Console()
-    console.print(table)
-    missing = sum(finding.verdict is Verdict.MISSING for finding in findings)
-    console.print(
-        f"{missing} required thing{'s are' if missing != 1 else ' is'} missing." if missing else "Nothing that Corolla needs is missing."
-    )

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from corolla.client.joined import Joined
     from corolla.server.embedded import Embedded
 
+SECRET_VARIABLE = "COROLLA_SECRET"  # of the environment, which other users of a machine cannot see
+
 
 @contextmanager
 def opened(model: str, *, peers: Sequence[str] | None, secret: str | None, **machine: Any) -> Iterator[Embedded | Joined]:

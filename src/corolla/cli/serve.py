@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,39 +20,86 @@ from corolla.cli.addresses import check_addresses
 from corolla.cli.logs import LogLevel
 from corolla.cli.opening import secret_bytes
 from corolla.cli.progress import showing_progress
+from corolla.cli.sizes import parse_size
 from corolla.errors import InvalidSetting
 from corolla.types import Span
+
+
+class WireDtype(Enum):
+    """`swarm.wire.WireDtype`, for the command line."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    Q8 = "q8"
 
 
 def serve(
     model: options.Model = "smollm2",
     peers: options.Peers = None,
-    new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Start a swarm instead of joining one.")] = False,
-    blocks: Annotated[str | None, typer.Option(metavar="START:END", help="Which blocks; what the swarm lacks most by default.")] = None,
-    capacity: Annotated[int | None, typer.Option(help="How many blocks, where they are chosen; all by default.")] = None,
-    name: Annotated[str, typer.Option(help="For people who look at the swarm.")] = "",
-    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 is any that is free.")] = 0,
-    announce: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MULTIADDR", help="What others dial instead, such as a router's forwarded port; may be repeated."),
-    ] = None,
+    new_swarm: Annotated[
+        bool, typer.Option("--new-swarm", help="Start a swarm instead of joining one.", rich_help_panel=options.SWARM)
+    ] = False,
     secret: options.Secret = None,
-    identity: Annotated[Path | None, typer.Option(help="A key file that keeps this server's id; made where it is missing.")] = None,
-    ready_file: Annotated[Path | None, typer.Option(help="Gets the addresses, a line each, once the server is ready.")] = None,
+    blocks: Annotated[
+        str | None, typer.Option(metavar="START:END", help="Which blocks, as in 0:12; what the swarm lacks most by default.")
+    ] = None,
+    capacity: Annotated[
+        int | None, typer.Option(min=1, help="How many blocks, where they are chosen; as many as the memory holds by default.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What blocks and cache may take, as in 8GB; most of what is free by default.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = None,
+    cache_tokens: Annotated[
+        int, typer.Option(min=1, help="How many tokens of all sessions together the cache holds.", rich_help_panel=options.MACHINE)
+    ] = 32768,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda or cuda:1; a CUDA device where there is one by default.", rich_help_panel=options.MACHINE),
+    ] = None,
     dtype: options.Dtype = None,
     weights: options.Weights = None,
     threads: options.Threads = None,
     batch_invariant: options.BatchInvariant = False,
+    wire_dtype: Annotated[
+        WireDtype | None,
+        typer.Option(
+            help="What it sends to the next server: float32, bfloat16, float16 or q8; what it computes in by default. "
+            "q8 halves the bytes of the 16-bit ones, and answers change slightly.",
+            metavar="DTYPE",
+            show_choices=False,
+            rich_help_panel=options.SWARM,
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="For people who look at the swarm.", rich_help_panel=options.SWARM)] = "",
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 0,
+    announce: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="What others dial instead, such as a router's forwarded port: /ip4/203.0.113.5/tcp/4001; may be repeated.",
+            rich_help_panel=options.SWARM,
+        ),
+    ] = None,
+    identity: options.IdentityFile = None,
+    ready_file: options.ReadyFile = None,
     log_level: options.LogLevel = LogLevel.WARNING,
 ) -> None:
     """Offer a span of a model to a swarm, until Ctrl-C or SIGTERM.
 
-    Once ready it prints the line that another machine runs to join.
+    Once ready it prints the line that another machine runs to join. Told to end, it lets its sessions go on at other servers
+    first; a second Ctrl-C ends it at once.
     """
     if bool(peers) == new_swarm:
         raise InvalidSetting("peers", "name a peer of the swarm with --peers, or start one with --new-swarm")
     span = None if blocks is None else _span(blocks)
+    nbytes = None if memory is None else parse_size("memory", memory)
     key = secret_bytes(secret)
     logs.set_up(log_level, swarm=True)
     joined = check_addresses(peers)
@@ -62,30 +112,59 @@ def serve(
     config = ServeConfig(
         span=span,
         capacity=capacity,
+        memory=nbytes,
         name=name,
+        device=device,
         dtype=dtype,
         weights=weights,  # type: ignore[arg-type]
+        wire_dtype=None if wire_dtype is None else wire_dtype.value,
         threads=threads,
-        engine=EngineConfig(batch_invariant=batch_invariant),
+        engine=EngineConfig(cache_tokens=cache_tokens, batch_invariant=batch_invariant),
     )
-    with until_told_to_end() as told, showing_progress() as progress, serving(model, peer, config, progress) as server:
-        if ready_file is not None:
-            write_whole(ready_file, "\n".join(server.addresses) + "\n")
-        print(f"serving blocks {server.span} of {model}; another machine joins with", file=sys.stderr)
-        print(f"corolla serve {model} --peers {farthest(server.addresses)}", flush=True)
-        told.wait()
+    with until_told_to_end() as signals, showing_progress() as progress:
+
+        def report(stage: str, done: int, total: int | None) -> None:
+            if signals.told.is_set():
+                raise typer.Exit  # here nothing is half done
+            progress(stage, done, total)
+
+        with serving(model, peer, config, report) as server:
+            if ready_file is not None:
+                write_whole(ready_file, "\n".join(server.addresses) + "\n")
+            print(f"serving blocks {server.span} of {model}; another machine joins with", file=sys.stderr)
+            print(join_line(model, server.addresses, secret=key is not None), flush=True)
+            signals.told.wait()
+            print("draining: its sessions go on at other servers; Ctrl-C again ends it at once", file=sys.stderr)
+            server.close(signals.again)
+        print("done: it has left the swarm", file=sys.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What SIGTERM and Ctrl-C set: the first of them `told`, the next ones `again`."""
+
+    told: threading.Event = field(default_factory=threading.Event)
+    again: threading.Event = field(default_factory=threading.Event)
+
+    def take(self, *_: object) -> None:
+        (self.again if self.told.is_set() else self.told).set()
 
 
 @contextmanager
-def until_told_to_end() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set, in place of what they do otherwise."""
-    told = threading.Event()
-    before = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+def until_told_to_end() -> Iterator[Signals]:
+    """SIGTERM and Ctrl-C are taken down, in place of what they do otherwise."""
+    signals = Signals()
+    before = {number: signal.signal(number, signals.take) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield told
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def join_line(model: str, addresses: list[str], *, secret: bool) -> str:
+    """The command that another machine runs to join; it says that there is a secret, not which."""
+    return shlex.join(["corolla", "serve", model, "--peers", farthest(addresses)]) + (" --secret ..." if secret else "")
 
 
 def _span(blocks: str) -> Span:

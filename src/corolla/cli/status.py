@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from corolla.swarm.records import ServerRecord
 
 WIDTH = 100  # columns that a table may take
-_DRAWING = 12  # columns of the drawing
+_DRAWING = 12  # columns of the drawing, and where the terminal is narrower than `WIDTH`
+_SMALL_DRAWING = 8
 _NAME = 12
 _WATCH = 3.0  # seconds between two looks
 _COUNTERS_TIMEOUT = 5.0  # seconds for a server to say its counters
@@ -98,7 +100,7 @@ def look(peer: SwarmPeer, *, counters: bool) -> Look:
     return Look(records, ask_counters(peer.network, [record.peer for record in records], _COUNTERS_TIMEOUT))
 
 
-def draw(seen: Look) -> Group:
+def draw(seen: Look, width: int = WIDTH) -> Group:
     """Every model's servers as a table with a drawing of their spans, and the blocks that nobody holds."""
     from rich.console import Group
     from rich.text import Text
@@ -110,7 +112,10 @@ def draw(seen: Look) -> Group:
         records = list(group)
         blocks = records[0].blocks
         missing = gaps(records, blocks)
-        parts += [Text(f"model {model[:16]}, {blocks} blocks, {len(records)} server{'s' if len(records) != 1 else ''}"), table(records)]
+        parts += [
+            Text(f"model {model[:16]}, {blocks} blocks, {len(records)} server{'s' if len(records) != 1 else ''}"),
+            table(records, width),
+        ]
         if missing:
             parts.append(Text(f"nobody holds blocks {', '.join(map(str, missing))}: no answer can be computed", style="bold red"))
         else:
@@ -126,39 +131,41 @@ def draw(seen: Look) -> Group:
     return Group(*parts)
 
 
-def table(records: Sequence[ServerRecord]) -> Table:
-    """One model's servers, a line each of at most `WIDTH` columns."""
+def table(records: Sequence[ServerRecord], width: int) -> Table:
+    """One model's servers, a line each of at most `WIDTH` columns; where `width` is less, about 80."""
     from rich.table import Table
     from rich.text import Text
 
     blocks = records[0].blocks
-    table = Table(
-        "server", "blocks", f"of {blocks}", "tok/s", "busy", "free", "rtt ms", "weights", "version", "state", box=None, pad_edge=False
-    )
-    for column in table.columns:
+    narrow = width < WIDTH
+    table = Table("server", "blocks", f"of {blocks}", "tok/s", "busy", "free", "rtt ms", "weights", box=None, pad_edge=False)
+    for heading in ("state",) if narrow else ("version", "state"):
+        table.add_column(heading)
+    for place, column in enumerate(table.columns):
         column.no_wrap = True
-    for place in (3, 4, 5, 6):
-        table.columns[place].justify = "right"
+        column.justify = "right" if 3 <= place <= 6 else "left"
     for record in records:
         around = list(record.round_trips.values())
-        figures = (
+        line = [
+            _name(record),
+            str(record.span),
+            drawing(record, blocks, _SMALL_DRAWING if narrow else _DRAWING),
             short(record.throughput / len(record.span)),
             short(record.active),
             short(record.free_tokens),
             short(statistics.median(around) * 1000) if around else "?",
             f"{_SHORT.get(record.dtype, record.dtype)} {record.weights}"[:11],
-            record.version[:8],
-        )
-        state = Text(record.state, style="" if record.state == "ready" else "yellow")
+            *([] if narrow else [record.version[:8]]),
+        ]
         # As texts: what servers call themselves is no markup.
-        table.add_row(*map(Text, (_name(record), str(record.span), drawing(record, blocks), *figures)), state)
+        table.add_row(*map(Text, line), Text(record.state, style="" if record.state == "ready" else "yellow"))
     return table
 
 
-def drawing(record: ServerRecord, blocks: int) -> str:
+def drawing(record: ServerRecord, blocks: int, columns: int) -> str:
     """The span as a bar over the model's blocks."""
-    first, last = record.start * _DRAWING // blocks, -(-record.end * _DRAWING // blocks)
-    return "\u00b7" * first + "\u2588" * (last - first) + "\u00b7" * (_DRAWING - last)
+    first, last = record.start * columns // blocks, -(-record.end * columns // blocks)
+    return "\u00b7" * first + "\u2588" * (last - first) + "\u00b7" * (columns - last)
 
 
 def _name(record: ServerRecord) -> str:
@@ -169,9 +176,9 @@ def _name(record: ServerRecord) -> str:
 def _print(seen: Look) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
     # A pipe or a file has no width: whoever reads it wants whole lines.
-    console.print(draw(seen), width=None if console.is_terminal else WIDTH)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    console.print(draw(seen, console.width))
 
 
 def _watch(peer: SwarmPeer, seen: Look, *, counters: bool, json: bool) -> None:
@@ -188,11 +195,11 @@ def _watch(peer: SwarmPeer, seen: Look, *, counters: bool, json: bool) -> None:
                 _print(seen)
             time.sleep(_WATCH)
             seen = _again(peer, seen, counters=counters)
-    with Live(draw(seen), console=console, auto_refresh=False, screen=False) as live:
+    with Live(draw(seen, console.width), console=console, auto_refresh=False, screen=False) as live:
         while True:
             time.sleep(_WATCH)
             seen = _again(peer, seen, counters=counters)
-            live.update(draw(seen), refresh=True)
+            live.update(draw(seen, console.width), refresh=True)
 
 
 def _again(peer: SwarmPeer, before: Look, *, counters: bool) -> Look:

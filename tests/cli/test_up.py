@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import toy
+
+from tests.models import tiny
+
+DEADLINE = 120.0  # seconds
+COROLLA = [sys.executable, "-c", "from corolla.cli.main import app; app()"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that can be talked with."""
+    directory = toy.make_directory(tmp_path_factory.mktemp("up") / "model", toy.byte_level())
+    return tiny.save("llama", directory, vocab_size=400, eos_token_id=toy.END)
+
+
+@contextmanager
+def running_up(directory: Path, folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [*COROLLA, "up", str(directory), "--servers", "3", *options]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "TMPDIR": str(folder)}
+        )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until(process: subprocess.Popen[bytes], count: int) -> list[psutil.Process]:
+    """All processes below it, once there are so many."""
+    deadline = time.monotonic() + DEADLINE
+    parent = psutil.Process(process.pid)
+    while len(family := parent.children(recursive=True)) < count:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return family
+
+
+# The first server alone, with hivemind's process and the daemon below it; all three of them; and with the conversation's own.
+@pytest.mark.parametrize(
+    ("count", "number", "code"), [(1, signal.SIGINT, 130), (3, signal.SIGINT, 130), (5, signal.SIGINT, 130), (11, signal.SIGTERM, 143)]
+)
+def test_a_signal_at_any_moment_leaves_nothing(directory: Path, tmp_path: Path, count: int, number: signal.Signals, code: int) -> None:
+    with running_up(directory, tmp_path) as process:
+        family = until(process, count)
+        process.send_signal(number)
+        time.sleep(0.05)
+        process.send_signal(number)  # an impatient user's
+        assert process.wait(DEADLINE) == code, (tmp_path / "log").read_text()
+        _, alive = psutil.wait_procs(family, timeout=DEADLINE)
+        assert not alive, [each.cmdline() for each in alive]
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_a_server_that_does_not_start_is_named_with_its_log(directory: Path, tmp_path: Path) -> None:
+    with running_up(directory, tmp_path, "--dtype", "float7") as process:
+        family = until(process, 1)
+        assert process.wait(DEADLINE) == 2
+        _, alive = psutil.wait_procs(family, timeout=DEADLINE)
+        assert not alive
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("error: the server of blocks 0:1 did not start: error: dtype: 'float7'")
+    assert Path(last.rpartition("(")[2].rstrip(")")).read_text().endswith(last.partition("did not start: ")[2].rpartition(" (")[0] + "\n")
