@@ -20,6 +20,7 @@ _FIRST_STEPS = 12
 _ENOUGH = 8  # forwards that say something about the throughput
 _IDLE_AFTER = 30.0  # seconds without enough of them
 _HALF_LIFE = 5.0  # seconds in which what was measured before loses half of its weight
+_NOTICEABLE = 1.2  # times: what changes by less is noise, and servers should not move for it
 _PATIENCE = 10.0  # seconds for one step of a server's own
 _SESSION = f"measuring-{uuid.uuid4().hex}"  # not to be mistaken for a client's
 
@@ -44,11 +45,8 @@ class Meter:
     def __init__(self, engine: Engine, first: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._clock = engine, clock
         self._seconds = 1 / first  # of a row in a block, smoothed: what becomes slow is seen sooner than what becomes fast
+        self.throughput = first  # up to noise
         self._mark()
-
-    @property
-    def throughput(self) -> float:
-        return 1 / self._seconds
 
     def update(self) -> None:
         """Take what was computed since the last measurement into account, if it is enough; measure where nothing was for a while."""
@@ -60,6 +58,8 @@ class Meter:
             old = 0.5 ** ((self._clock() - self._since) / _HALF_LIFE)
             self._seconds = old * self._seconds + (1 - old) * seconds / steps
             self._mark()
+            if not 1 / _NOTICEABLE < self.throughput * self._seconds < _NOTICEABLE:
+                self.throughput = 1 / self._seconds
 
     @property
     def _idle(self) -> bool:
