@@ -7,6 +7,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any, cast
 
 import pytest
@@ -17,7 +18,9 @@ from corolla.engine.engine import Engine, EngineConfig
 from corolla.models.linear import PlainLinear
 from corolla.models.span import SpanModel, load_span
 from corolla.server.calls import Calls, CallsConfig
+from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.arrays import from_array, to_array
+from corolla.swarm.network import LocalHub
 from corolla.swarm.wire import BackwardFrame, FailedFrame, ForwardFrame, ResultFrame, WireMessage
 from corolla.types import Reply, Span, Step
 from tests.engine.stock import example, finish
@@ -162,3 +165,28 @@ def test_a_session_decodes_while_a_call_is_computed(model: SpanModel) -> None:
     while not sent:
         assert engine.run_once()
     assert isinstance(sent[0], ResultFrame)
+
+
+def test_a_training_step_along_two_servers(model: SpanModel) -> None:
+    hub, inbox = LocalHub(), SimpleQueue[WireMessage]()
+    engines = [Engine(model, EngineConfig(cache_tokens=512, page_size=16)) for _ in range(2)]
+    config = SpanServerConfig(wire_dtype="float32")
+    servers = [SpanServer(engine, hub.join(name), config) for engine, name in zip(engines, "ab", strict=True)]
+    client = hub.join("client")
+    client.listen(lambda sender, message: inbox.put(message), lambda peer: None)
+    for engine in engines:
+        engine.start()
+    sequences, gradient = example(Span(0, 3), LENGTHS, 64)
+
+    def ask(peer: str, frame: ForwardFrame | BackwardFrame) -> torch.Tensor:
+        client.send(peer, frame)
+        answer = inbox.get(timeout=10)
+        assert isinstance(answer, ResultFrame)
+        return from_array(answer.hidden)
+
+    between = ask("a", ForwardFrame(0, 0, 2, LENGTHS, to_array(sequences.hidden, "float32")))
+    back = ask("b", BackwardFrame(1, 2, 3, LENGTHS, to_array(torch.cat([between, gradient]), "float32")))
+    back = ask("a", BackwardFrame(2, 0, 2, LENGTHS, to_array(torch.cat([sequences.hidden, back]), "float32")))
+    torch.testing.assert_close(back, finish(backward(model, sequences, gradient)).hidden)
+    for server in servers:
+        server.close()

@@ -156,7 +156,9 @@ class Int4Linear(_Unfused):
 class Differentiable(_Unfused):
     """A layer with gradients with respect to its input; its weights are frozen. The product's values are those of `linear`.
 
-    Holds the widened weight, which the other formats do not: make it for the backward of a block, and drop it.
+    Holds the widened weight: make it for the backward of a block, and drop it. Of 1024 x 4096, unpacking takes 2 to 3 ms on one
+    core (int4: 133), and the product with a gradient of 256 rows 11 in bfloat16 and 23 in float32; a second copy kept packed
+    would double a server's memory for these few percent.
     """
 
     def __init__(self, linear: Linear) -> None:
