@@ -28,7 +28,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def running_up(directory: Path, folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [*COROLLA, "up", str(directory), "--servers", "3", *options]
+    command = [*COROLLA, "up", str(directory), "--servers", "2", *options]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "TMPDIR": str(folder)}
@@ -51,17 +51,15 @@ def until(process: subprocess.Popen[bytes], count: int) -> list[psutil.Process]:
     return family
 
 
-# The first server alone, with hivemind's process and the daemon below it; all three of them; and with the conversation's own.
-@pytest.mark.parametrize(
-    ("count", "number", "code"), [(1, signal.SIGINT, 130), (3, signal.SIGINT, 130), (5, signal.SIGINT, 130), (11, signal.SIGTERM, 143)]
-)
-def test_a_signal_at_any_moment_leaves_nothing(directory: Path, tmp_path: Path, count: int, number: signal.Signals, code: int) -> None:
+# The first server alone; with hivemind's process and the daemon below it, and the second one; and with the conversation's own.
+@pytest.mark.parametrize(("count", "number"), [(1, signal.SIGINT), (4, signal.SIGINT), (8, signal.SIGTERM)])
+def test_a_signal_at_any_moment_leaves_nothing(directory: Path, tmp_path: Path, count: int, number: signal.Signals) -> None:
     with running_up(directory, tmp_path) as process:
         family = until(process, count)
         process.send_signal(number)
         time.sleep(0.05)
         process.send_signal(number)  # an impatient user's
-        assert process.wait(DEADLINE) == code, (tmp_path / "log").read_text()
+        assert process.wait(DEADLINE) in (130, 143), (tmp_path / "log").read_text()
         _, alive = psutil.wait_procs(family, timeout=DEADLINE)
         assert not alive, [each.cmdline() for each in alive]
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
@@ -74,5 +72,5 @@ def test_a_server_that_does_not_start_is_named_with_its_log(directory: Path, tmp
         _, alive = psutil.wait_procs(family, timeout=DEADLINE)
         assert not alive
     last = (tmp_path / "log").read_text().splitlines()[-1]
-    assert last.startswith("error: the server of blocks 0:1 did not start: error: dtype: 'float7'")
+    assert last.startswith("error: the server of blocks 0:2 did not start: error: dtype: 'float7'")
     assert Path(last.rpartition("(")[2].rstrip(")")).read_text().endswith(last.partition("did not start: ")[2].rpartition(" (")[0] + "\n")

@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 from corolla.cli import logs, options
+from corolla.cli.hops import Hops
 from corolla.cli.logs import LogLevel
 from corolla.cli.opening import opened
-from corolla.errors import EmptyPrompt
+from corolla.errors import EmptyPrompt, InvalidSetting
 from corolla.types import GenerationSettings
 
 
@@ -20,6 +21,9 @@ def generate(
     model: options.Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; - reads it from standard input.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+    timings: Annotated[
+        bool, typer.Option("--timings", help="With --json and --peers: where the time of a token goes, server by server.")
+    ] = False,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = None,
@@ -39,8 +43,11 @@ def generate(
     """Continue a text.
 
     The continuation alone goes to standard output, as it is written. With --json it is one object with text, token_ids,
-    logprobs, timings (seconds) and finish_reason.
+    logprobs, timings (seconds) and finish_reason. --timings adds hops: for each server the milliseconds that a token waited
+    there, was computed, and was under way to it, as means over the tokens.
     """
+    if timings and not (as_json and peers):
+        raise InvalidSetting("timings", "they are a swarm's and come in the JSON: give --json and --peers too")
     settings = GenerationSettings.parse(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -60,9 +67,9 @@ def generate(
     from corolla.client.session import Session
     from corolla.client.tokenizer import TextTokenizer
 
-    with opened(
-        model, peers=peers, secret=secret, dtype=dtype, threads=threads, weights=weights, batch_invariant=batch_invariant
-    ) as embedded:
+    hops = Hops()
+    machine = {"dtype": dtype, "threads": threads, "weights": weights, "batch_invariant": batch_invariant}
+    with opened(model, peers=peers, secret=secret, timed=timings, **machine) as embedded:
         tokenizer = TextTokenizer(embedded.directory)
         settings = dataclasses.replace(settings, stop_token_ids=tokenizer.end_ids)
         tokens = tokenizer.encode(text, opening=True)
@@ -71,6 +78,8 @@ def generate(
             for piece in completion:
                 if not as_json:
                     print(piece.text, end="", flush=True)
+                elif piece.token is not None:
+                    hops.add(piece.token.timings)
     result = completion.result
     assert result is not None
     if not as_json:
@@ -79,4 +88,6 @@ def generate(
     fields = dataclasses.asdict(result)
     if not top_logprobs:
         del fields["top_logprobs"]
+    if timings:
+        fields["hops"] = hops.means()
     print(json.dumps({"model": model, **fields}, ensure_ascii=False))

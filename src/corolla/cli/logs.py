@@ -13,6 +13,7 @@ _NAMES = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warnin
 _OWN = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName", "origin_created"}
 _BARE = re.compile(r"[^\s\"=]+")
 _HIVEMIND = ("hivemind.dht", "hivemind.p2p")
+_NOISE = "use of closed network connection"  # libp2p's daemon calls it an error whenever it ends
 
 
 class LogLevel(StrEnum):
@@ -48,6 +49,7 @@ def set_up(level: LogLevel, *, swarm: bool) -> None:
     """
     handler = logging.StreamHandler()
     handler.setFormatter(Logfmt())
+    handler.addFilter(lambda record: level is LogLevel.DEBUG or _NOISE not in record.getMessage())
     root = logging.getLogger()
     root.handlers = [handler]
     logging.getLogger("corolla").setLevel(level.upper())

@@ -16,9 +16,12 @@ SECRET_VARIABLE = "COROLLA_SECRET"  # of the environment, which other users of a
 
 
 @contextmanager
-def opened(model: str, *, peers: Sequence[str] | None, secret: str | None, **machine: Any) -> Iterator[Embedded | Joined]:
+def opened(
+    model: str, *, peers: Sequence[str] | None, secret: str | None, timed: bool = False, **machine: Any
+) -> Iterator[Embedded | Joined]:
     """The model of a swarm where `peers` are named, else in this process; the bars are gone before the block begins.
 
+    `timed` asks a swarm for each token's timings.
     `machine` is what `server.embedded.open_model` takes; a swarm's servers decide that for themselves.
     """
     with ExitStack() as stack:
@@ -32,7 +35,7 @@ def opened(model: str, *, peers: Sequence[str] | None, secret: str | None, **mac
                 joined = check_addresses(peers)
                 directory = resolve(model, weights=False, progress=progress)
                 config = PeerConfig(initial_peers=joined, secret=secret_bytes(secret), client_mode=True)
-                entered: Embedded | Joined = stack.enter_context(join_swarm(directory, config))
+                entered: Embedded | Joined = stack.enter_context(join_swarm(directory, config, timed=timed))
             else:
                 from corolla.server.embedded import open_model
 

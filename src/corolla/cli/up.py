@@ -105,10 +105,10 @@ class LocalSwarm:
         """The first server, then the others side by side. Raises `ServerFault`, and `KeyboardInterrupt` for a signal."""
         with until_told_to_end() as signals:  # taken down, not thrown: between a start and its entry in the list none may come
             self._start(spans[0], ["--new-swarm"], machine)
-            self._wait(signals)
+            self._wait(self.servers, signals)
             for span in spans[1:]:
                 self._start(span, ["--peers", self.servers[0].address], machine)
-            self._wait(signals)
+            self._wait(self.servers[1:], signals)
 
     def end(self) -> None:
         """No process is left after this. Calling it again is no error."""
@@ -138,9 +138,9 @@ class LocalSwarm:
             )
         self.servers.append(ServerProcess(process, span, ready, log))
 
-    def _wait(self, signals: Signals) -> None:
+    def _wait(self, servers: Sequence[ServerProcess], signals: Signals) -> None:
         deadline = time.monotonic() + _START_TIMEOUT
-        for server in self.servers:
+        for server in servers:
             while not server.ready.exists():
                 for each in self.servers:
                     each.check()
@@ -149,6 +149,7 @@ class LocalSwarm:
                 if time.monotonic() > deadline:
                     raise ServerFault(f"the server of blocks {server.span} was not ready within {_START_TIMEOUT:g} s ({server.log})")
                 time.sleep(_POLL)
+            print(f"blocks {server.span} are ready", file=sys.stderr)
 
 
 @contextmanager

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from corolla.cli.serve import join_line, until_told_to_end
+
+ADDRESSES = ["/ip4/127.0.0.1/tcp/4001/p2p/Qm1", "/ip4/192.0.2.7/tcp/4001/p2p/Qm1"]
+
+
+def test_the_line_to_join_with_names_the_farthest_address_and_no_secret() -> None:
+    assert join_line("smollm2", ADDRESSES, secret=False) == f"corolla serve smollm2 --peers {ADDRESSES[1]}"
+    assert join_line("smollm2", ADDRESSES[:1], secret=True) == f"corolla serve smollm2 --peers {ADDRESSES[0]} --secret ..."
+    assert shlex.split(join_line("my models/x; rm", ADDRESSES, secret=False))[2] == "my models/x; rm"
+
+
+def test_the_first_signal_tells_and_the_second_hurries() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with until_told_to_end() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert (signals.told.is_set(), signals.again.is_set()) == (True, False)
+        signal.raise_signal(signal.SIGINT)
+        assert signals.again.is_set()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "peers: name a peer of the swarm with --peers, or start one with --new-swarm"),
+        (["--new-swarm", "--peers", ADDRESSES[0]], "peers: name a peer"),
+        (["--new-swarm", "--blocks", "12"], "blocks: '12' is no range; give START:END, as in 0:12"),
+        (["--new-swarm", "--blocks", "4:2"], "blocks: 4:2 is no range"),
+        (["--new-swarm", "--memory", "8"], "memory: '8' is no size; give a number and B, KB, MB, GB"),
+    ],
+)
+def test_bad_input_is_one_line(corolla: Callable[..., Any], arguments: list[str], message: str) -> None:
+    result = corolla("serve", "toy", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_unknown_wire_dtype_is_refused(corolla: Callable[..., Any]) -> None:
+    result = corolla("serve", "toy", "--new-swarm", "--wire-dtype", "q4")
+    assert result.exit_code == 2
+    assert "q8" in result.stderr
