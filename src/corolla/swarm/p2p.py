@@ -151,6 +151,9 @@ class P2PNetwork:
     # On the loop from here on. First what goes out.
 
     def _enqueue(self, peer: str, buffers: list[bytes | memoryview], size: int) -> None:
+        if peer == self._me:
+            self._handle(peer, memoryview(b"".join(buffers))[frames.LENGTH.size :])
+            return
         channel = self._channels.get(peer)
         if channel is None:
             refusal = self._no_dial(peer)
