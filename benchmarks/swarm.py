@@ -48,6 +48,7 @@ from runners import Answer, Corolla, Runner, decode_rate, median_gap_ms
 from swarm_servers import COROLLA, CorollaSwarm, PetalsSwarm, Processes, answers_of, even_spans
 
 PROMPT = 16  # tokens before a decode measurement
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 DEFAULT_DTYPE = fast_dtype("cpu")
 
 
@@ -70,7 +71,16 @@ class Bench:
         return [self.random.randrange(vocabulary // 2, vocabulary) for _ in range(count)]
 
     def rounds(self, cells: Mapping[str, Callable[[int], Mapping[str, float]]]) -> dict[str, list[float]]:
-        return rounds(self.options.rounds, cells)
+        """See `common.rounds`; where no terminal shows its progress, lines do."""
+        if sys.stderr.isatty():
+            return rounds(self.options.rounds, cells)
+
+        def told(name: str, cell: Callable[[int], Mapping[str, float]], number: int) -> Mapping[str, float]:
+            figures = cell(number)
+            print(f"  {number + 1}/{self.options.rounds} {name}", file=sys.stderr, flush=True)
+            return figures
+
+        return rounds(self.options.rounds, {name: functools.partial(told, name, cell) for name, cell in cells.items()})
 
     @contextlib.contextmanager
     def processes(self) -> Iterator[Processes]:
@@ -96,13 +106,15 @@ class Shape:
     blocks: int
     heads: int
     new_tokens: int
+    petals_threads: tuple[int, ...]  # of a server: the settings that may be Petals' better one
     single: tuple[float, float]
     together: tuple[float, float]
 
 
 SHAPES = {
-    "petals560": Shape("BLOOM of the 560m's shape", 1024, 24, 16, 32, single=(2.0, 3.0), together=(5.0, 8.0)),
-    "petals256": Shape("BLOOM of hidden 256, 8 layers", 256, 8, 8, 48, single=(4.0, 8.0), together=(6.0, 10.0)),
+    "petals560": Shape("BLOOM of the 560m's shape", 1024, 24, 16, 32, tuple({1, CORES}), single=(2.0, 3.0), together=(5.0, 8.0)),
+    # Two processes that use both cores hurt one another: at one thread each Petals' 8 sessions here are over 5 times as quick.
+    "petals256": Shape("BLOOM of hidden 256, 8 layers", 256, 8, 8, 48, (1,), single=(4.0, 8.0), together=(6.0, 10.0)),
 }
 VOCABULARY = 32_000
 TOGETHER = 8  # sessions
@@ -146,8 +158,10 @@ class BesidePetals:
         corolla = CorollaSwarm(processes, directory, spans, threads=options.threads, dtype="float32")
         self._client = corolla.client()
         self.petals: dict[str, PetalsSwarm] = {}
-        if options.petals_python is not None:
-            for threads in options.petals_threads:
+        if options.petals_python is None:
+            print("  without --petals-python the rows of Petals, and the ratios to it, are left out", file=sys.stderr)
+        else:
+            for threads in options.petals_threads or shape.petals_threads:
                 name = f"Petals, {_plural(threads, 'thread')}"
                 self.petals[name] = PetalsSwarm(processes, options.petals_python, directory, spans, threads=threads)
         self._petals_clients = {name: swarm.clients(TOGETHER) for name, swarm in self.petals.items()}
@@ -230,16 +244,15 @@ def delay(bench: Bench) -> None:
 
         figures = bench.rounds({f"{seconds * 1e3:.0f} ms one way": functools.partial(measure, seconds) for seconds in (0.0, *DELAYS)})
         swarm.set_delay(0.0)
-    bench.table.add("time per token, 3 servers behind proxies without delay", "ms", figures["0.0"])
+    table, alone = bench.table, figures["0.0"]
+    table.add("time per token, 3 servers behind proxies without delay", "ms", alone)
     for seconds in DELAYS:
-        name = f"{seconds * 1e3:.0f} ms one way between any two machines, 3 servers: time per token"
-        bench.table.add(name, "ms", figures[f"{seconds}"])
-        hops = [3 * seconds * 1e3] * len(figures[f"{seconds}"])
-        bench.table.ratio(f"{name} / sum of the ring's 3 hops ({hops[0]:.0f} ms)", "x", figures[f"{seconds}"], hops, **_distance(seconds))
-
-
-def _distance(seconds: float) -> dict[str, Any]:
-    return {"reach": 1.1, "aim": 1.05, "at_most": True} if seconds == DELAYS[-1] else {}
+        measured, hops = figures[f"{seconds}"], 3 * seconds * 1e3
+        name = f"{seconds * 1e3:.0f} ms one way between any two machines: time per token"
+        table.add(name, "ms", measured)
+        bounds: dict[str, Any] = {"reach": 1.1, "aim": 1.05, "at_most": True} if seconds == DELAYS[-1] else {}
+        table.ratio(f"{name} / sum of the ring's 3 hops ({hops:.0f} ms)", "x", measured, [hops] * len(measured), **bounds)
+        table.ratio(f"{name} / those hops and what it takes without delay", "x", measured, [hops + own for own in alone])
 
 
 # A server's death.
@@ -333,7 +346,7 @@ def wire_bytes(bench: Bench) -> None:
         def measure(_round: int) -> Mapping[str, float]:
             idle = carried(swarm, lambda: time.sleep(silence)) / silence
             began = time.perf_counter()
-            busy = carried(swarm, lambda: client.answer(bench.prompt(PROMPT), new_tokens))
+            busy = carried(swarm, lambda: client.answer(bench.prompt(1), new_tokens))  # a longer prompt is hidden states of its own
             return {"carried": (busy - idle * (time.perf_counter() - began)) / new_tokens}
 
         figures = bench.rounds({"connections": measure})
@@ -466,11 +479,10 @@ def _plural(count: int, what: str) -> str:
 
 
 def main() -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--petals-python", type=Path, metavar="PYTHON", help="an interpreter that can import petals")
-    parser.add_argument("--petals-threads", type=int, nargs="+", default=sorted({1, cores}), help="of its servers; the better one counts")
+    parser.add_argument("--petals-threads", type=int, nargs="+", help="of a Petals server, each setting in turn; the better one counts")
     parser.add_argument("--threads", type=int, default=1, help="of each Corolla server and of the engine beside them")
     parser.add_argument("--model", default=catalog.DEFAULT, help="alias, directory or hub id, of every part but Petals'")
     parser.add_argument("--recovery-dtypes", nargs="+", default=sorted({DEFAULT_DTYPE, "float32"}), help=argparse.SUPPRESS)
@@ -482,9 +494,17 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    settings = {name: value for name, value in vars(options).items() if name != "json"}
-    settings |= {"only": "+".join(options.only), "dtype": DEFAULT_DTYPE}
-    table = Table("swarm", settings)
+    settings = {
+        "model": options.model,
+        "dtype": DEFAULT_DTYPE,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "parts": " ".join(part for part in PARTS if part in options.only),
+    }
+    packages = {}
+    if options.petals_python is not None:
+        packages["petals"] = PetalsSwarm.version(options.petals_python)
+    table = Table("swarm", settings, packages)
     with tempfile.TemporaryDirectory(prefix="corolla-swarm-") as folder:
         bench = Bench(options, Path(folder), table, catalog.resolve(options.model))
         for part in PARTS:

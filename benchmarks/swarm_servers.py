@@ -78,15 +78,18 @@ class Processes:
         self._running.remove(process)
 
     def close(self) -> None:
-        """Closing twice is no error."""
-        for process in self._running:
-            process.terminate()
-        deadline = time.monotonic() + _STOP_TIMEOUT
-        for process in self._running[:]:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            self.kill(process)
-        self._others.close()
+        """Give all of them a little time to leave, then end what is left. Closing twice is no error."""
+        try:
+            for process in self._running:
+                process.terminate()
+            deadline = time.monotonic() + _STOP_TIMEOUT
+            for process in self._running:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
+        finally:  # after an impatient second Ctrl-C too
+            for process in self._running[:]:
+                self.kill(process)
+            self._others.close()
 
     def at_close(self, close: Callable[[], object]) -> None:
         """Something else that ends with the processes, after them."""
@@ -200,6 +203,15 @@ class PetalsSwarm:
         self.address = ""
         for start, end in spans:
             self._add(start, end)
+
+    @staticmethod
+    def version(python: Path) -> str:
+        """Raises `SystemExit` when that interpreter cannot import Petals."""
+        command = [str(python), str(HERE / "petals_peer.py"), "--version"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{python} cannot import petals (make_petals_peer.sh makes one that can):\n{done.stderr.strip()}")
+        return done.stdout.strip()
 
     def clients(self, count: int) -> list[Client]:
         """A process each: sessions as threads of one process are a tenth slower, and one of two tries hung."""
