@@ -55,6 +55,7 @@ class ServeConfig:
     announce_every: float = 5.0  # seconds; also between two looks at the others' records
     lifetime: float = 20.0  # of an announcement, in seconds: how long a server that died is still listed
     drain_timeout: float = 30.0  # seconds for which answers that nobody else can take are still served when it ends
+    # Half of the usual times: records are looked up every `announce_every`, so that they spread sooner.
     moving: MovePolicy = field(default_factory=lambda: MovePolicy(pace=10.0, settle=10.0))
     stay_after_failure: float = 600.0  # seconds without a move after one that could not be made
     retry_every: float = 30.0  # seconds until a span that could not be loaded is tried again
@@ -129,7 +130,7 @@ class RunningServer:
         held = self._holder.held
         if held is not None:
             if held.server.sessions:
-                log.warning("%d sessions are left behind", held.server.sessions)
+                log.warning("sessions that nobody else could take: %d", held.server.sessions)
             held.server.close()
         self._peer.close()
 
