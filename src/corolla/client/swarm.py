@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from corolla.errors import NetworkError, NoRoute, ProtocolError
@@ -38,6 +39,7 @@ from corolla.swarm.wire import (
 from corolla.types import Close, Gap, Message, Step
 
 log = logging.getLogger(__name__)
+_MOST_GAPS = 16  # without a token between: a server that is short of room evicts a session now and then, not again and again
 
 
 class Router(Protocol):
@@ -185,6 +187,8 @@ class SwarmLink:
         self._position = 0  # of the next token to come
         self._replied = 0.0  # when the last reply to the step came, or it was sent
         self._since = 0.0  # the same, or when the servers last said that they live
+        self._gaps = 0  # since the last token
+        self._stood_still = 0  # times, since the route was taken
         self._whereabouts: dict[str, tuple[int, int]] | None = None  # tokens cached and pending by server, when they were asked
         self._said_before: dict[str, tuple[int, int]] | None = None
         self._asked: float | None = None  # when the route's servers were asked whether they live
@@ -225,13 +229,14 @@ class SwarmLink:
             if isinstance(frame, FailedFrame) and blameworthy(error := error_of(frame)):
                 self.lost(frame.peer if frame.peer in route.peers else sender, error)
                 return
+            if isinstance(frame, TokenFrame) and frame.position < self._position:
+                return
+            if problem := self._problem(sender, frame):
+                self.lost(sender, ProtocolError(problem))
+                return
             if isinstance(frame, TokenFrame):
-                if frame.position < self._position:
-                    return
-                if problem := self._problem(frame):
-                    self.lost(sender, ProtocolError(problem))
-                    return
                 self._position += 1
+                self._gaps = 0
             if isinstance(frame, FailedFrame) or (isinstance(frame, TokenFrame) and frame.finish is not None):
                 self._step = None
             self._transport.bans.forgive(sender)
@@ -253,8 +258,12 @@ class SwarmLink:
             self._said_before, self._whereabouts, self._replied = said, None, time.monotonic()
             if not stands_still:
                 return
+            self._stood_still += 1
+            suspects = _suspects(route.peers, said) if self._stood_still > 1 else []
             log.warning("an answer got lost on its way: it is asked for again", extra={"session": self._session})
-            gap = self._start_again()
+            gap = None if suspects else self._start_again()
+        for peer in suspects:
+            self.lost(peer, NetworkError("answers get lost there"))
         if gap is not None:
             self._deliver(gap)
 
@@ -318,8 +327,19 @@ class SwarmLink:
         self._replied = self._since = time.monotonic()
         self._asked = self._whereabouts = self._said_before = None
 
-    def _problem(self, frame: TokenFrame) -> str | None:
-        """What is wrong with a token, if anything is."""
+    def _problem(self, sender: str, frame: TokenFrame | GapFrame | FailedFrame) -> str | None:
+        """What no honest server answers in this frame, if anything."""
+        assert self._route is not None, "a reply is looked at without a route"
+        assert self._step is not None
+        if isinstance(frame, GapFrame):
+            self._gaps += 1
+            if frame.have > self._step.start:
+                return f"it lacks what comes before {self._step.start}, and yet says that it has {frame.have}"
+            return f"it lost the session {self._gaps} times in a row" if self._gaps > _MOST_GAPS else None
+        if not isinstance(frame, TokenFrame):
+            return None
+        if sender != self._route.peers[-1]:
+            return "it answered a token without having the head"
         if frame.position > self._position:
             return f"it answered the token at position {frame.position} before that at {self._position}"
         vocabulary = self._transport.vocabulary
@@ -357,8 +377,8 @@ class SwarmLink:
         return Gap(step.session, step.generation, 0)
 
     def _take(self, route: Route) -> None:
-        self._route, self._taken = route, time.monotonic()
-        self._cold = True
+        self._route, self._taken, self._cold = route, time.monotonic(), True
+        self._gaps = self._stood_still = 0
 
     def _send_step(self, step: Step) -> None:
         tokens = tuple(step.payload)
@@ -400,3 +420,11 @@ class SwarmLink:
                 self._transport.network.send(peer, from_message(Close(self._session, self._generation)))
             except NetworkError:
                 return
+
+
+def _suspects(peers: Sequence[str], said: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Where on a route an answer stands still: at the first server that has less than the one before it, or at the head."""
+    for before, after in pairwise(peers):
+        if said[after][0] < said[before][0]:
+            return [before, after]
+    return [peers[-1]]

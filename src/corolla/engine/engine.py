@@ -92,6 +92,16 @@ class Engine:
         return sum(not c.idle for c in list(self._conversations.values())) + len(self._inbox)
 
     @property
+    def _computing(self) -> int:
+        """The same without those that wait for their next token."""
+        return sum(c.pending > 0 for c in list(self._conversations.values())) + len(self._inbox)
+
+    @property
+    def alive(self) -> bool:
+        """Whether somebody computes what is received: false when the thread has ended."""
+        return self._thread is None or self._thread.is_alive()
+
+    @property
     def free_tokens(self) -> int:
         """Positions that a newcomer could have: in free pages, and in those of idle sessions."""
         idle = sum(len(c.table.pages) for c in list(self._conversations.values()) if c.idle)
@@ -117,7 +127,7 @@ class Engine:
         if isinstance(message, Step):
             self._check(message)
             known = self._conversations.get(message.session)
-            if (known is None or known.idle) and self.active >= self.config.max_active:
+            if (known is None or known.idle) and self._computing >= self.config.max_active:
                 raise Busy(self.config.retry_after)
         self._inbox.append((message, deliver))
         self._awake.set()
@@ -274,7 +284,12 @@ class Engine:
         for conversation, work in scheduled:
             hidden = computed.hidden[at : at + work.rows.count]
             at += work.rows.count
-            self._reply(conversation, work, hidden, next(sampled) if work.wants_logits else None)
+            token = next(sampled) if work.wants_logits else None
+            if work.wants_logits and token is None:
+                damaged = ServerFault("the logits hold NaN or infinity: the weights or the hidden states behind them are damaged")
+                self._fail([conversation], damaged)
+            else:
+                self._reply(conversation, work, hidden, token)
 
     def _schedule(self) -> list[tuple[Conversation, Work]]:
         schedule = self._scheduler.schedule(self._conversations.values())
@@ -292,7 +307,7 @@ class Engine:
                 deliver(Gap(conversation.session, conversation.generation, 0))
         return schedule.work
 
-    def _sample(self, scheduled: list[tuple[Conversation, Work]], computed: Computed) -> list[Sampled]:
+    def _sample(self, scheduled: list[tuple[Conversation, Work]], computed: Computed) -> list[Sampled | None]:
         if computed.logits is None:
             return []
         requests = [

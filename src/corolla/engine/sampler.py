@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from corolla.errors import InvalidSetting, ServerFault
+from corolla.errors import InvalidSetting
 from corolla.types import GenerationSettings
 
 
@@ -42,10 +42,11 @@ def check_vocabulary(settings: GenerationSettings, vocabulary: int) -> None:
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Sampled]:
-    """The next token of each row of `logits` [rows, vocabulary] (any float dtype; computed in float32).
+def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Sampled | None]:
+    """The next token of each row of `logits` [rows, vocabulary] (any float dtype; computed in float32); None for a row with
+    NaN or infinity, from which nothing can be drawn.
 
-    Raises `InvalidSetting` for a `top_k` above the vocabulary, `ServerFault` for a row with NaN or infinity.
+    Raises `InvalidSetting` for a `top_k` above the vocabulary.
     """
     assert logits.ndim == 2, f"logits of shape {tuple(logits.shape)} are not [rows, vocabulary]"
     assert len(logits) == len(requests), f"{len(logits)} rows of logits for {len(requests)} requests"
@@ -56,12 +57,12 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Samp
         check_vocabulary(request.settings, vocabulary)
     scores = logits.float()
     highest, best = scores.max(dim=-1)  # the first of equal ones; NaN wins
-    for row, (high, low) in enumerate(zip(highest.tolist(), scores.amin(dim=-1).tolist(), strict=True)):
-        if not high - low < float("inf"):
-            raise ServerFault(f"row {row} of the logits holds NaN or infinity: the weights or the hidden states behind it are damaged")
+    sound = [high - low < float("inf") for high, low in zip(highest.tolist(), scores.amin(dim=-1).tolist(), strict=True)]
     tokens = best.tolist()
     for row, request in enumerate(requests):
         settings = request.settings
+        if not sound[row]:
+            continue
         if settings.do_sample:
             tokens[row] = _draw(scores[row], request)
         elif settings.repetition_penalty != 1:
@@ -70,7 +71,7 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Samp
     logprobs = scores.log_softmax(dim=-1)
     of_tokens = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     return [
-        Sampled(token, logprob, _top(scores[row], logprobs[row], request.settings.top_logprobs))
+        Sampled(token, logprob, _top(scores[row], logprobs[row], request.settings.top_logprobs)) if sound[row] else None
         for row, (token, logprob, request) in enumerate(zip(tokens, of_tokens, requests, strict=True))
     ]
 

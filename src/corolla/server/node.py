@@ -12,12 +12,12 @@ import logging
 import time
 from dataclasses import asdict, dataclass, replace
 
+import msgspec
 import torch
 
 from corolla.engine.engine import Engine
-from corolla.errors import Busy, CorollaError, InvalidSetting, NetworkError, ServerFault, Unauthorized
+from corolla.errors import Busy, CallerError, CorollaError, InvalidSetting, NetworkError, ServerFault, Unauthorized
 from corolla.server.calls import Calls
-from corolla.swarm.arrays import check_finite
 from corolla.swarm.convert import failed_of, from_reply, from_step, to_message, to_settings, to_step, to_timings
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
@@ -28,6 +28,7 @@ from corolla.swarm.wire import (
     CancelFrame,
     CloseFrame,
     Counters,
+    FailedFrame,
     ForwardFrame,
     Hop,
     Leaving,
@@ -38,7 +39,7 @@ from corolla.swarm.wire import (
     WireDtype,
     WireMessage,
 )
-from corolla.types import Close, GenerationSettings, Hidden, HopTiming, Reply, Span, Step, Token
+from corolla.types import Close, Gap, GenerationSettings, Hidden, HopTiming, Reply, Span, Step, Token
 
 log = logging.getLogger(__name__)
 _REMEMBERED = 4096  # closed sessions, whose late steps are refused
@@ -49,7 +50,9 @@ class SpanServerConfig:
     """`wire_dtype` is that of the hidden states sent on: the model's own where the answer must not depend on the route."""
 
     wire_dtype: WireDtype
-    sessions_per_client: int = 1024  # open at once; one more is Busy
+    sessions: int = 4096  # open at once, idle ones among them; one more is Busy
+    sessions_per_client: int = 1024
+    sessions_per_server: int = 2048  # that one server before this one brings
     retry_after: float = 1.0  # seconds, told to who is turned away
 
 
@@ -149,8 +152,11 @@ class SpanServer:
             self._calls.receive(sender, message)
         elif isinstance(message, (CancelFrame, CloseFrame)):
             self._end(sender, message)
+        elif isinstance(message, FailedFrame):
+            self._pass_back(sender, message)
         elif isinstance(message, Ping):
-            self._send(sender, Pong(message.nonce))
+            if self._engine.alive:
+                self._send(sender, Pong(message.nonce))
         elif isinstance(message, Pong):
             self.round_trips.answered(sender, message)
         elif isinstance(message, Ask):
@@ -183,27 +189,38 @@ class SpanServer:
             if len(self._closed) > _REMEMBERED:
                 del self._closed[next(iter(self._closed))]
 
+    def _pass_back(self, sender: str, failed: FailedFrame) -> None:
+        """A neighbour that has never heard of the session, or knows it no more, does not know its client either."""
+        way = self._ways.get(failed.session)
+        if way is not None and way.generation == failed.generation and any(sender == hop.peer for hop in way.route):
+            self._send(way.client, msgspec.structs.replace(failed, peer=sender))
+
     def _step(self, sender: str, frame: StepFrame) -> None:
-        client, blamed = frame.client or sender, self._network.me
+        # Until the step is admitted nobody but its sender is answered.
+        client, blamed, generation = sender, self._network.me, frame.generation
+        known = self._ways.get(frame.session)
+        if known is not None and not frame.route and frame.generation < known.generation:
+            return  # late
         try:
-            way = self._way(sender, frame)
+            way = self._way(sender, frame, known)
             client = way.client
+            blamed, generation = sender, way.generation
             step = to_step(frame)
-            if isinstance(step.payload, torch.Tensor):
-                blamed = way.before
-                self._check(step.payload, way)
-                blamed = self._network.me
+            self._check(sender, frame, step, way)
+            blamed = self._network.me
             # What a step without a way leaves out came with the first one.
             step = replace(step, span=way.span, settings=way.settings, adapter=way.adapter, asked=way.asked, wants_hidden=way.wants_hidden)
             under_way = _UnderWay(way, step, bool(frame.route), time.perf_counter(), to_timings(frame.timings))
-            self._engine.receive(step, lambda reply: self._reply(under_way, reply))
+            self._engine.receive(step, lambda reply: self._deliver(under_way, reply))
         except CorollaError as error:
+            if known is None:
+                self._ways.pop(frame.session, None)
             self.counters.refused += 1
             log.info("a step was refused: %s", error, extra={"session": frame.session, "peer": sender})
-            self._send(client, failed_of(error, frame.session, frame.generation, peer=blamed))
+            self._send(client, failed_of(error, frame.session, generation, peer=blamed))
 
-    def _way(self, sender: str, frame: StepFrame) -> _Way:
-        known = self._ways.get(frame.session)
+    def _way(self, sender: str, frame: StepFrame, known: _Way | None) -> _Way:
+        """The way of a step that may be taken in; remembered if the step brings it."""
         if frame.route:
             way = _Way(
                 frame.generation,
@@ -219,7 +236,7 @@ class SpanServer:
             self._admit(sender, frame.session, way, known)
             self._ways[frame.session] = way
             return way
-        if known is None or known.generation != frame.generation:
+        if known is None:
             raise ServerFault("this server does not know the session's route")
         if sender not in (known.before, known.route[-1].peer):
             raise Unauthorized(f"peer {sender} is not on the session's route")
@@ -228,6 +245,8 @@ class SpanServer:
     def _admit(self, sender: str, session: str, way: _Way, known: _Way | None) -> None:
         if way.route[way.hop].peer != self._network.me or sender != way.before:
             raise Unauthorized("the step did not come the way that it names")
+        if len({hop.peer for hop in way.route}) < len(way.route) or len(way.route) > self._engine.model.arch.blocks:
+            raise InvalidSetting("route", "a route goes to each server once, and to no more servers than the model has blocks")
         if known is not None:
             if way.client != known.client:
                 raise Unauthorized("the session belongs to another client")
@@ -238,26 +257,54 @@ class SpanServer:
             raise Unauthorized("the session was closed while the step was on its way")
         if self._leaving:
             raise NetworkError("this server is leaving, and takes no new sessions")
-        if sum(other.client == way.client for other in self._ways.values()) >= self._config.sessions_per_client:
-            raise Busy(self._config.retry_after)
+        of_client = sum(other.client == way.client for other in self._ways.values())
+        of_server = sum(other.before == way.before for other in self._ways.values())
+        config = self._config
+        if len(self._ways) >= config.sessions or of_client >= config.sessions_per_client or of_server >= config.sessions_per_server:
+            raise Busy(config.retry_after)
 
-    def _check(self, hidden: torch.Tensor, way: _Way) -> None:
-        """Raises `ServerFault` for rows that no server of this model sends, `InvalidSetting` where they are the client's."""
-        try:
-            width = self._engine.model.arch.hidden
-            if hidden.shape[1] != width:
-                raise ServerFault(f"rows of {hidden.shape[1]} values came, and this model's have {width}")
-            check_finite(hidden)
-        except ServerFault as fault:
-            if way.hop == 0:
-                raise InvalidSetting("hidden", str(fault)) from fault
-            raise
+    def _check(self, sender: str, frame: StepFrame, step: Step, way: _Way) -> None:
+        """Raises `ServerFault` for what no honest server sends, and `InvalidSetting` for rows of a client that no block takes."""
+        problem = self._problem_of_rows(step, way)
+        if sender == way.client:
+            if problem:
+                raise InvalidSetting("hidden", problem)
+            return
+        arch = self._engine.model.arch
+        if frame.generation != way.generation:
+            problem = f"a step of generation {frame.generation} came, and the session is at {way.generation}"
+        elif not frame.tokens and not way.wants_hidden:
+            problem = "a step without token ids came"
+        elif not all(0 <= token < arch.vocabulary for token in frame.tokens):
+            problem = f"token ids came that are outside a vocabulary of {arch.vocabulary}"
+        elif step.start + len(step.payload) > arch.context_length:
+            problem = f"positions came that are outside a context of {arch.context_length}"
+        if problem:
+            raise ServerFault(problem)
+
+    def _problem_of_rows(self, step: Step, way: _Way) -> str | None:
+        if not isinstance(step.payload, torch.Tensor):
+            return "no hidden states came" if way.hop else None
+        width = self._engine.model.arch.hidden
+        if step.payload.shape[1] != width:
+            return f"rows of {step.payload.shape[1]} values came, and this model's have {width}"
+        return None if bool(step.payload.isfinite().all()) else "hidden states came that are NaN or infinite"
 
     # On the engine's thread from here on.
+
+    def _deliver(self, under_way: _UnderWay, reply: Reply) -> None:
+        try:
+            self._reply(under_way, reply)
+        except CorollaError as error:  # what cannot be sent in the wire dtype, say
+            self._send(under_way.way.client, failed_of(error, reply.session, reply.generation, peer=self._network.me))
 
     def _reply(self, under_way: _UnderWay, reply: Reply) -> None:
         way = under_way.way
         timings = self._timings(under_way) if way.timed else ()
+        if isinstance(reply, Gap) and way.hop and reply.have and not under_way.tells_way:
+            jump = ServerFault(f"rows from position {under_way.step.start} came, and those before had ended at {reply.have}")
+            self._send(way.client, failed_of(jump, reply.session, way.generation, peer=way.before))
+            return
         if isinstance(reply, Hidden) and not way.last:
             self._pass_on(under_way, reply, timings)
             return
@@ -305,5 +352,5 @@ class SpanServer:
     def _send(self, peer: str, message: WireMessage) -> None:
         try:
             self._network.send(peer, message)
-        except NetworkError as error:  # this server is leaving
+        except (NetworkError, CallerError) as error:  # this server is leaving, or no frame holds what a client wanted sent
             log.info("a message was not sent: %s", error, extra={"peer": peer})
