@@ -7,7 +7,7 @@ MODEL  ?=
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help environment chat test lint format bench clean
+.PHONY: help environment chat test lint format bench soak clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ format: environment  ## let ruff write the format
 
 bench: environment  ## the table of docs/performance.md, measured here
 	$(BIN)/python benchmarks/engine.py $(ARGS)
+
+soak: environment  ## twenty minutes of servers that come and go under chats; ARGS="--minutes 5"
+	$(BIN)/python -m tests.swarm.soak $(ARGS)
 
 clean:  ## remove the environment and caches (models stay)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
