@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -42,3 +44,10 @@ def test_other_transports_and_relays_have_no_tcp_port_of_the_peer(path: str) -> 
 def test_what_is_none_is_told_what_one_looks_like(text: str) -> None:
     with pytest.raises(InvalidSetting, match=r"peers: .* is no address of a peer.*; they look like /ip4/192\.0\.2\.7/tcp/4001/p2p/"):
         check_addresses([text])
+
+
+@pytest.mark.parametrize("command", ["status", "chat toy", "generate toy -p a", "serve toy", "bootstrap"])
+def test_every_command_names_an_address_that_is_none(corolla: Callable[..., Any], command: str) -> None:
+    result = corolla(*command.split(), "--peers", "192.0.2.7:4001")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: peers: '192.0.2.7:4001' is no address of a peer")

@@ -124,8 +124,8 @@ def test_a_real_swarm_tells_why_it_cannot_be_reached(tmp_path: Path) -> None:
         assert "no server is announced" in last([swarm.address], b"tulip").value
         _, second = swarm.serve("0:2", "2:4")
         swarm.wait_ready()
-        assert last([swarm.address]).value == "2 of 2 announcements cannot be believed: the swarm has a secret"
-        assert "the swarm's secret is another" in last([swarm.address], b"rose").value
+        assert last([swarm.address]).value == "the swarm has a secret"
+        assert last([swarm.address], b"rose").value == "the swarm's secret is another"
         assert last([swarm.address], b"tulip").value == "every one of its 4 blocks is held by a server that answers"
 
         other = f"{swarm.address.rpartition('/')[0]}/{PEER}"

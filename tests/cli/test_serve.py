@@ -3,11 +3,15 @@ from __future__ import annotations
 import shlex
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from corolla.cli.serve import join_line, until_told_to_end
+from tests.models import tiny
+from tests.swarm.harness import DEADLINE, Swarm
 
 ADDRESSES = ["/ip4/127.0.0.1/tcp/4001/p2p/Qm1", "/ip4/192.0.2.7/tcp/4001/p2p/Qm1"]
 
@@ -49,3 +53,17 @@ def test_an_unknown_wire_dtype_is_refused(corolla: Callable[..., Any]) -> None:
     result = corolla("serve", "toy", "--new-swarm", "--wire-dtype", "q4")
     assert result.exit_code == 2
     assert "q8" in result.stderr
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["told", "told-with-its-children"])
+def test_a_server_that_is_told_to_end_says_so_and_ends(tmp_path: Path, alone: bool) -> None:
+    with Swarm(tiny.save("llama", tmp_path / "model"), tmp_path, secret="tulip") as swarm:
+        (server,) = swarm.serve("0:4")
+        server.wait_ready()
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        server.signal(signal.SIGTERM, alone=alone)  # a terminal's Ctrl-C and a service manager's end reach all its processes
+        assert server.process.wait(DEADLINE) == 0
+        assert not psutil.wait_procs(family, timeout=DEADLINE)[1]
+        assert server.said.splitlines()[-1] == "done: it has left the swarm"
+        assert "--secret ..." in server.said
+        assert "tulip" not in server.said

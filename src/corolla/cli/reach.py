@@ -11,9 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from corolla.cli.addresses import Address, parse_address
 from corolla.cli.findings import Finding, Verdict
@@ -136,12 +134,12 @@ async def _meet(addresses: Sequence[Address], secret: bytes | None) -> tuple[lis
         there = [address.text for address, found in zip(addresses, findings, strict=True) if not found.fatal]
         if not there:
             return findings, []
-        node, found = await _join(p2p, there)
+        node, found = await _join(p2p, there, secret)
         findings += found
         if node is None:
             return findings, []
         stack.push_async_callback(node.shutdown)
-        findings.append(await _directory(node, secret))
+        findings.append(await _directory(node))
         return findings, [] if findings[-1].fatal else there
 
 
@@ -166,13 +164,16 @@ async def _dial(p2p: P2P, address: Address) -> Finding:
     return Finding("peer", f"{address.peer} answers")
 
 
-async def _join(p2p: P2P, peers: list[str]) -> tuple[DHTNode | None, list[Finding]]:
+async def _join(p2p: P2P, peers: list[str], secret: bytes | None) -> tuple[DHTNode | None, list[Finding]]:
     """A node of the swarm's DHT that only asks."""
     from hivemind.dht import DHTNode
     from hivemind.dht.protocol import ValidationError
 
+    from corolla.swarm.membership import Members
+
+    authorizer = None if secret is None else Members(secret)
     try:
-        node = await DHTNode.create(p2p=p2p, initial_peers=peers, client_mode=True)
+        node = await DHTNode.create(p2p=p2p, initial_peers=peers, client_mode=True, authorizer=authorizer)
     except ValidationError as error:
         clocks = _CLOCKS.search(str(error))
         if clocks is None:
@@ -181,48 +182,38 @@ async def _join(p2p: P2P, peers: list[str]) -> tuple[DHTNode | None, list[Findin
         value = f"this machine's is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the peer's"
         return None, [Finding("clock", value, Verdict.BROKEN, "let both machines set their clocks (NTP): a swarm takes no more than 3 s")]
     except RuntimeError:
-        advice = "it is another program's libp2p, or it hangs: start it again"
-        return None, [Finding("directory", "the peer answers no question to the swarm's directory", Verdict.BROKEN, advice)]
+        return None, [await _silence(p2p, peers[0], secret)]
     return node, [Finding("clock", "as the peer's, to 3 s")]
 
 
-async def _directory(node: DHTNode, secret: bytes | None) -> Finding:
-    """Whether servers are announced, and whether they can be believed with this secret."""
+async def _silence(p2p: P2P, address: str, secret: bytes | None) -> Finding:
+    """Why a peer that can be dialled answers no question to the directory."""
+    from hivemind.p2p import P2PDaemonError, PeerID
+    from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
+
+    from corolla.swarm.membership import is_closed
+
+    try:
+        closed = await is_closed(p2p, PeerID.from_base58(address.rpartition("/p2p/")[2]), _TIMEOUT)
+    except (P2PDaemonError, P2PHandlerError, TimeoutError):
+        advice = "it is another program's libp2p, or it hangs: start it again"
+        return Finding("directory", "the peer answers no question to the swarm's directory", Verdict.BROKEN, advice)
+    if not closed:
+        return Finding("secret", "the swarm is open, and a secret was given", Verdict.BROKEN, "unset COROLLA_SECRET, or leave --secret out")
+    if secret is None:
+        return Finding("secret", "the swarm has a secret", Verdict.BROKEN, "set COROLLA_SECRET to it, or give --secret")
+    return Finding("secret", "the swarm's secret is another", Verdict.BROKEN, "compare it with the servers': every letter and blank counts")
+
+
+async def _directory(node: DHTNode) -> Finding:
+    """Whether servers are announced."""
     from corolla.swarm.directory import _INDEX
 
     found = await node.get(_INDEX, latest=True)
     entries = {} if found is None or not isinstance(found.value, dict) else found.value
     if not entries:
-        return Finding(
-            "directory", "it answers and no server is announced", Verdict.BROKEN, "start one: corolla serve MODEL --peers ADDRESS"
-        )
-    unreadable = [entry for public_key, entry in entries.items() if not _readable(_INDEX, public_key, entry, secret)]
-    if not unreadable:
-        return Finding("directory", f"{len(entries)} server{'s are' if len(entries) != 1 else ' is'} announced")
-    value = f"{len(unreadable)} of {len(entries)} announcements cannot be believed"
-    if secret is None:
-        return Finding("secret", f"{value}: the swarm has a secret", Verdict.BROKEN, "set COROLLA_SECRET to it, or give --secret")
-    if all(_readable(_INDEX, public_key, entry, None) for public_key, entry in entries.items()):
-        return Finding(
-            "secret", f"{value}: the swarm is open, and a secret was given", Verdict.BROKEN, "unset COROLLA_SECRET, or leave --secret out"
-        )
-    return Finding(
-        "secret", f"{value}: the swarm's secret is another", Verdict.BROKEN, "compare it with the servers': every letter and blank counts"
-    )
-
-
-def _readable(key: str, public_key: object, entry: Any, secret: bytes | None) -> bool:
-    from hivemind.dht.routing import DHTID
-    from hivemind.dht.validation import DHTRecord
-
-    from corolla.swarm.signatures import SignedEntries
-
-    parts = entry.value
-    if not isinstance(public_key, bytes) or not isinstance(parts, list) or not all(isinstance(part, bytes) for part in parts):
-        return False
-    # Unpacked by hivemind, for nobody told it what they are.
-    value, subkey = msgspec.msgpack.encode(parts), msgspec.msgpack.encode(public_key)
-    return SignedEntries(secret=secret).validate(DHTRecord(DHTID.generate(source=key).to_bytes(), subkey, value, entry.expiration_time))
+        return _NOBODY
+    return Finding("directory", f"{len(entries)} server{'s are' if len(entries) != 1 else ' is'} announced")
 
 
 # As a client.

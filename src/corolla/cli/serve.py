@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -145,8 +147,11 @@ class Signals:
 
     told: threading.Event = field(default_factory=threading.Event)
     again: threading.Event = field(default_factory=threading.Event)
+    process: int = field(default_factory=os.getpid)
 
-    def take(self, *_: object) -> None:
+    def take(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # hivemind's, forked from this one: it is told to end by its own parent, and must
+            raise SystemExit(128 + number)
         (self.again if self.told.is_set() else self.told).set()
 
 
