@@ -112,7 +112,7 @@ class Shape:
 
 
 SHAPES = {
-    "petals560": Shape("BLOOM of the 560m's shape", 1024, 24, 16, 32, tuple({1, CORES}), single=(2.0, 3.0), together=(5.0, 8.0)),
+    "petals560": Shape("BLOOM of the 560m's shape", 1024, 24, 16, 24, tuple(sorted({1, CORES})), single=(2.0, 3.0), together=(5.0, 8.0)),
     # Two processes that use both cores hurt one another: at one thread each Petals' 8 sessions here are over 5 times as quick.
     "petals256": Shape("BLOOM of hidden 256, 8 layers", 256, 8, 8, 48, (1,), single=(4.0, 8.0), together=(6.0, 10.0)),
 }
@@ -231,7 +231,6 @@ DELAYS = (0.05, 0.1)  # seconds one way; a round trip takes twice that
 def delay(bench: Bench) -> None:
     """Every connection goes through a proxy that holds each chunk in each direction."""
     new_tokens = 24
-    figures: dict[str, list[float]] = {}
     with bench.processes() as processes:
         swarm = bench.swarm(processes, 3, proxied=True)
         client = swarm.client()
@@ -240,7 +239,7 @@ def delay(bench: Bench) -> None:
         def measure(seconds: float, _round: int) -> Mapping[str, float]:
             swarm.set_delay(seconds)
             answer = client.answer(bench.prompt(PROMPT), new_tokens)
-            return {f"{seconds}": statistics.median(answer.gaps) * 1e3}
+            return {f"{seconds}": median_gap_ms(answer)}
 
         figures = bench.rounds({f"{seconds * 1e3:.0f} ms one way": functools.partial(measure, seconds) for seconds in (0.0, *DELAYS)})
         swarm.set_delay(0.0)
@@ -262,7 +261,7 @@ HISTORY = 1000
 
 def recovery(bench: Bench) -> None:
     """The middle one of three servers is killed in mid-answer; another that holds the same blocks stands by."""
-    kill_at, new_tokens, settle = 16, 48, 5.0  # tokens, tokens, seconds for the client to see a new server
+    kill_at, new_tokens, settle = 16, 48, 3.0  # tokens, tokens, seconds for the client to see a new server
     middle = even_spans(bench.blocks, 3)[1:2]
     prompt = bench.prompt(HISTORY - kill_at)
     figures: dict[str, list[float]] = {}
@@ -313,7 +312,7 @@ class CountingHub(LocalHub):
 
 def wire_bytes(bench: Bench) -> None:
     """Frames as the servers' own code makes them, over a counting network; and what real connections between machines carry."""
-    new_tokens, silence = 96, 4.0
+    new_tokens, silence = 64, 3.0
     hub = CountingHub()
     spans = even_spans(bench.blocks, 3)
     route = Route(tuple(Hop(f"server-{start}", start, end) for start, end in spans), seconds=0.0)

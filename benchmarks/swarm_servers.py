@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -25,6 +26,7 @@ from tests.swarm.chaos import ChaosProxy, Weather  # noqa: E402
 
 COROLLA = (sys.executable, "-c", "from corolla.cli.main import app; app()")
 _START_TIMEOUT = 180.0  # seconds for one process
+_ANSWER_TIMEOUT = 300.0  # seconds for one request
 _STOP_TIMEOUT = 15.0  # seconds for all of them together to leave by themselves
 _PETALS_ADDRESS = re.compile(r"/ip4/127\.0\.0\.1/tcp/\d+/p2p/\w+")
 
@@ -254,9 +256,12 @@ class Client:
 
     def read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
+        patience = threading.Timer(_ANSWER_TIMEOUT, self.process.kill)
+        patience.start()
         line = self.process.stdout.readline()
+        patience.cancel()
         if not line:
-            raise self._processes.fail(self.process, "a client ended")
+            raise self._processes.fail(self.process, f"a client ended, or said nothing for {_ANSWER_TIMEOUT:g} s")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise SystemExit(f"a client failed: {answer['error']}")
