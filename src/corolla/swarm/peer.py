@@ -37,6 +37,7 @@ class SwarmPeer:
         from hivemind import DHT
         from hivemind.p2p import P2PDaemonError
 
+        from corolla.swarm.membership import Members
         from corolla.swarm.signatures import Identity, SignedEntries
 
         logging.getLogger("hivemind").setLevel(logging.WARNING)  # else it reports every start on standard error
@@ -50,6 +51,7 @@ class SwarmPeer:
                 announce_maddrs=list(config.announce) or None,
                 identity_path=str(key),
                 record_validators=[entries],
+                authorizer=None if config.secret is None else Members(config.secret),
                 client_mode=config.client_mode,
                 check_if_identity_free=config.identity is not None,  # a key made just now is nobody else's
                 start=True,
@@ -57,7 +59,9 @@ class SwarmPeer:
         except (P2PDaemonError, RuntimeError, OSError) as error:
             self._directory_of_key.cleanup()
             through = ", ".join(config.initial_peers) or f"{config.host}:{config.port}"
-            raise NetworkError(f"no swarm could be joined through {through}: {error}") from error
+            silent = "nobody there answers; is the peer running, and do both sides have the same secret?"
+            reason = silent if "none of the initial_peers responded" in str(error) else error
+            raise NetworkError(f"no swarm could be joined through {through}: {reason}") from error
         self.network = P2PNetwork(self._dht, P2PConfig(secret=config.secret))
         self._directory = HivemindDirectory(self._dht, entries)
 
