@@ -266,7 +266,7 @@ class SpanServer:
     def _check(self, sender: str, frame: StepFrame, step: Step, way: _Way) -> None:
         """Raises `ServerFault` for what no honest server sends, and `InvalidSetting` for rows of a client that no block takes."""
         problem = self._problem_of_rows(step, way)
-        if sender == way.client:
+        if way.hop == 0 and sender == way.client:
             if problem:
                 raise InvalidSetting("hidden", problem)
             return
