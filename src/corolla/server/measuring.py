@@ -6,6 +6,7 @@ All in rows a second through one block, for one row at a time: a forward of a fe
 from __future__ import annotations
 
 import queue
+import statistics
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ def measure_throughput(engine: Engine) -> float:
         seconds.append(time.perf_counter() - began)
     engine.receive(Close(_SESSION))
     engine.run_once()
-    return len(engine.model.span) / sorted(seconds)[len(seconds) // 2]
+    return len(engine.model.span) / statistics.median(seconds)
 
 
 class Meter:
@@ -50,36 +51,42 @@ class Meter:
 
     def update(self) -> None:
         """Take what was computed since the last measurement into account, if it is enough; measure where nothing was for a while."""
-        if self._idle:
-            self._compute_a_little()
-        steps = self._engine.counters.light_steps - self._steps
-        seconds = self._engine.counters.light_seconds - self._spent
-        if steps >= _ENOUGH and seconds > 0:
-            old = 0.5 ** ((self._clock() - self._since) / _HALF_LIFE)
-            self._seconds = old * self._seconds + (1 - old) * seconds / steps
-            self._mark()
-            if not 1 / _NOTICEABLE < self.throughput * self._seconds < _NOTICEABLE:
-                self.throughput = 1 / self._seconds
+        counters = self._engine.counters
+        steps, spent = counters.light_steps - self._steps, counters.light_seconds - self._spent
+        measured = self._median_of_own() if self._idle else spent / steps if steps >= _ENOUGH else None
+        if not measured:
+            return
+        old = 0.5 ** ((self._clock() - self._since) / _HALF_LIFE)
+        self._seconds = old * self._seconds + (1 - old) * measured
+        self._mark()
+        if not 1 / _NOTICEABLE < self.throughput * self._seconds < _NOTICEABLE:
+            self.throughput = 1 / self._seconds
 
     @property
     def _idle(self) -> bool:
-        return not self._engine.active and self._clock() - self._since >= _IDLE_AFTER
+        # Without a free page a session of our own would drive out somebody else's.
+        return self._engine.pool.free_pages > 0 and not self._engine.active and self._clock() - self._since >= _IDLE_AFTER
 
     def _mark(self) -> None:
         self._steps = self._engine.counters.light_steps
         self._spent = self._engine.counters.light_seconds
         self._since = self._clock()
 
-    def _compute_a_little(self) -> None:
+    def _median_of_own(self) -> float | None:
+        """The seconds of a row in a block, over steps of this server's own; None when others came in between."""
         replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        seconds = []
         try:
             for step in _steps(self._engine, _ENOUGH):
+                before = self._engine.counters.light_seconds
                 self._engine.receive(step, replies.put)
                 replies.get(timeout=_PATIENCE)
+                seconds.append(self._engine.counters.light_seconds - before)
         except (queue.Empty, CapacityError):
-            pass  # it is not idle any more
+            return None
         finally:
             self._engine.receive(Close(_SESSION))
+        return statistics.median(seconds)
 
 
 def _steps(engine: Engine, count: int) -> Iterator[Step]:
