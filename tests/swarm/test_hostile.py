@@ -5,6 +5,7 @@ Bytes that are no frame never come this far: see test_p2p.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ from corolla.swarm.wire import (
     SettingsFrame,
     StepFrame,
     TokenFrame,
+    WireDtype,
     WireMessage,
 )
 from corolla.types import GenerationSettings, Span
@@ -49,12 +51,9 @@ PROMPT = [5 + i * 11 % 180 for i in range(40)]
 # The penalty makes the head look at every token id that came with the rows.
 PENALIZED = GenerationSettings(max_tokens_to_generate=COUNT, repetition_penalty=1.3)
 GREEDY = GenerationSettings(max_tokens_to_generate=COUNT)
-PATIENCE = 10.0  # seconds for anything that should happen, on a loaded machine
+PATIENCE = 60.0  # seconds for anything that should happen, on a loaded machine
 BIG = 2**62
 HIDDEN = 64  # values in a row of the tiny model
-
-HOLE = pytest.mark.xfail(strict=True, reason="not held yet")
-FATAL = pytest.mark.skip(reason="not held yet: the engine's thread ends")
 
 Alter = Callable[[WireMessage], WireMessage]
 
@@ -96,12 +95,21 @@ class Swarm:
         self.networks: dict[str, Tampering] = {}
         self.transports: list[SwarmTransport] = []
 
-    def add(self, name: str, start: int, end: int, throughput: float = 100.0, alter: Alter = lambda message: message) -> SpanServer:
-        engine = Engine(load_span(self.directory, Span(start, end), dtype="float32"), EngineConfig(cache_tokens=2048, page_size=16))
+    def add(
+        self,
+        name: str,
+        start: int,
+        end: int,
+        throughput: float = 100.0,
+        alter: Alter = lambda message: message,
+        cache: int = 2048,
+        wire_dtype: WireDtype = "float32",
+    ) -> SpanServer:
+        engine = Engine(load_span(self.directory, Span(start, end), dtype="float32"), EngineConfig(cache_tokens=cache, page_size=16))
         engine.start()
         self.engines[name] = engine
         self.networks[name] = Tampering(self.hub.join(name), alter)
-        self.servers[name] = SpanServer(engine, self.networks[name], SpanServerConfig(wire_dtype="float32"))
+        self.servers[name] = SpanServer(engine, self.networks[name], SpanServerConfig(wire_dtype=wire_dtype))
         self.records[name] = ServerRecord(
             peer=name, name=name, model="m", start=start, end=end, blocks=4, dtype="float32", weights="packed", throughput=throughput,
             free_tokens=2048, active=0, round_trips={}, addresses=(), version="0", state="ready", expires=time.time() + 1e6,
@@ -109,7 +117,7 @@ class Swarm:
         return self.servers[name]
 
     def client(self, name: str) -> SwarmTransport:
-        patience = Patience(silence=1.0, answer=1.0)
+        patience = Patience(silence=2.0, answer=2.0, lost=1.0)
         transport = SwarmTransport(self.hub.join(name), self, patience=patience, vocabulary=tiny.VOCABULARY)
         self.transports.append(transport)
         return transport
@@ -154,22 +162,8 @@ def swarm(directory: Path) -> Iterator[Swarm]:
     swarm.close()
 
 
-HOLES = {
-    "no rows": HOLE,
-    "a token far below the vocabulary": FATAL,
-    "a token far above it": HOLE,
-    "rows at a position out of nowhere": HOLE,
-    "rows at a position ahead": HOLE,
-    "another generation": HOLE,
-    "a gap above what it was sent": HOLE,
-    "gaps for ever": HOLE,
-    "nothing": HOLE,
-    "tokens below the vocabulary, as a server": FATAL,
-}
-
-
-def marked(cases: dict[str, Any]) -> list[Any]:
-    return [pytest.param(case, id=name, marks=HOLES.get(name, ())) for name, case in cases.items()]
+def named(cases: dict[str, Any]) -> list[Any]:
+    return [pytest.param(case, id=name) for name, case in cases.items()]
 
 
 # A hostile server, towards the server behind it.
@@ -212,7 +206,7 @@ TO_SERVERS = {
 }
 
 
-@pytest.mark.parametrize("alter", marked(TO_SERVERS))
+@pytest.mark.parametrize("alter", named(TO_SERVERS))
 def test_what_a_hostile_server_passes_on_is_gone_around(swarm: Swarm, directory: Path, alter: Alter) -> None:
     swarm.add("a", 0, 1)
     swarm.add("b", 1, 3, alter=alter)
@@ -262,7 +256,7 @@ TO_CLIENTS = {
 }
 
 
-@pytest.mark.parametrize("alter", marked(TO_CLIENTS))
+@pytest.mark.parametrize("alter", named(TO_CLIENTS))
 def test_what_a_hostile_server_answers_is_gone_around(swarm: Swarm, directory: Path, alter: Alter) -> None:
     swarm.add("a", 0, 1)
     swarm.add("b", 1, 3)
@@ -275,7 +269,6 @@ def test_what_a_hostile_server_answers_is_gone_around(swarm: Swarm, directory: P
     swarm.check_integrity()
 
 
-@HOLE
 def test_only_the_head_answers_tokens(swarm: Swarm, directory: Path) -> None:
     """A server in the middle that sends the client tokens of its own."""
     false: list[StepFrame] = []
@@ -368,7 +361,7 @@ FROM_CLIENTS: dict[str, tuple[WireMessage, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", marked(FROM_CLIENTS))
+@pytest.mark.parametrize("case", named(FROM_CLIENTS))
 def test_a_hostile_client_gets_a_typed_error_and_the_others_their_answers(
     swarm: Swarm, whole: SpanServer, directory: Path, case: tuple[WireMessage, str]
 ) -> None:
@@ -388,17 +381,21 @@ def test_a_hostile_client_gets_a_typed_error_and_the_others_their_answers(
     swarm.check_integrity()
 
 
-@FATAL
-def test_a_header_that_grows_on_its_way_ends_no_server(swarm: Swarm, whole: SpanServer, directory: Path) -> None:
+def test_a_header_that_grows_on_its_way_ends_no_server(swarm: Swarm, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It fits a frame as it comes, and no longer with what the server adds to it."""
+    swarm.add("s", 0, 2)
+    swarm.add("t", 2, 4)
     mallory = Mallory(swarm.hub)
 
-    def longest(name: int) -> StepFrame:
-        route = (Hop("s", 0, 1), *(Hop(f"{i}".ljust(246, "x"), i, i + 1) for i in range(1, 254)), Hop("x" * name, 254, 255))
-        return step(route=route, timed=True)
+    def longest(characters: int) -> StepFrame:
+        settings = SettingsFrame(stop_sequences=("x" * characters,))
+        return step(route=(Hop("s", 0, 2), Hop("t", 2, 4)), timed=True, settings=settings)
 
-    mallory.send(longest(max(name for name in range(256) if _fits(longest(name)))))
+    with caplog.at_level(logging.INFO):
+        mallory.send(longest(next(n for n in range(2**16, 0, -1) if _fits(longest(n)))))
+        eventually(lambda: "a message was not sent" in caplog.text)
     assert answer(swarm.client("honest")) == Reference(directory).greedy(PROMPT, COUNT)
+    swarm.hub.kill("mallory")
     swarm.check_integrity()
 
 
@@ -408,6 +405,15 @@ def _fits(message: WireMessage) -> bool:
     except CallerError:
         return False
     return True
+
+
+def test_rows_that_do_not_fit_the_wire_end_no_server(swarm: Swarm, directory: Path) -> None:
+    swarm.add("s", 0, 4, wire_dtype="float16")
+    mallory = Mallory(swarm.hub)
+    mallory.send(step(**rows(1e30), output="hidden", settings=None))
+    eventually(lambda: mallory.failures == ["ServerFault"])
+    assert answer(swarm.client("honest")) == Reference(directory).greedy(PROMPT, COUNT)
+    swarm.check_integrity()
 
 
 def test_sessions_of_others_are_out_of_reach(swarm: Swarm, whole: SpanServer, directory: Path) -> None:
@@ -439,12 +445,13 @@ def test_sessions_of_clients_that_nobody_knows_do_not_stay(swarm: Swarm, whole: 
     swarm.check_integrity()
 
 
-@HOLE
-def test_sessions_that_wait_for_their_server_before_take_no_places(swarm: Swarm, whole: SpanServer, directory: Path) -> None:
+def test_sessions_that_wait_for_their_server_before_take_no_places(swarm: Swarm, directory: Path) -> None:
     """A head has answered one token of each, and the rows of the next never come."""
+    places = EngineConfig().max_active
+    swarm.add("s", 0, 4, cache=16 * (places + 10))
     mallory = Mallory(swarm.hub)
-    mallory.send(*(step(session=f"m{i}", route=BEHIND, hop=1, **rows(0.0)) for i in range(EngineConfig().max_active)))
-    eventually(lambda: sum(isinstance(message, TokenFrame) for message in mallory.heard) == EngineConfig().max_active)
+    mallory.send(*(step(session=f"m{i}", route=BEHIND, hop=1, **rows(0.0)) for i in range(places)))
+    eventually(lambda: sum(isinstance(message, TokenFrame) for message in mallory.heard) == places)
     assert answer(swarm.client("honest")) == Reference(directory).greedy(PROMPT, COUNT)
     swarm.hub.kill("mallory")
     swarm.check_integrity()

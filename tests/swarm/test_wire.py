@@ -20,7 +20,7 @@ from corolla.errors import (
     ProtocolError,
     ServerFault,
 )
-from corolla.swarm.arrays import check_finite, from_array, to_array
+from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.convert import (
     error_of,
     failed_of,
@@ -239,10 +239,9 @@ def test_a_rows_eight_bits_do_not_depend_on_its_company() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_seen_on_the_other_side(wire_dtype: WireDtype, bad: float) -> None:
     tensor = random(2, 70, torch.float16)
-    check_finite(from_array(to_array(tensor, wire_dtype)))
+    assert bool(from_array(to_array(tensor, wire_dtype)).isfinite().all())
     tensor[1, 69] = bad
-    with pytest.raises(ServerFault, match="of 140 hidden states"):
-        check_finite(from_array(to_array(tensor, wire_dtype)))
+    assert not bool(from_array(to_array(tensor, wire_dtype)).isfinite().all())
 
 
 def test_what_does_not_fit_float16_is_not_sent() -> None:

@@ -49,14 +49,6 @@ def from_array(array: Array) -> torch.Tensor:
     return raw.view(getattr(torch, array.dtype)).view(array.shape)
 
 
-def check_finite(tensor: torch.Tensor) -> None:
-    """Raises `ServerFault` when a value of `tensor` is NaN or infinite."""
-    finite = tensor.isfinite()
-    if not bool(finite.all()):
-        count = finite.numel() - int(finite.sum())
-        raise ServerFault(f"{count} of {finite.numel()} hidden states are NaN or infinite")
-
-
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.flatten().numpy().data
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 PROTOCOL = "/corolla/frames/1"
 T = TypeVar("T")
 _START_TIMEOUT = 30.0  # seconds for the daemon's connection at first
+_ONE_WRITE = 256 * 2**10  # bytes: frames that wait together go out together
 _TURN = 16  # frames of one peer, until the others get their turn
 log = logging.getLogger(__name__)
 
@@ -204,6 +205,10 @@ class P2PNetwork:
         try:
             while True:
                 buffers, size = await channel.outbox.get()
+                while size < _ONE_WRITE and not channel.outbox.empty():
+                    more, count = channel.outbox.get_nowait()
+                    buffers += more
+                    size += count
                 writer.writelines(buffers)
                 async with asyncio.timeout(self._config.write_timeout + size / self._config.slowest):
                     await writer.drain()
