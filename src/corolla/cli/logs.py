@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
 import time
 from enum import StrEnum
+
+from corolla.errors import InvalidSetting
 
 _NAMES = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error", logging.CRITICAL: "critical"}
 # What every record has, and what only says when hivemind's daemon wrote it.
@@ -45,7 +48,8 @@ class Logfmt(logging.Formatter):
 def set_up(level: LogLevel, *, swarm: bool) -> None:
     """Log to standard error from now on, in this process and those that it forks.
 
-    hivemind's own loggers stay at warning unless debug is asked for; `swarm` says whether it is going to be imported.
+    hivemind's own loggers stay at warning unless debug is asked for; `swarm` says whether it is going to be imported. Raises
+    `InvalidSetting` where it is not installed.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(Logfmt())
@@ -54,6 +58,8 @@ def set_up(level: LogLevel, *, swarm: bool) -> None:
     root.handlers = [handler]
     logging.getLogger("corolla").setLevel(level.upper())
     if swarm:
+        if importlib.util.find_spec("hivemind") is None:
+            raise InvalidSetting("swarm", "hivemind, which carries it, is not installed: pip install hivemind (there is none for Windows)")
         from hivemind.utils.logging import use_hivemind_log_handler
 
         use_hivemind_log_handler("nowhere")  # its records come to the handler above

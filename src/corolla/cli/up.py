@@ -168,6 +168,7 @@ def running_servers(model: str, spans: Sequence[Span], machine: Sequence[str]) -
         failed = False
         raise
     finally:
+        print("ending the servers", file=sys.stderr)
         gone = [server for server in swarm.servers if server.process.poll() is not None]
         swarm.end()
         atexit.unregister(swarm.end)
