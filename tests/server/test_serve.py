@@ -234,6 +234,21 @@ def test_a_server_moves_to_a_gap(swarm: Swarm) -> None:
     assert answered == Reference(swarm.model).greedy(PROMPT, COUNT)
 
 
+def test_answers_go_on_while_a_server_moves(swarm: Swarm, directory: Path) -> None:
+    expected = Reference(directory).greedy(PROMPT, COUNT)
+    swarm.announce("ghost", 2, 4)
+    swarm.serve("whole", span=Span(0, 4))
+    for peer in "ab":
+        assert swarm.serve(peer, capacity=2).span == Span(0, 2)
+    asyncio.run(swarm.directory.withdraw("ghost"))
+    deadline = time.monotonic() + DEADLINE
+    with Session(swarm.transport, "") as session:
+        while Span(2, 4) not in swarm.spans().values():
+            assert time.monotonic() < deadline
+            session.rollback(0)
+            assert [token.token_id for token in session.generate(PROMPT, LONG, timeout=DEADLINE)] == expected
+
+
 def test_a_drain_that_is_not_needed_any_more_ends(swarm: Swarm) -> None:
     swarm.announce("ghost", 2, 4)
     for peer in "ab":
