@@ -247,6 +247,11 @@ class SpanServer:
             raise Unauthorized("the step did not come the way that it names")
         if len({hop.peer for hop in way.route}) < len(way.route) or len(way.route) > self._engine.model.arch.blocks:
             raise InvalidSetting("route", "a route goes to each server once, and to no more servers than the model has blocks")
+        own, blocks = self._engine.model.span, self._engine.model.arch.blocks
+        if not (own.start <= way.span.start and way.span.end <= own.end):
+            if way.span.end > blocks:
+                raise InvalidSetting("route", f"blocks {way.span} are not among the {blocks} of this model")
+            raise NetworkError(f"this server holds blocks {own} and not {way.span}: it may have moved since its record was read")
         if known is not None:
             if way.client != known.client:
                 raise Unauthorized("the session belongs to another client")
