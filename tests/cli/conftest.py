@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,17 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeModel
     monkeypatch.setitem(sys.modules, "corolla.server.embedded", SimpleNamespace(open_model=model.open_model))  # type: ignore[arg-type]
     yield model
     model.engine.stop()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Commands set up the logging of their process, which here is that of all tests."""
+    loggers = [logging.getLogger(name) for name in (None, "corolla", "hivemind.dht", "hivemind.p2p")]
+    before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers = handlers
 
 
 @pytest.fixture

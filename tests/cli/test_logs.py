@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import io
 import logging
 import subprocess
 import sys
 
 import pytest
 
-from corolla.cli.logs import Logfmt, LogLevel
+from corolla.cli.logs import Logfmt, LogLevel, set_up
 
 
 def line(message: str, *args: object, **extra: object) -> str:
@@ -47,6 +48,13 @@ def test_an_exception_is_part_of_its_line() -> None:
         text = line("failed", exc_info=sys.exc_info())
     assert "\n" not in text
     assert 'ValueError: bad"' in text
+
+
+def test_lines_go_to_what_standard_error_is_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up(LogLevel.INFO, swarm=False)
+    monkeypatch.setattr("sys.stderr", stream := io.StringIO())
+    logging.getLogger("corolla.test").info("here", extra={"session": "s1"})
+    assert stream.getvalue().endswith(" level=info logger=corolla.test message=here session=s1\n")
 
 
 @pytest.mark.parametrize(

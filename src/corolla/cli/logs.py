@@ -6,8 +6,10 @@ import importlib.util
 import json
 import logging
 import re
+import sys
 import time
 from enum import StrEnum
+from typing import TextIO
 
 from corolla.errors import InvalidSetting
 
@@ -45,13 +47,24 @@ class Logfmt(logging.Formatter):
         return " ".join(f"{key}={_value(value)}" for key, value in fields.items())
 
 
+class _StandardError(logging.StreamHandler):
+    """Writes to what standard error is at that moment, for a progress bar puts something else in its place."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
 def set_up(level: LogLevel, *, swarm: bool) -> None:
     """Log to standard error from now on, in this process and those that it forks.
 
     hivemind's own loggers stay at warning unless debug is asked for; `swarm` says whether it is going to be imported. Raises
     `InvalidSetting` where it is not installed.
     """
-    handler = logging.StreamHandler()
+    handler = _StandardError()
     handler.setFormatter(Logfmt())
     handler.addFilter(lambda record: level is LogLevel.DEBUG or _NOISE not in record.getMessage())
     root = logging.getLogger()

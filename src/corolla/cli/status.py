@@ -121,7 +121,7 @@ def draw(seen: Look, width: int = WIDTH) -> Group:
         else:
             parts.append(Text("every block is held", style="green"))
     if not seen.records:
-        parts.append(Text("no server is announced in this swarm"))
+        parts.append(Text("no server is announced in this swarm, or none that this secret can read: corolla doctor --peers tells which"))
     for record in seen.records:
         if record.peer in seen.counters:
             counts = "  ".join(f"{name} {count}" for name, count in sorted(seen.counters[record.peer].items()))
