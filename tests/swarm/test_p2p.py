@@ -73,8 +73,9 @@ def test_two_peers_talk_on_one_stream(target: Peer, honest: Peer) -> None:
     honest.ping(target.me, 3)
     sizes = [message.hidden.data.nbytes for sender, message in target.came if isinstance(message, HiddenFrame)]
     assert sizes == [4, 8000, 1_200_000]
-    assert not target.lost
-    assert not honest.lost
+    for peer in (target, honest):
+        assert not peer.lost
+        assert not any(peer.network.counts.values())
 
 
 HIDDEN = {"t": "hidden", "s": "s", "g": 0, "b": 0, "h": {"d": "float32", "z": [2, 2]}}
@@ -208,7 +209,6 @@ def test_a_recorded_handshake_is_refused_and_logged(target: Peer, tmp_path: Path
             for message in recorded.said:
                 await again.write(message)
             await again.until_closed()
-            assert recorded.heard[0] != again.heard
             assert await hostile.refused()
             return hostile.me
 

@@ -83,6 +83,7 @@ class P2PNetwork:
         self.bans = bans or Bans()
         self._me = dht.peer_id.to_base58()
         self._channels: dict[str, _Channel] = {}
+        self._rates: dict[str, Rate] = {}  # of those connected last, so that a new connection is no new start
         self._streams: Counter[str] = Counter()  # that each peer has opened
         self._serving: set[asyncio.Task[None]] = set()  # those streams
         self._strangers = 0
@@ -240,7 +241,7 @@ class P2PNetwork:
                 del self._streams[peer]
 
     async def _serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not await self._admit(peer, reader, writer):
+        if not await self._admit(peer, reader, writer) or self.bans.left(peer):  # for what it did on another stream meanwhile
             return
         channel = self._channels.get(peer)
         if channel is None:
@@ -332,7 +333,11 @@ class P2PNetwork:
     # Connections.
 
     def _open(self, peer: str) -> _Channel:
-        channel = self._channels[peer] = _Channel(Rate(self._config.frames_per_second), asyncio.Queue(self._config.queue))
+        rate = self._rates.pop(peer, None) or Rate(self._config.frames_per_second)
+        self._rates[peer] = rate
+        if len(self._rates) > 2 * self._config.peers:
+            del self._rates[next(iter(self._rates))]
+        channel = self._channels[peer] = _Channel(rate, asyncio.Queue(self._config.queue))
         return channel
 
     def _start(self, channel: _Channel, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
