@@ -112,9 +112,9 @@ class Stream:
 class Hostile:
     """A peer of its own key that does as it likes: `async with Hostile(...)`."""
 
-    def __init__(self, identity: Path, target: Peer, secret: bytes | None) -> None:
-        self._daemon = Daemon(identity, target.addresses)
-        self._target, self._secret = target.me, secret
+    def __init__(self, identity: Path, target: str, addresses: Sequence[str], secret: bytes | None) -> None:
+        self._daemon = Daemon(identity, addresses)
+        self._target, self._secret = target, secret
         self._streams: list[Stream] = []
         self.me = self._daemon.peer_id.to_base58()
 

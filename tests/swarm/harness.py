@@ -111,7 +111,7 @@ class Swarm:
         self.directory, self.folder, self.options = directory, folder, options
         self._environment = {**os.environ, "COROLLA_SECRET": secret} if secret else None
         self.servers: list[Server] = []  # in order of their start, the dead among them
-        self.bootstrap = self._run("bootstrap").wait_ready()
+        self.bootstrap = self._run("bootstrap")
 
     def __enter__(self) -> Swarm:
         return self
@@ -121,7 +121,8 @@ class Swarm:
 
     @property
     def address(self) -> str:
-        return self.bootstrap.address
+        """Where others join: of the bootstrap node, once it is ready."""
+        return self.bootstrap.wait_ready().address
 
     @property
     def living(self) -> list[Server]:

@@ -95,7 +95,7 @@ def test_bytes_that_are_no_frame_ban_their_sender(
     target: Peer, honest: Peer, tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: bytes
 ) -> None:
     async def attack() -> str:
-        async with Hostile(tmp_path / "key", target, SECRET) as hostile:
+        async with Hostile(tmp_path / "key", target.me, target.addresses, SECRET) as hostile:
             stream, other = await hostile.enter(), await hostile.enter()
             await stream.write(bad)
             await stream.until_closed()
@@ -114,7 +114,7 @@ def test_bytes_that_are_no_frame_ban_their_sender(
 def test_bans_end_and_grow(target: Peer, tmp_path: Path) -> None:
     async def attack() -> list[float]:
         bans = []
-        async with Hostile(tmp_path / "key", target, SECRET) as hostile:
+        async with Hostile(tmp_path / "key", target.me, target.addresses, SECRET) as hostile:
             for _ in range(3):
                 stream = await hostile.enter()
                 await stream.write(bytes(100))
@@ -153,7 +153,7 @@ async def _stalls_in_a_frame(hostile: Hostile) -> None:
 @pytest.mark.parametrize("attack", [_says_nothing, _says_noise, _stalls_in_a_frame])
 def test_who_stalls_or_breaks_the_handshake_is_banned(target: Peer, tmp_path: Path, attack: Callable[[Hostile], object]) -> None:
     async def scenario() -> None:
-        async with Hostile(tmp_path / "key", target, SECRET) as hostile:
+        async with Hostile(tmp_path / "key", target.me, target.addresses, SECRET) as hostile:
             await attack(hostile)  # type: ignore[misc]
             assert await hostile.refused()
 
@@ -164,7 +164,7 @@ def test_a_stream_cut_within_a_frame_bans_nobody(target: Peer, tmp_path: Path) -
     """It is what a peer that dies looks like."""
 
     async def scenario() -> None:
-        async with Hostile(tmp_path / "key", target, SECRET) as dying:
+        async with Hostile(tmp_path / "key", target.me, target.addresses, SECRET) as dying:
             stream = await dying.enter()
             await stream.write(bytes_of(Ping(5))[:-1])
             await stream.close()
@@ -176,7 +176,7 @@ def test_a_stream_cut_within_a_frame_bans_nobody(target: Peer, tmp_path: Path) -
 
 def test_a_kind_of_a_later_version_bans_nobody(target: Peer, tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with Hostile(tmp_path / "key", target, SECRET) as later:
+        async with Hostile(tmp_path / "key", target.me, target.addresses, SECRET) as later:
             stream = await later.enter()
             await stream.write(framed(msgspec.msgpack.encode({"t": "later"})) + bytes_of(Ping(5)))
             for expected in (Refused("later"), Pong(5)):
@@ -201,7 +201,7 @@ def test_a_recorded_handshake_is_refused_and_logged(target: Peer, tmp_path: Path
     """The messages as the dialer sent them, from the same peer to the same peer."""
 
     async def scenario() -> str:
-        async with Hostile(tmp_path / "key", target, SECRET) as hostile:
+        async with Hostile(tmp_path / "key", target.me, target.addresses, SECRET) as hostile:
             recorded = await hostile.enter()
             await recorded.write(bytes_of(Ping(7)))
             assert await recorded.read(len(bytes_of(Pong(7)))) == bytes_of(Pong(7))
@@ -222,7 +222,7 @@ def test_claims_allocate_nothing(target: Peer, tmp_path: Path) -> None:
     limit = QUICK.frame_limit
 
     async def scenario() -> int:
-        async with Hostile(tmp_path / "key", target, SECRET) as hostile:
+        async with Hostile(tmp_path / "key", target.me, target.addresses, SECRET) as hostile:
             before = psutil.Process().memory_info().rss
             streams = [await hostile.enter() for _ in range(QUICK.streams_per_peer)]
             assert await hostile.refused()  # one stream more
@@ -240,7 +240,7 @@ def test_claims_allocate_nothing(target: Peer, tmp_path: Path) -> None:
 
 def test_a_flood_is_read_slowly_and_the_others_are_served(target: Peer, honest: Peer, tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with Hostile(tmp_path / "key", target, SECRET) as hostile:
+        async with Hostile(tmp_path / "key", target.me, target.addresses, SECRET) as hostile:
             stream = await hostile.enter()
             flood = asyncio.create_task(stream.write(bytes_of(Pong(1)) * 200_000))
             while not target.network.counts["slowed"]:
@@ -262,7 +262,7 @@ def test_what_arrives_is_bounded_too(tmp_path: Path) -> None:
     target = Peer(tmp_path / "key", config)
 
     async def scenario() -> None:
-        async with Hostile(tmp_path / "hostile", target, None) as hostile:
+        async with Hostile(tmp_path / "hostile", target.me, target.addresses, None) as hostile:
             stream = await hostile.enter()
             with suppress(ConnectionError):  # it may be closed while we write
                 await stream.write(struct.pack("<I", 8 * MEBIBYTE) + bytes(2 * MEBIBYTE))

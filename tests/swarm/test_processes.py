@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,18 @@ def test_servers_join_through_a_bootstrap_node_and_strangers_do_not(directory: P
         for options in (("--secret", "crocus"), ()):
             with pytest.raises(AssertionError, match="the same secret"):
                 swarm.status(*options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.xfail(strict=True))])
+def test_nothing_is_left_of_a_process_that_was_ended(directory: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with Swarm(directory, tmp_path) as swarm:
+        node = swarm.bootstrap.wait_ready()
+        family = psutil.Process(node.process.pid).children(recursive=True)
+        assert len(family) >= 2  # hivemind's process and its daemon
+        node.signal(number, alone=True)
+        assert node.process.wait(DEADLINE) == (0 if number == signal.SIGTERM else -number)
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive
 
 
 def test_up_answers_and_leaves_no_process_behind(smollm2: Path) -> None:

@@ -91,6 +91,11 @@ class _Way:
         return self.client if self.hop == 0 else self.route[self.hop - 1].peer
 
     @property
+    def sends_here(self) -> str:
+        """Who sends the tokens of an answer here: the server before, round the ring."""
+        return self.route[self.hop - 1].peer
+
+    @property
     def last(self) -> bool:
         return self.hop == len(self.route) - 1
 
@@ -234,6 +239,8 @@ class SpanServer:
                 settings=None if frame.settings is None else to_settings(frame.settings),
             )
             self._admit(sender, frame.session, way, known)
+            if way.timed:
+                self.round_trips.ask({way.before, way.sends_here} - self.round_trips.seconds.keys())
             self._ways[frame.session] = way
             return way
         if known is None:
@@ -351,7 +358,7 @@ class SpanServer:
         now, compute = time.perf_counter(), self._engine.forward_seconds
         queue = max(0.0, now - under_way.since - compute)
         under_way.since = now
-        transfer = self.round_trips.of(under_way.way.before) / 2
+        transfer = self.round_trips.of(under_way.way.sends_here) / 2
         return (*under_way.timings, HopTiming(self._network.me, queue, compute, transfer))
 
     def _send(self, peer: str, message: WireMessage) -> None:
