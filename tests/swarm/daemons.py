@@ -123,9 +123,13 @@ class Hostile:
         return self
 
     async def __aexit__(self, *exception: Any) -> None:
+        await self.leave()
+        await self._p2p.shutdown()
+
+    async def leave(self) -> None:
+        """Close all streams."""
         for stream in self._streams:
             await stream.close()
-        await self._p2p.shutdown()
 
     async def open(self) -> Stream:
         """A stream to the target, and nothing said yet."""

@@ -19,7 +19,7 @@ from corolla.swarm.bans import BanPolicy, Bans
 from corolla.swarm.handshake import MESSAGE_BYTES
 from corolla.swarm.p2p import P2PConfig
 from corolla.swarm.wire import Array, HiddenFrame, Ping, Pong, Refused, WireMessage
-from tests.swarm.daemons import Hostile, Peer
+from tests.swarm.daemons import PATIENCE, Hostile, Peer
 
 SECRET = b"correct horse battery staple"
 MEBIBYTE = 2**20
@@ -62,6 +62,12 @@ def bytes_of(message: WireMessage) -> bytes:
 
 def framed(header: bytes, body: bytes = b"", major: int = frames.MAJOR) -> bytes:
     return struct.pack("<IBBH", 4 + len(header) + len(body), major, 0, len(header)) + header + body
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not happened():
+            await asyncio.sleep(0.01)
 
 
 def test_two_peers_talk_on_one_stream(target: Peer, honest: Peer) -> None:
@@ -255,6 +261,54 @@ def test_a_flood_is_read_slowly_and_the_others_are_served(target: Peer, honest: 
     asyncio.run(scenario())
     assert psutil.Process().memory_info().rss - before < 64 * MEBIBYTE
     target.came.clear()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning")  # that hivemind leaves open when a dial fails
+def test_peers_and_strangers_are_bounded_in_all(tmp_path: Path) -> None:
+    target = Peer(tmp_path / "key", P2PConfig(peers=2, strangers=2, dials=1))
+    hostiles = [Hostile(tmp_path / f"{number}", target.me, target.addresses, None) for number in range(3)]
+
+    async def scenario() -> None:
+        async with hostiles[0] as one, hostiles[1] as two, hostiles[2] as three:
+            for silent in (one, two):
+                await silent.open()
+            await until(lambda: target.network.strangers == 2)
+            assert await three.refused()
+            for silent in (one, two):
+                await silent.leave()
+            await until(lambda: target.network.strangers == 0)
+            for peer in (one, two):
+                await peer.enter()
+            await until(lambda: target.network.peers == 2)
+            assert await three.refused()
+
+    asyncio.run(scenario())
+    target.wait(lambda: len(target.lost) == 2)
+    for nobody in ("QmNobody", "QmNobodyElse"):
+        target.network.send(nobody, Ping(1))
+    target.wait(lambda: {"QmNobody", "QmNobodyElse"} <= set(target.lost))
+    target.network.close()
+
+
+def test_who_takes_nothing_is_lost(tmp_path: Path) -> None:
+    target = Peer(tmp_path / "key", P2PConfig(queue_limit=4 * MEBIBYTE))
+    message = HiddenFrame("s", 0, 0, Array("float32", (256, 1024), memoryview(bytes(MEBIBYTE))))
+
+    async def scenario() -> None:
+        async with Hostile(tmp_path / "hostile", target.me, target.addresses, None) as hostile:
+            await hostile.enter()
+            await until(lambda: target.network.peers == 1)
+            before, sent = psutil.Process().memory_info().rss, 0
+            while not target.lost:
+                target.network.send(hostile.me, message)
+                sent += 1
+                await asyncio.sleep(0.001)
+            # It is read by our own daemons and streams up to their limits, and no further.
+            assert sent < 200
+            assert psutil.Process().memory_info().rss - before < 64 * MEBIBYTE
+
+    asyncio.run(scenario())
+    target.network.close()
 
 
 def test_what_arrives_is_bounded_too(tmp_path: Path) -> None:

@@ -107,6 +107,16 @@ class P2PNetwork:
         return {name: self._counts[name] for name in ("banned", "refused", "slowed")}
 
     @property
+    def peers(self) -> int:
+        """How many are connected, or being dialled."""
+        return len(self._channels)
+
+    @property
+    def strangers(self) -> int:
+        """How many streams have not proved the secret yet."""
+        return self._strangers
+
+    @property
     def unfinished(self) -> int:
         """Bytes held now of frames that came in part."""
         return self._unfinished.held
