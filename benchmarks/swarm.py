@@ -45,7 +45,7 @@ from corolla.swarm.wire import StepFrame, TokenFrame, WireMessage
 from corolla.types import GenerationSettings, Span
 from engine import check_peer
 from runners import Answer, Corolla, Runner, decode_rate, median_gap_ms
-from swarm_servers import COROLLA, CorollaSwarm, PetalsSwarm, Processes, answers_of, even_spans
+from swarm_servers import COROLLA, CorollaSwarm, PetalsSwarm, Processes, even_spans
 
 PROMPT = 16  # tokens before a decode measurement
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -164,7 +164,6 @@ class BesidePetals:
             for threads in options.petals_threads or shape.petals_threads:
                 name = f"Petals, {_plural(threads, 'thread')}"
                 self.petals[name] = PetalsSwarm(processes, options.petals_python, directory, spans, threads=threads)
-        self._petals_clients = {name: swarm.clients(TOGETHER) for name, swarm in self.petals.items()}
         self.corolla = f"Corolla, {_plural(options.threads, 'thread')}"
 
     def cells(self) -> dict[str, Callable[[int], Mapping[str, float]]]:
@@ -182,7 +181,7 @@ class BesidePetals:
         if name == self.corolla:
             answers = self._client.answers(prompts[:sessions], self._shape.new_tokens)
         else:
-            answers = answers_of(self._petals_clients[name][:sessions], prompts[:sessions], self._shape.new_tokens)
+            answers = self.petals[name].answers(prompts[:sessions], self._shape.new_tokens)
         if number < 0 and [answer.token_ids for answer in answers] != self._expected[:sessions]:
             raise SystemExit(f"{self.label(name, sessions)}: not the answers of stock transformers, so its speed does not count")
         return {self.label(name, sessions): decode_rate(answers)}
@@ -194,6 +193,8 @@ def petals(shape: Shape, bench: Bench) -> None:
         figures = bench.rounds(beside.cells())
     for name, values in figures.items():
         bench.table.add(name, "tokens/s", values)
+    for name, swarm in beside.petals.items():
+        bench.table.add(f"{shape.name}, {name}: asked again because a session hung", "times", [swarm.hung])
     for sessions, (reach, aim) in ((1, shape.single), (TOGETHER, shape.together)):
         if beside.petals:
             theirs = max((figures[beside.label(name, sessions)] for name in beside.petals), key=statistics.median)
