@@ -11,6 +11,7 @@ Needs nothing of Corolla.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -22,6 +23,10 @@ def prepare(threads: int) -> None:
     """What has to be done before hivemind and Petals are imported."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+    # The collector ends tasks that only an event loop refers to, for it does so weakly: with it, one of 8 sessions hung for good
+    # within a few requests in five runs of seven; without it none did in 20 requests, at the same speed.
+    gc.disable()
 
     # hivemind takes these names from where torch had them in 2023.
     import torch.amp.grad_scaler

@@ -194,7 +194,8 @@ def petals(shape: Shape, bench: Bench) -> None:
     for name, values in figures.items():
         bench.table.add(name, "tokens/s", values)
     for name, swarm in beside.petals.items():
-        bench.table.add(f"{shape.name}, {name}: asked again because a session hung", "times", [swarm.hung])
+        if swarm.hung:
+            bench.table.add(f"{shape.name}, {name}: asked again because a session hung", "times", [swarm.hung])
     for sessions, (reach, aim) in ((1, shape.single), (TOGETHER, shape.together)):
         if beside.petals:
             theirs = max((figures[beside.label(name, sessions)] for name in beside.petals), key=statistics.median)

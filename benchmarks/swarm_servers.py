@@ -224,7 +224,7 @@ class PetalsSwarm:
     def answers(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
         """All prompts at once, a client process each; with sessions as threads of one process Petals is a tenth slower.
 
-        A session of several sometimes hangs for good; then its client is replaced and all prompts are asked again (`hung` counts).
+        Should a session hang for good, its client is replaced and all prompts are asked again; `hung` counts that.
         """
         for _ in range(_TRIES):
             while len(self._clients) < len(prompts):
