@@ -469,7 +469,6 @@ def test_sessions_that_wait_for_their_server_before_take_no_places(swarm: Swarm,
     swarm.check_integrity()
 
 
-@pytest.mark.xfail(strict=True, reason="counted by the client that is named, whoever names it")
 def test_sessions_in_anothers_name_take_nothing_from_them(swarm: Swarm, directory: Path) -> None:
     server = swarm.add("s", 0, 4, config=replace(CONFIG, sessions_per_client=16))
     honest, mallory = swarm.client("honest"), Mallory(swarm.hub)

@@ -207,9 +207,9 @@ async def _silence(p2p: P2P, address: str, secret: bytes | None) -> Finding:
 
 async def _directory(node: DHTNode) -> Finding:
     """Whether servers are announced."""
-    from corolla.swarm.directory import _INDEX
+    from corolla.swarm.directory import INDEX
 
-    found = await node.get(_INDEX, latest=True)
+    found = await node.get(INDEX, latest=True)
     entries = {} if found is None or not isinstance(found.value, dict) else found.value
     if not entries:
         return _NOBODY

@@ -168,7 +168,7 @@ class SpanServer:
             cached, pending = self._engine.whereabouts(message.session, message.generation)
             self._send(sender, Whereabouts(message.session, message.generation, cached, pending))
         elif isinstance(message, AskCounters):
-            counts = asdict(self.counters) | asdict(self._engine.counters)
+            counts = asdict(self.counters) | asdict(self._engine.counters) | dict(self._network.counts)
             self._send(sender, Counters({name: int(count) for name, count in counts.items()}))
 
     def _lose(self, peer: str) -> None:
@@ -210,6 +210,8 @@ class SpanServer:
             way = self._way(sender, frame, known)
             client = way.client
             blamed, generation = sender, way.generation
+            if frame.hidden is not None:
+                self._check_shape(frame.start, frame.hidden.shape, from_client=way.hop == 0)
             step = to_step(frame)
             self._check(sender, frame, step, way)
             blamed = self._network.me
@@ -269,11 +271,23 @@ class SpanServer:
             raise Unauthorized("the session was closed while the step was on its way")
         if self._leaving:
             raise NetworkError("this server is leaving, and takes no new sessions")
-        of_client = sum(other.client == way.client for other in self._ways.values())
+        # Counted by who brings them, too: a peer that names another's client takes none of its places.
+        of_client = sum((other.client, other.before) == (way.client, way.before) for other in self._ways.values())
         of_server = sum(other.before == way.before for other in self._ways.values())
         config = self._config
         if len(self._ways) >= config.sessions or of_client >= config.sessions_per_client or of_server >= config.sessions_per_server:
             raise Busy(config.retry_after)
+
+    def _check_shape(self, start: int, shape: tuple[int, int], *, from_client: bool) -> None:
+        """Before the rows themselves are touched. Raises like `_check`."""
+        arch, (rows, values) = self._engine.model.arch, shape
+        problem = ""
+        if values != arch.hidden:
+            problem = f"rows of {values} values came, and this model's have {arch.hidden}"
+        elif start + rows > arch.context_length:
+            problem = f"positions came that are outside a context of {arch.context_length}"
+        if problem:
+            raise InvalidSetting("hidden", problem) if from_client else ServerFault(problem)
 
     def _check(self, sender: str, frame: StepFrame, step: Step, way: _Way) -> None:
         """Raises `ServerFault` for what no honest server sends, and `InvalidSetting` for rows of a client that no block takes."""
@@ -289,17 +303,12 @@ class SpanServer:
             problem = "a step without token ids came"
         elif not all(0 <= token < arch.vocabulary for token in frame.tokens):
             problem = f"token ids came that are outside a vocabulary of {arch.vocabulary}"
-        elif step.start + len(step.payload) > arch.context_length:
-            problem = f"positions came that are outside a context of {arch.context_length}"
         if problem:
             raise ServerFault(problem)
 
     def _problem_of_rows(self, step: Step, way: _Way) -> str | None:
         if not isinstance(step.payload, torch.Tensor):
             return "no hidden states came" if way.hop else None
-        width = self._engine.model.arch.hidden
-        if step.payload.shape[1] != width:
-            return f"rows of {step.payload.shape[1]} values came, and this model's have {width}"
         return None if bool(step.payload.isfinite().all()) else "hidden states came that are NaN or infinite"
 
     # On the engine's thread from here on.

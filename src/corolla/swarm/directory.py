@@ -83,7 +83,7 @@ class LocalDirectory:
 # What stands in the DHT: under the key of a model one entry for each of its servers, and under one key of the whole swarm an
 # entry for each server with its model's name. A server is its public key, so it has one entry under a key and nobody else's.
 
-_INDEX = "corolla/1/models"
+INDEX = "corolla/1/models"
 
 
 def _model_key(model: str) -> str:
@@ -143,7 +143,7 @@ class HivemindDirectory:
             self._model = record.model
             announced: dict[str, _Entry] = {
                 _model_key(record.model): _Announced(encoded),
-                _INDEX: _Serves(record.model, record.expires),
+                INDEX: _Serves(record.model, record.expires),
             }
             await self._store(announced, until=record.expires)
 
@@ -162,13 +162,13 @@ class HivemindDirectory:
     async def models(self) -> list[str]:
         """See `Directory.models`."""
         now = time.time()
-        entries = (entry for _, entry in await self._entries(_INDEX))
+        entries = (entry for _, entry in await self._entries(INDEX))
         served = (entry for entry in entries if isinstance(entry, _Serves) and _lives(entry.expires, now))
         return _most_served(entry.model for entry in served if is_word(entry.model))
 
     async def _withdraw(self) -> None:
         if self._model is not None:
-            gone: dict[str, _Entry] = {_model_key(self._model): _Withdrawn(), _INDEX: _Withdrawn()}
+            gone: dict[str, _Entry] = {_model_key(self._model): _Withdrawn(), INDEX: _Withdrawn()}
             await self._store(gone, until=time.time() + _WITHDRAWAL)
             self._model = None
 

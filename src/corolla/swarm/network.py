@@ -6,7 +6,7 @@ Two sides implement it: `LocalNetwork` within one process, and `p2p.P2PNetwork` 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -26,6 +26,11 @@ class Network(Protocol):
     @property
     def me(self) -> str:
         """This peer's id."""
+        ...
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What happened to peers since the start, by name."""
         ...
 
     def listen(self, on_message: OnMessage, on_lost: OnLost) -> None:
@@ -117,6 +122,11 @@ class LocalNetwork:
     @property
     def me(self) -> str:
         return self._me
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Nothing: nobody is banned within one process."""
+        return {}
 
     def listen(self, on_message: OnMessage, on_lost: OnLost) -> None:
         """See `Network.listen`."""

@@ -34,9 +34,10 @@ class SwarmPeer:
     """
 
     def __init__(self, config: PeerConfig) -> None:
-        from hivemind import DHT
+        from hivemind.dht.protocol import ValidationError
         from hivemind.p2p import P2PDaemonError
 
+        from corolla.swarm.dht import Node
         from corolla.swarm.membership import Members
         from corolla.swarm.signatures import Identity, SignedEntries
 
@@ -45,7 +46,7 @@ class SwarmPeer:
         key = config.identity or Path(self._directory_of_key.name) / "identity"
         entries = SignedEntries(Identity.load(key), config.secret)
         try:
-            self._dht = DHT(
+            self._dht = Node(
                 initial_peers=list(config.initial_peers),
                 host_maddrs=[f"/ip4/{config.host}/tcp/{config.port}"],
                 announce_maddrs=list(config.announce) or None,
@@ -56,12 +57,13 @@ class SwarmPeer:
                 check_if_identity_free=config.identity is not None,  # a key made just now is nobody else's
                 start=True,
             )
-        except (P2PDaemonError, RuntimeError, OSError) as error:
+        except (P2PDaemonError, ValidationError, RuntimeError, OSError) as error:
             self._directory_of_key.cleanup()
             through = ", ".join(config.initial_peers) or f"{config.host}:{config.port}"
             silent = "nobody there answers; is the peer running, and do both sides have the same secret?"
             reason = silent if "none of the initial_peers responded" in str(error) else error
-            raise NetworkError(f"no swarm could be joined through {through}: {reason}") from error
+            hint = f"; `corolla doctor --peers {config.initial_peers[0]}` tells why" if config.initial_peers else ""
+            raise NetworkError(f"no swarm could be joined through {through}: {reason}{hint}") from error
         self.network = P2PNetwork(self._dht, P2PConfig(secret=config.secret))
         self._directory = HivemindDirectory(self._dht, entries)
 
