@@ -44,7 +44,7 @@ from corolla.swarm.routing import Hop, Route
 from corolla.swarm.wire import StepFrame, TokenFrame, WireMessage
 from corolla.types import GenerationSettings, Span
 from engine import check_peer
-from runners import Answer, Corolla, Runner, decode_rate, median_gap_ms
+from runners import Corolla, Runner, decode_rate, median_gap_ms
 from swarm_servers import COROLLA, CorollaSwarm, PetalsSwarm, Processes, even_spans
 
 PROMPT = 16  # tokens before a decode measurement
@@ -259,42 +259,42 @@ def delay(bench: Bench) -> None:
 # A server's death.
 
 HISTORY = 1000
+RECOVERED_DTYPES = sorted({DEFAULT_DTYPE, "float32"})  # in float32 the answer must stay the same, token for token
 
 
 def recovery(bench: Bench) -> None:
+    for dtype in RECOVERED_DTYPES:
+        recovery_in(dtype, bench)
+
+
+def recovery_in(dtype: str, bench: Bench) -> None:
     """The middle one of three servers is killed in mid-answer; another that holds the same blocks stands by."""
     kill_at, new_tokens, settle = 16, 48, 3.0  # tokens, tokens, seconds for the client to see a new server
     middle = even_spans(bench.blocks, 3)[1:2]
     prompt = bench.prompt(HISTORY - kill_at)
-    figures: dict[str, list[float]] = {}
-    for dtype in bench.options.recovery_dtypes:
-        with bench.processes() as processes:
-            swarm = bench.swarm(processes, 3, dtype=dtype)
-            client = swarm.client()
-            bench.check("the swarm", client)
-            undisturbed = client.answer(prompt, new_tokens)
-            if dtype == "float32" and undisturbed.token_ids != stock_answers(bench.directory, [prompt], new_tokens)[0]:
-                raise SystemExit("the swarm does not answer as stock transformers does, so its recovery does not count")
+    with bench.processes() as processes:
+        swarm = bench.swarm(processes, 3, dtype=dtype)
+        client = swarm.client()
+        bench.check("the swarm", client)
+        undisturbed = client.answer(prompt, new_tokens)
+        if dtype == "float32" and undisturbed.token_ids != stock_answers(bench.directory, [prompt], new_tokens)[0]:
+            raise SystemExit("the swarm does not answer as stock transformers does, so its recovery does not count")
+        swarm.add(middle)
+
+        def measure(_round: int) -> Mapping[str, float]:
+            time.sleep(settle)
+            client.send(prompts=[prompt], new_tokens=new_tokens, say_at=kill_at)
+            swarm.kill(client.read()["route"][1])
+            (answer,) = client.read_answers()
+            if dtype == "float32" and answer.token_ids != undisturbed.token_ids:
+                raise SystemExit("an answer changed when its server was killed, so its recovery does not count")
             swarm.add(middle)
+            return {"first token": answer.first_token_s, "pause": max(answer.gaps[kill_at - 1 :])}
 
-            def measure(
-                _round: int, name: str, swarm: CorollaSwarm = swarm, client: Any = client, expected: Answer = undisturbed
-            ) -> Mapping[str, float]:
-                time.sleep(settle)
-                client.send(prompts=[prompt], new_tokens=new_tokens, say_at=kill_at)
-                victim = client.read()["route"][1]
-                swarm.kill(victim)
-                (answer,) = client.read_answers()
-                if name == "float32" and answer.token_ids != expected.token_ids:
-                    raise SystemExit("an answer changed when its server was killed, so its recovery does not count")
-                swarm.add(middle)
-                return {name: max(answer.gaps[kill_at - 1 :])}
-
-            figures |= bench.rounds({f"recovery, {dtype}": functools.partial(measure, name=dtype)})
-            bench.table.add(f"prefill of {HISTORY:,} tokens through 3 servers, {dtype}", "s", [undisturbed.first_token_s])
-    for dtype, values in figures.items():
-        name = f"longest pause when a server is killed, history of {HISTORY:,} tokens, {dtype}"
-        bench.table.add(name, "s", values, reach=3.0, aim=1.0, at_most=True)
+        figures = bench.rounds({f"recovery, {dtype}": measure})
+    bench.table.add(f"first token of a prompt of {len(prompt)} tokens, 3 servers, {dtype}", "s", figures["first token"])
+    name = f"longest pause when a server is killed, history of {HISTORY:,} tokens, {dtype}"
+    bench.table.add(name, "s", figures["pause"], reach=3.0, aim=1.0, at_most=True)
 
 
 # Bytes.
@@ -389,21 +389,15 @@ def memory(bench: Bench) -> None:
     """`corolla generate --peers` as it is, looked at from outside every 10 ms; the most that it held counts."""
     with bench.processes() as processes:
         swarm = bench.swarm(processes, 3)
-        command = [
-            *COROLLA,
-            "generate",
-            str(bench.directory),
-            "--peers",
-            swarm.address,
-            "-p",
-            "The capital of France is",
-            "--max-new-tokens",
-            "64",
-        ]
+        asked = ["-p", "The capital of France is", "--max-new-tokens", "64"]
+        command = [*COROLLA, "generate", str(bench.directory), "--peers", swarm.address, *asked]
 
         def measure(_round: int) -> Mapping[str, float]:
             bare = int(subprocess.run([sys.executable, "-c", _BARE], stdout=subprocess.PIPE, check=True).stdout)
-            own, others = peaks(processes.start(command))
+            client = processes.start(command)
+            own, others = peaks(client)
+            if "Paris" not in processes.log(client):
+                raise processes.fail(client, "`corolla generate` did not answer as it should")
             return {"bare": bare / 1e6, "own": own / 1e6, "beyond": (own - bare) / 1e6, "others": others / 1e6}
 
         figures = bench.rounds({"a client": measure})
@@ -423,8 +417,6 @@ def peaks(process: subprocess.Popen[str]) -> tuple[int, int]:
             own = max(own, watched.memory_info().rss)
             others = max(others, sum(child.memory_full_info().uss for child in watched.children(recursive=True)))
         time.sleep(0.01)
-    if process.returncode:
-        raise SystemExit(f"`corolla generate` ended with code {process.returncode}")
     return own, others
 
 
@@ -486,7 +478,6 @@ def main() -> None:
     parser.add_argument("--petals-threads", type=int, nargs="+", help="of a Petals server, each setting in turn; the better one counts")
     parser.add_argument("--threads", type=int, default=1, help="of each Corolla server and of the engine beside them")
     parser.add_argument("--model", default=catalog.DEFAULT, help="alias, directory or hub id, of every part but Petals'")
-    parser.add_argument("--recovery-dtypes", nargs="+", default=sorted({DEFAULT_DTYPE, "float32"}), help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5, help="that count; one more warms up")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same table there")
     options = parser.parse_args()
