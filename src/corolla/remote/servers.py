@@ -1,0 +1,273 @@
+"""The servers of one model as the PyTorch client reaches them: the one listener of its network, shared by calls and sessions."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from corolla.errors import CapacityError, CorollaError, DeadlineExceeded, InvalidSetting, NetworkError, NoRoute
+from corolla.swarm.bans import Bans, blameworthy
+from corolla.swarm.convert import error_of
+from corolla.swarm.network import Network
+from corolla.swarm.pings import RoundTrips
+from corolla.swarm.routing import Route
+from corolla.swarm.wire import FailedFrame, GapFrame, HiddenFrame, Hop, Ping, Pong, ResultFrame, WireDtype, WireMessage
+from corolla.types import Span
+
+log = logging.getLogger(__name__)
+_LOOK_AGAIN = 0.25  # seconds between two searches for a route, while there is none
+
+Answer = ResultFrame | HiddenFrame | GapFrame
+
+
+class Router(Protocol):
+    """Chooses routes; `client.joined.KnownServers` does."""
+
+    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
+        """The route to take, around the peers of `avoid`, with room for so many tokens. Raises `NoRoute`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteConfig:
+    """How servers are chosen and how long they are waited for; raises `InvalidSetting` for a value outside its range.
+
+    Args:
+        request_timeout: seconds for one server's answer, and for servers to appear that hold the blocks and have room.
+        max_retries: faults of servers that one call or one step survives.
+        allowed_servers: the only peers to use; None is all of them.
+        blocked_servers: peers never to use.
+        wire_dtype: of rows and gradients as they are sent; None sends them in their own.
+        call_rows: of one call, in whole sequences: a larger batch goes in several, side by side.
+        parallel: calls under way at once; a server takes four of one client.
+        silence: seconds without an answer, until servers are asked whether they live.
+        answer: seconds for them to say so; who does not is as good as dead.
+    """
+
+    request_timeout: float = 180.0
+    max_retries: int = 8
+    allowed_servers: frozenset[str] | None = None
+    blocked_servers: frozenset[str] = frozenset()
+    wire_dtype: WireDtype | None = None
+    call_rows: int = 512
+    parallel: int = 3
+    silence: float = 2.0
+    answer: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("request_timeout", "call_rows", "parallel", "silence", "answer"):
+            if not getattr(self, name) > 0:
+                raise InvalidSetting(name, f"{getattr(self, name)!r} is not more than 0")
+        if self.max_retries < 0:
+            raise InvalidSetting("max_retries", f"{self.max_retries!r} is not at least 0")
+        for name in ("allowed_servers", "blocked_servers"):
+            if isinstance(getattr(self, name), str):
+                raise InvalidSetting(name, "give a list of peer ids")
+
+
+class Fault(Exception):
+    """The server `peer` failed with `error`: another one may be asked."""
+
+    def __init__(self, peer: str, error: CorollaError) -> None:
+        super().__init__(f"{peer}: {error}")
+        self.peer, self.error = peer, error
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    peer: str
+
+
+class Mailbox:
+    """What servers answer to one call, or in one session. One thread waits at a time."""
+
+    def __init__(self, servers: Servers) -> None:
+        self._servers = servers
+        self._inbox: SimpleQueue[tuple[str, Answer | FailedFrame | _Lost]] = SimpleQueue()
+
+    def put(self, sender: str, message: Answer | FailedFrame | _Lost) -> None:
+        """For the network's thread."""
+        self._inbox.put((sender, message))
+
+    def wait(self, peers: Collection[str], generation: int = 0) -> tuple[str, Answer]:
+        """The next answer of one of `peers`, and whose it is; those of another generation are dropped.
+
+        Raises `Fault` when one of them fails, is gone, does not live or does not answer in time; a `CallerError` or a
+        `CapacityError` that one of them answers.
+        """
+        config, servers = self._servers.config, self._servers
+        deadline = time.monotonic() + config.request_timeout
+        since, asked = time.monotonic(), None
+        while True:
+            until = since + config.silence if asked is None else asked + config.answer
+            try:
+                sender, message = self._inbox.get(timeout=max(0.0, min(until, deadline) - time.monotonic()))
+            except Empty:
+                now = time.monotonic()
+                if now >= deadline:
+                    raise Fault(
+                        min(peers, key=servers.heard), DeadlineExceeded(f"no answer came for {config.request_timeout:g} s")
+                    ) from None
+                if asked is None:
+                    asked = now
+                    servers.round_trips.ask(peers)
+                    continue
+                silent = [peer for peer in peers if servers.heard(peer) < asked]
+                if silent:
+                    silence = NetworkError(f"it did not answer for {config.silence + config.answer:g} s")
+                    raise Fault(silent[0], silence) from None
+                since, asked = now, None
+                continue
+            if sender not in peers:
+                continue
+            if isinstance(message, _Lost):
+                raise Fault(sender, NetworkError(f"the connection to {sender} broke"))
+            if not isinstance(message, ResultFrame) and message.generation != generation:
+                continue
+            if isinstance(message, FailedFrame):
+                error = error_of(message)
+                if blameworthy(error):
+                    raise Fault(message.peer if message.peer in peers else sender, error)
+                raise error
+            return sender, message
+
+
+class Servers:
+    """One for each process and model: it listens on `network`, and every call and session asks through it. For any thread.
+
+    Args:
+        blocks: of the whole model.
+    """
+
+    def __init__(self, network: Network, router: Router, blocks: int, *, bans: Bans | None = None, config: RemoteConfig | None = None):
+        self.network, self.blocks = network, blocks
+        self.bans = bans or Bans()
+        self.config = config or RemoteConfig()
+        self.round_trips = RoundTrips(network.send)
+        self._router = router
+        self._numbers = itertools.count(1)
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._heard: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        network.listen(self._receive, self._lose)
+
+    def close(self) -> None:
+        """Leave the network."""
+        self._closed.set()
+        self.network.close()
+
+    def heard(self, peer: str) -> float:
+        """When `peer` last sent anything, on `time.monotonic`'s clock; minus infinity if never."""
+        return self._heard.get(peer, float("-inf"))
+
+    def number(self) -> int:
+        """A number that nobody had before."""
+        return next(self._numbers)
+
+    def hops(self, span: Span, needed_tokens: int = 0) -> tuple[Hop, ...]:
+        """The servers to take for the blocks of `span`, in order.
+
+        Waits for servers that hold them and have room, and raises `NoRoute` when none have come in time.
+        """
+        deadline = time.monotonic() + self.config.request_timeout
+        while True:
+            try:
+                route = self._router.route(_Avoided(self.config, self.bans.banned()), needed_tokens)
+                break
+            except NoRoute:
+                if time.monotonic() >= deadline or self._closed.wait(_LOOK_AGAIN):
+                    raise
+        inside = [hop for hop in route.hops if hop.start < span.end and span.start < hop.end]
+        return tuple(Hop(hop.peer, max(hop.start, span.start), min(hop.end, span.end)) for hop in inside)
+
+    @contextmanager
+    def mailbox(self, key: str) -> Iterator[Mailbox]:
+        """Where answers go whose call or session is `key`, until the block ends."""
+        with self._lock:
+            mailbox = self._mailboxes[key] = Mailbox(self)
+        try:
+            yield mailbox
+        finally:
+            with self._lock:
+                del self._mailboxes[key]
+
+    def retries(self) -> Retries:
+        """For one call or step."""
+        return Retries(self)
+
+    # On the network's thread from here on.
+
+    def _receive(self, sender: str, message: WireMessage) -> None:
+        self._heard[sender] = time.monotonic()
+        if isinstance(message, ResultFrame):
+            self._deliver(str(message.call), sender, message)
+        elif isinstance(message, (HiddenFrame, GapFrame, FailedFrame)):
+            self._deliver(message.session, sender, message)
+        elif isinstance(message, Ping):
+            self.network.send(sender, Pong(message.nonce))
+        elif isinstance(message, Pong):
+            self.round_trips.answered(sender, message)
+
+    def _deliver(self, key: str, sender: str, message: Answer | FailedFrame) -> None:
+        with self._lock:
+            mailbox = self._mailboxes.get(key)
+        if mailbox is not None:
+            mailbox.put(sender, message)
+
+    def _lose(self, peer: str) -> None:
+        self.round_trips.forget(peer)
+        with self._lock:
+            mailboxes = list(self._mailboxes.values())
+        for mailbox in mailboxes:
+            mailbox.put(peer, _Lost(peer))
+
+
+class Retries:
+    """What one call or step has borne so far."""
+
+    def __init__(self, servers: Servers) -> None:
+        self._servers = servers
+        self._left = servers.config.max_retries
+        self._full_since: float | None = None
+
+    def bear(self, error: Fault | CapacityError) -> None:
+        """Ban the server that failed for a while, or wait until a full one has room, as long as it says.
+
+        Raises the fault's error when there were too many, and that of the full server when it took too long.
+        """
+        if isinstance(error, Fault):
+            seconds = self._servers.bans.blame(error.peer)
+            log.warning("server %s is left for %.0f s: %s", error.peer, seconds, error.error, extra={"peer": error.peer})
+            self._left -= 1
+            if self._left < 0:
+                raise error.error from error
+            return
+        now, most = time.monotonic(), self._servers.config.request_timeout
+        self._full_since = self._full_since or now
+        if now - self._full_since >= most:
+            raise error
+        time.sleep(min(error.retry_after, most))
+
+
+class _Avoided(Collection[str]):
+    """The peers that may not be used; those that may not be named one by one are in it too."""
+
+    def __init__(self, config: RemoteConfig, banned: frozenset[str]) -> None:
+        self._allowed, self._named = config.allowed_servers, config.blocked_servers | banned
+
+    def __contains__(self, peer: object) -> bool:
+        return peer in self._named or (self._allowed is not None and peer not in self._allowed)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
