@@ -291,6 +291,10 @@ class Chat:
         route = self._seam.link.route
         return route.peers if route is not None else ()
 
+    def give_up(self, hop: int) -> None:
+        """Treat a server of the route as lost."""
+        self._seam.link.lost(self.route[hop], NetworkError("it is given up on purpose"))
+
     def answer(self, prompt: Sequence[int], settings: GenerationSettings, at: Mapping[int, Callable[[], object]] | None = None) -> Answer:
         """An answer, timed; `at` says what to do when so many tokens are there, 0 being as soon as the prompt was sent."""
         at = at or {}
