@@ -313,8 +313,10 @@ class CountingHub(LocalHub):
 
 
 def wire_bytes(bench: Bench) -> None:
-    """Frames as the servers' own code makes them, over a counting network; and what real connections between machines carry."""
-    new_tokens, silence = 64, 3.0
+    """Frames as the servers' own code makes them, over a counting network; and what connections of real processes carry,
+    less what they carry while nobody asks anything.
+    """
+    new_tokens, silence = 192, 10.0  # tokens, seconds
     hub = CountingHub()
     spans = even_spans(bench.blocks, 3)
     route = Route(tuple(Hop(f"server-{start}", start, end) for start, end in spans), seconds=0.0)
@@ -344,8 +346,9 @@ def wire_bytes(bench: Bench) -> None:
         client = swarm.client()
         bench.check("the swarm", client)
 
+        idle = carried(swarm, lambda: time.sleep(silence)) / silence
+
         def measure(_round: int) -> Mapping[str, float]:
-            idle = carried(swarm, lambda: time.sleep(silence)) / silence
             began = time.perf_counter()
             busy = carried(swarm, lambda: client.answer(bench.prompt(1), new_tokens))  # a longer prompt is hidden states of its own
             return {"carried": (busy - idle * (time.perf_counter() - began)) / new_tokens}
