@@ -1,7 +1,7 @@
 #!/bin/sh
 # An environment in which Petals 2.2.0.post1 runs, for `benchmarks/swarm.py --petals-python DIRECTORY/bin/python`.
 #
-#     sh benchmarks/make_petals_peer.sh DIRECTORY [PYTHON]     # about 10 minutes; Python 3.11 on Linux x86-64
+#     sh benchmarks/make_petals_peer.sh DIRECTORY [PYTHON]     # some minutes; Python 3.11 on Linux x86-64
 #
 # Petals' own dependencies are of 2023. What differs from them here, and why:
 # - torch and numpy are those that still install; petals_peer.py gives back the names that torch has moved since.

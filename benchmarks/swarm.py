@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -496,7 +497,7 @@ def main() -> None:
         "rounds": options.rounds,
         "parts": " ".join(part for part in PARTS if part in options.only),
     }
-    packages = {}
+    packages = {"hivemind": version("hivemind")}
     if options.petals_python is not None:
         packages["petals"] = PetalsSwarm.version(options.petals_python)
     table = Table("swarm", settings, packages)
