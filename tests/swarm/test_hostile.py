@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +86,10 @@ class Tampering:
         altered = self._alter(message)
         self.altered += altered is not message
         self._network.send(peer, altered)
+
+    def send_all(self, messages: Sequence[tuple[str, WireMessage]]) -> None:
+        for peer, message in messages:
+            self.send(peer, message)
 
     def close(self) -> None:
         self._network.close()

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,8 @@ from corolla.models.span import SpanModel
 from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, Hidden, Message, Reply, Span, Step, Token
 
 _LIGHT_ROWS = 32
+_LINGER = 0.1  # of the last forward's time, until sessions that are expected back are waited for no longer
+_LINGER_AT_MOST = 1e-3  # seconds
 _LOOK_AGAIN = 5.0  # seconds: sessions may wait for the pages of one whose next token never comes
 
 
@@ -56,7 +58,7 @@ class Counters:
 
 
 class Engine:
-    """Serves sessions on one span.
+    """Serves sessions on one span. `after_turn` is called when the replies of a turn have been delivered.
 
     `receive` and the callbacks are the whole interface: replies are delivered on the engine's thread, so a callback must
     return quickly and must not call `run_once`. Without `start`, call `run_once` yourself (tests do).
@@ -73,6 +75,7 @@ class Engine:
         self._scheduler = Scheduler(self.pool, rows)
         self._conversations: dict[str, Conversation] = {}
         self.counters = Counters()
+        self.after_turn: Callable[[], None] = lambda: None
         self.forward_seconds = 0.0  # of the forward whose replies are being delivered
         self._inbox: deque[tuple[Message, Deliver | None]] = deque()
         self._calls: deque[Iterator[None]] = deque()
@@ -256,7 +259,9 @@ class Engine:
         for span in sorted({conversation.span for conversation, _ in scheduled}):
             self._forward(span, [(conversation, work) for conversation, work in scheduled if conversation.span == span])
         called = self._advance_call()
-        return bool(scheduled) or called or self._fail_stuck()
+        busy = bool(scheduled) or called or self._fail_stuck()
+        self.after_turn()
+        return busy
 
     def _advance_call(self) -> bool:
         """A piece of the oldest call."""
@@ -411,6 +416,7 @@ class Engine:
         try:
             while not self._stopping:
                 self._awake.clear()
+                self._linger()
                 if not self.run_once() and not self._inbox:
                     self._awake.wait(_LOOK_AGAIN)
         except BaseException as error:
@@ -422,6 +428,18 @@ class Engine:
                 if deliver is not None:
                     deliver(Failed(message.session, getattr(message, "generation", 0), ServerFault(str(reason))))
             self._fail([c for c in self._conversations.values() if not c.idle], reason)
+            self.after_turn()
+
+    def _linger(self) -> None:
+        """Tokens of several sessions come round the ring a moment apart. A forward of a few rows takes about as long as one of a
+        single row: so the first of them waits for the others, for a small part of what the forward takes."""
+        until = time.perf_counter() + min(_LINGER * self.forward_seconds, _LINGER_AT_MOST)
+        while self._inbox and (left := until - time.perf_counter()) > 0:
+            expected = sum(c.waiting for c in self._conversations.values())
+            if len(self._inbox) >= expected or any(c.pending for c in self._conversations.values()):
+                return
+            self._awake.wait(left)
+            self._awake.clear()
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` where the sessions and the pages disagree; call it between steps."""

@@ -122,6 +122,8 @@ class SpanServer:
         self.counters = NodeCounters()
         self.round_trips = RoundTrips(self._send)
         self._calls = Calls(engine, self._send, me=network.me)
+        self._held: list[tuple[str, WireMessage]] = []  # replies of the engine's turn
+        engine.after_turn = self._send_held
         network.listen(self._receive, self._lose)
 
     @property
@@ -317,21 +319,21 @@ class SpanServer:
         try:
             self._reply(under_way, reply)
         except CorollaError as error:  # what cannot be sent in the wire dtype, say
-            self._send(under_way.way.client, failed_of(error, reply.session, reply.generation, peer=self._network.me))
+            self._hold(under_way.way.client, failed_of(error, reply.session, reply.generation, peer=self._network.me))
 
     def _reply(self, under_way: _UnderWay, reply: Reply) -> None:
         way = under_way.way
         timings = self._timings(under_way) if way.timed else ()
         if isinstance(reply, Gap) and way.hop and reply.have and not under_way.tells_way:
             jump = ServerFault(f"rows from position {under_way.step.start} came, and those before had ended at {reply.have}")
-            self._send(way.client, failed_of(jump, reply.session, way.generation, peer=way.before))
+            self._hold(way.client, failed_of(jump, reply.session, way.generation, peer=way.before))
             return
         if isinstance(reply, Hidden) and not way.last:
             self._pass_on(under_way, reply, timings)
             return
         if isinstance(reply, Token) and len(way.route) > 1:
             self._close_ring(way, reply)
-        self._send(way.client, from_reply(reply, peer=self._network.me, wire_dtype=self._config.wire_dtype, timings=timings))
+        self._hold(way.client, from_reply(reply, peer=self._network.me, wire_dtype=self._config.wire_dtype, timings=timings))
 
     def _pass_on(self, under_way: _UnderWay, reply: Hidden, timings: tuple[HopTiming, ...]) -> None:
         """The rows that are computed so far go to the next server; it samples after the last of them."""
@@ -352,16 +354,16 @@ class SpanServer:
         else:
             frame = from_step(replace(onward, settings=None, adapter=""), wire_dtype=self._config.wire_dtype, timings=timings)
         self.counters.pushes += 1
-        self._send(way.route[hop].peer, frame)
+        self._hold(way.route[hop].peer, frame)
 
     def _close_ring(self, way: _Way, token: Token) -> None:
         """The token goes on where the route begins; after the last one the other servers are told that the answer has ended."""
         if token.finish is None:
             self.counters.ring_steps += 1
-            self._send(way.route[0].peer, StepFrame(token.session, token.generation, token.position, (token.token_id,)))
+            self._hold(way.route[0].peer, StepFrame(token.session, token.generation, token.position, (token.token_id,)))
         else:
             for hop in way.route[:-1]:
-                self._send(hop.peer, CancelFrame(token.session, token.generation))
+                self._hold(hop.peer, CancelFrame(token.session, token.generation))
 
     def _timings(self, under_way: _UnderWay) -> tuple[HopTiming, ...]:
         now, compute = time.perf_counter(), self._engine.forward_seconds
@@ -369,6 +371,21 @@ class SpanServer:
         under_way.since = now
         transfer = self.round_trips.of(under_way.way.sends_here) / 2
         return (*under_way.timings, HopTiming(self._network.me, queue, compute, transfer))
+
+    def _hold(self, peer: str, message: WireMessage) -> None:
+        """Send it with the other replies of the engine's turn: what was computed together goes on together."""
+        self._held.append((peer, message))
+
+    def _send_held(self) -> None:
+        held, self._held = self._held, []
+        try:
+            if held:
+                self._network.send_all(held)
+        except NetworkError as error:  # this server is leaving
+            log.info("replies were not sent: %s", error)
+        except CallerError:  # one of them, which must not take the others along
+            for peer, message in held:
+                self._send(peer, message)
 
     def _send(self, peer: str, message: WireMessage) -> None:
         try:

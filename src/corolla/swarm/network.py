@@ -6,7 +6,7 @@ Two sides implement it: `LocalNetwork` within one process, and `p2p.P2PNetwork` 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -41,6 +41,9 @@ class Network(Protocol):
 
         Messages to one peer arrive in order. Raises `NetworkError` when this network is closed.
         """
+
+    def send_all(self, messages: Sequence[tuple[str, WireMessage]]) -> None:
+        """The same for several messages, as (peer, message): those to one peer travel together."""
 
     def close(self) -> None:
         """Leave: nothing is delivered after this. Closing twice is no error."""
@@ -138,6 +141,11 @@ class LocalNetwork:
     def send(self, peer: str, message: WireMessage) -> None:
         """See `Network.send`."""
         self._hub.carry(self._me, peer, message)
+
+    def send_all(self, messages: Sequence[tuple[str, WireMessage]]) -> None:
+        """See `Network.send_all`."""
+        for peer, message in messages:
+            self.send(peer, message)
 
     def close(self) -> None:
         """See `Network.close`."""

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -130,14 +130,25 @@ class P2PNetwork:
 
     def send(self, peer: str, message: WireMessage) -> None:
         """See `Network.send`; also raises `CallerError` for a message that no frame holds."""
+        self._hand_over([(peer, *self._encode(message))])
+
+    def send_all(self, messages: Sequence[tuple[str, WireMessage]]) -> None:
+        """See `Network.send_all`; also raises `CallerError` for a message that no frame holds, and sends none then."""
+        self._hand_over([(peer, *self._encode(message)) for peer, message in messages])
+
+    def _encode(self, message: WireMessage) -> tuple[list[bytes | memoryview], int]:
+        """The message's buffers, and their bytes."""
         buffers = frames.encode(message)
         size = sum(len(buffer) for buffer in buffers)
         if size > self._config.frame_limit:
             raise CallerError(f"the message takes {size} bytes and peers take {self._config.frame_limit}: send fewer tokens at once")
+        return buffers, size
+
+    def _hand_over(self, encoded: list[tuple[str, list[bytes | memoryview], int]]) -> None:
         try:
             if self._closed:
                 raise NetworkError("this peer has left the swarm")
-            self._loop.call_soon_threadsafe(self._enqueue, peer, buffers, size)
+            self._loop.call_soon_threadsafe(self._enqueue_all, encoded)
         except RuntimeError as error:  # the loop was closed just now
             raise NetworkError("this peer has left the swarm") from error
 
@@ -161,6 +172,10 @@ class P2PNetwork:
         self._loop.close()
 
     # On the loop from here on. First what goes out.
+
+    def _enqueue_all(self, encoded: list[tuple[str, list[bytes | memoryview], int]]) -> None:
+        for peer, buffers, size in encoded:
+            self._enqueue(peer, buffers, size)
 
     def _enqueue(self, peer: str, buffers: list[bytes | memoryview], size: int) -> None:
         if peer == self._me:
