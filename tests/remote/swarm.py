@@ -39,7 +39,7 @@ class Local:
             )
             engine.start()
             self.spans.append(SpanServer(engine, self.hub.join(name), SpanServerConfig(wire_dtype="float32")))
-        settings = RemoteConfig(**{"request_timeout": 20.0, "silence": 0.2, "answer": 0.5, **config})
+        settings = RemoteConfig(**{"request_timeout": 30.0, "silence": 0.5, "answer": 10.0, **config})
         bans = Bans(policy=BanPolicy(shortest=60.0))
         self.servers = Servers(_Watched(self, self.hub.join("client")), self, BLOCKS, bans=bans, config=settings)
         self.calls = Calls(self.servers)

@@ -69,14 +69,14 @@ def test_a_servers_death_changes_no_number(make_swarm: MakeSwarm, llama: Path, k
 
 
 def test_a_server_that_hangs_is_given_up(make_swarm: MakeSwarm, llama: Path) -> None:
-    local = make_swarm(llama, SPARE)
+    local = make_swarm(llama, SPARE, silence=0.2, answer=2.0)
     local.hub.freeze("a")
     assert_equal(step(local), expected(llama))
     assert local.servers.bans.banned() == {"a"}
 
 
 def test_a_result_that_got_lost_is_asked_for_elsewhere(make_swarm: MakeSwarm, llama: Path) -> None:
-    local = make_swarm(llama, SPARE, request_timeout=1.0)
+    local = make_swarm(llama, SPARE, request_timeout=3.0)
     local.hub.drop_next("a", "client")
     assert_equal(step(local), expected(llama))
 
@@ -116,13 +116,13 @@ def test_a_full_server_is_waited_for(make_swarm: MakeSwarm, llama: Path) -> None
     assert_equal(step(local), expected(llama))
     assert not local.servers.bans.banned()
     full[0] = 10**9
-    local.servers.config = RemoteConfig(request_timeout=0.05)
+    local.servers.config = RemoteConfig(request_timeout=1.0)
     with pytest.raises(Busy):
         step(local)
 
 
 def test_without_a_spare_the_blocks_that_are_missing_are_named(make_swarm: MakeSwarm, llama: Path) -> None:
-    local = make_swarm(llama, {"a": (0, 2), "b": (2, 4)}, request_timeout=0.5)
+    local = make_swarm(llama, {"a": (0, 2), "b": (2, 4)}, request_timeout=2.0)
     killing(local, BackwardFrame, "b")
     with pytest.raises(NoRoute, match="2:4"):
         step(local)

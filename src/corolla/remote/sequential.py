@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from corolla.errors import InvalidSetting
 from corolla.remote.calls import Calls, Part, Trail
+from corolla.remote.session import InferenceSession
 from corolla.types import Span
 
 
@@ -58,6 +59,10 @@ class RemoteSequential(nn.Module):
         if kept is None:
             return out_TxE.view_as(hidden_SxNxE)
         return torch.zeros_like(hidden_SxNxE).masked_scatter(kept[:, :, None], out_TxE)
+
+    def inference_session(self, *, max_length: int, prompts: torch.Tensor | None = None) -> InferenceSession:
+        """A session through these blocks: see `InferenceSession`."""
+        return InferenceSession(self.calls, self.span, max_length=max_length, prompts=prompts)
 
     def __len__(self) -> int:
         return len(self.span)

@@ -1,0 +1,280 @@
+"""An inference session on hidden states: servers keep the caches of a batch's sequences, the client keeps what went in.
+
+Each sequence is a session of its own at the servers, and every step names the position it starts at. A server that fails is
+replaced by sending a sequence's rows again along a new route; going back, and reordering beams, need nothing else either.
+
+Legend: S sequences, N rows of one with its padding, L columns so far, T rows of one without, E hidden, B blocks, P soft tokens.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+
+import torch
+
+from corolla.errors import CapacityError, InvalidSetting, NetworkError, PromptTooLong, ProtocolError
+from corolla.remote.calls import Calls, checked, wire_dtype_of
+from corolla.remote.servers import Fault, Mailbox, Servers
+from corolla.swarm.arrays import to_array
+from corolla.swarm.wire import MAX_STEP_TOKENS, CloseFrame, GapFrame, HiddenFrame, Hop, StepFrame
+from corolla.types import Span
+
+_MOST_GAPS = 16  # in one step: a server that is short of room evicts a session now and then, not again and again
+
+
+class InferenceSession:
+    """Steps of a batch through the blocks of `span`; a context manager, for one thread.
+
+    Args:
+        max_length: columns that the session may come to, padding among them.
+        prompts: soft tokens [B, P, E], added to the first P rows of every sequence at each block's input. Servers keep no
+            caches of such sequences: every step computes all their rows again.
+    """
+
+    def __init__(self, calls: Calls, span: Span, *, max_length: int, prompts: torch.Tensor | None = None) -> None:
+        self.span, self.max_length = span, max_length
+        self._calls, self._prompts = calls, prompts
+        self._sequences: list[_Sequence] = []
+        self._mask = torch.zeros(0, 0, dtype=torch.bool)
+        self._closed = False
+
+    def __enter__(self) -> InferenceSession:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the servers forget it. Closing twice is no error."""
+        self._closed = True
+        for sequence in self._sequences:
+            sequence.leave()
+
+    @property
+    def position(self) -> int:
+        """Columns so far; set it to go back to an earlier one. Raises `InvalidSetting` for one that was not reached."""
+        return self._mask.shape[1]
+
+    @position.setter
+    def position(self, position: int) -> None:
+        if not 0 <= position <= self.position:
+            raise InvalidSetting("position", f"{position} is not from 0 to {self.position}, where the session is")
+        self._mask = self._mask[:, :position]
+        for sequence, rows in zip(self._sequences, self._mask.sum(1).tolist(), strict=True):
+            sequence.cut(rows)
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """[S, L], false at padding."""
+        return self._mask
+
+    def step(self, hidden_SxNxE: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The hidden states [S, N, E] that leave the last block, of the next N columns; zeros at padding.
+
+        Args:
+            attention_mask: [S, N], 0 where there is padding: it is not sent, and counts no positions.
+
+        When it raises, the session is where it was before:
+            InvalidSetting: a shape that does not fit, or the session is closed.
+            PromptTooLong: the step would go beyond `max_length`.
+            NoRoute, ServerFault, NetworkError, CallerError: as `Calls.forward` raises them.
+        """
+        new = self._checked(hidden_SxNxE, attention_mask)
+        if not self._sequences:
+            self._sequences = [_Sequence(self._calls.servers, self.span) for _ in hidden_SxNxE]
+            self._mask = new[:, :0]
+        rows = [hidden[kept].detach() for hidden, kept in zip(hidden_SxNxE, new.to(hidden_SxNxE.device), strict=True)]
+        computed = self._computed(rows) if self._prompts is None else self._recomputed(rows, self._prompts)
+        for sequence, added in zip(self._sequences, rows, strict=True):
+            sequence.add(added, cached=self._prompts is None)
+        self._mask = torch.cat([self._mask, new], 1)
+        out = torch.zeros_like(hidden_SxNxE, requires_grad=False)
+        out[new.to(out.device)] = torch.cat(computed)
+        return out
+
+    def reorder(self, indices: Sequence[int]) -> None:
+        """Sequence i goes on from what sequence `indices[i]` has been given so far, as beams do.
+
+        What two sequences have in common stays cached: only the rest is sent again, with the next step.
+        """
+        if any(not 0 <= index < len(self._sequences) for index in indices):
+            raise InvalidSetting("indices", f"{list(indices)} are not among the session's {len(self._sequences)} sequences")
+        before = self._sequences
+        histories = [sequence.rows(0) for sequence in before]
+        left = [sequence for index, sequence in enumerate(before) if index not in indices]
+        taken: set[int] = set()
+        after: list[_Sequence] = []
+        for index in indices:
+            if index not in taken:
+                taken.add(index)
+                after.append(before[index])
+            else:
+                sequence = left.pop() if left else _Sequence(self._calls.servers, self.span)
+                sequence.become(histories[index])
+                after.append(sequence)
+        for sequence in left:
+            sequence.leave()
+        self._sequences, self._mask = after, self._mask[list(indices)]
+
+    def _checked(self, hidden_SxNxE: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Which of the new columns are rows [S, N]."""
+        if self._closed:
+            raise InvalidSetting("session", "it is closed: open another one")
+        if hidden_SxNxE.ndim != 3 or (self._sequences and hidden_SxNxE.shape[0] != len(self._sequences)):
+            sequences = len(self._sequences) or "sequences"
+            raise InvalidSetting("hidden", f"hidden states come as [{sequences}, rows, hidden], not as {list(hidden_SxNxE.shape)}")
+        columns = hidden_SxNxE.shape[:2]
+        if self.position + columns[1] > self.max_length:
+            raise PromptTooLong(self.position + columns[1], self.max_length)
+        if attention_mask is None:
+            return torch.ones(columns, dtype=torch.bool)
+        if attention_mask.shape != columns:
+            raise InvalidSetting("attention_mask", f"its shape {list(attention_mask.shape)} is not {list(columns)}")
+        return attention_mask.to("cpu", torch.bool)
+
+    def _computed(self, new: list[torch.Tensor]) -> list[torch.Tensor]:
+        """All sequences' rows are sent before any answer is waited for."""
+        servers = self._calls.servers
+        with ExitStack() as open_mailboxes:
+            turns = []
+            for sequence, rows in zip(self._sequences, new, strict=True):
+                if len(rows):
+                    mailbox = open_mailboxes.enter_context(servers.mailbox(sequence.name))
+                    turns.append(_Turn(servers, sequence, mailbox, rows))
+            return [turn.finish() for turn in turns]
+
+    def _recomputed(self, new: list[torch.Tensor], prompts: torch.Tensor) -> list[torch.Tensor]:
+        whole = [
+            torch.cat([sequence.rows(0), rows]) if sequence.length else rows for sequence, rows in zip(self._sequences, new, strict=True)
+        ]
+        lengths = tuple(map(len, whole))
+        out, _ = self._calls.forward(self.span, lengths, torch.cat(whole), prompts)
+        return [rows[len(rows) - len(added) :] for rows, added in zip(out.split(lengths), new, strict=True)]
+
+
+class _Sequence:
+    """One sequence: a session at servers, and every row that went in. Servers have the first `cached` of them, as far as is known."""
+
+    def __init__(self, servers: Servers, span: Span) -> None:
+        self.name = uuid.uuid4().hex
+        self.span = span
+        self.generation = 0
+        self.hops: tuple[Hop, ...] = ()
+        self.cached = 0
+        self._servers = servers
+        self._pieces: list[torch.Tensor] = []
+
+    @property
+    def length(self) -> int:
+        return sum(map(len, self._pieces))
+
+    def rows(self, start: int) -> torch.Tensor:
+        """All rows [T, E] from `start` on."""
+        self._pieces = [torch.cat(self._pieces)] if self._pieces else []
+        return self._pieces[0][start:] if self._pieces else torch.empty(0)
+
+    def add(self, rows_TxE: torch.Tensor, *, cached: bool) -> None:
+        if len(rows_TxE):
+            self._pieces.append(rows_TxE.clone())
+        self.cached = self.length if cached else 0
+
+    def cut(self, length: int) -> None:
+        """Go back to so many rows."""
+        if length < self.length:
+            self._pieces = [self.rows(0)[:length]] if length else []
+            self.cached = min(self.cached, length)
+
+    def become(self, rows_TxE: torch.Tensor) -> None:
+        """Go on from these rows instead."""
+        common = 0
+        own = self.rows(0)
+        both = min(len(own), len(rows_TxE))
+        if both:
+            common = int((own[:both] == rows_TxE[:both]).all(1).long().cumprod(0).sum())
+        self._pieces = [rows_TxE] if len(rows_TxE) else []
+        self.cached = min(self.cached, common)
+
+    def leave(self) -> None:
+        """Let go of the route: its servers are told, as far as they hear."""
+        hops, self.hops, self.cached = self.hops, (), 0
+        for hop in hops:
+            try:
+                self._servers.network.send(hop.peer, CloseFrame(self.name, self.generation))
+            except NetworkError:
+                return
+
+
+class _Turn:
+    """A step of one sequence under way: its new rows [T, E], and whatever of the earlier ones the servers lack."""
+
+    def __init__(self, servers: Servers, sequence: _Sequence, mailbox: Mailbox, new_TxE: torch.Tensor) -> None:
+        self._servers, self._sequence, self._mailbox, self._new = servers, sequence, mailbox, new_TxE
+        self._retries = servers.retries()
+        self._gaps = 0
+        self._start = 0
+        self._send()
+
+    def finish(self) -> torch.Tensor:
+        """What leaves the last block [T, E] of the new rows."""
+        while True:
+            try:
+                return self._collect()
+            except (Fault, CapacityError) as error:
+                self._sequence.leave()
+                self._retries.bear(error)
+            self._send()
+
+    @property
+    def _end(self) -> int:
+        return self._sequence.length + len(self._new)
+
+    def _send(self) -> None:
+        sequence, servers = self._sequence, self._servers
+        sequence.hops = sequence.hops or servers.hops(sequence.span, self._end)
+        sequence.generation += 1
+        self._start = start = sequence.cached
+        rows = self._new if start == sequence.length else torch.cat([sequence.rows(start), self._new])
+        dtype = servers.config.wire_dtype or wire_dtype_of(rows.dtype)
+        asked = int(time.time() * 1000)
+        for first in range(0, len(rows), MAX_STEP_TOKENS):
+            piece = rows[first : first + MAX_STEP_TOKENS]
+            frame = StepFrame(
+                sequence.name,
+                sequence.generation,
+                start + first,
+                (),
+                to_array(piece, dtype),
+                route=sequence.hops,
+                client=servers.network.me,
+                asked=asked,
+                more=first + len(piece) < len(rows),
+                output="hidden",
+            )
+            servers.network.send(sequence.hops[0].peer, frame)
+
+    def _collect(self) -> torch.Tensor:
+        sequence, came = self._sequence, list[torch.Tensor]()
+        at = self._start
+        while at < self._end:
+            peers = [hop.peer for hop in sequence.hops]
+            sender, answer = self._mailbox.wait(peers, sequence.generation)
+            if isinstance(answer, GapFrame):
+                self._gaps += 1
+                if answer.have >= self._start or self._gaps > _MOST_GAPS:
+                    raise Fault(sender, ProtocolError(f"it says that it has {answer.have} rows where {self._start} go before"))
+                sequence.cached = answer.have
+                self._send()
+                at, came = self._start, []
+            elif isinstance(answer, HiddenFrame) and sender == peers[-1] and answer.start == at:
+                rows = min(answer.hidden.shape[0], self._end - at)
+                came.append(checked(answer.hidden, (rows, self._new.shape[1]), sender))
+                at += rows
+            else:
+                raise Fault(sender, ProtocolError("it answered what nobody asked it for"))
+        for hop in sequence.hops:
+            self._servers.bans.forgive(hop.peer)
+        return torch.cat(came)[-len(self._new) :].to(self._new)
