@@ -20,7 +20,8 @@ FLOORS = (
     ("models",),
     ("engine", "swarm"),
     ("client",),
-    ("remote", "data", "chat"),
+    ("chat",),
+    ("remote", "data"),
     ("gateway", "tuning", "server"),
     ("cli",),
 )

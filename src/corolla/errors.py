@@ -9,6 +9,7 @@ CorollaError
    . UnsupportedModel          a family or a variant that Corolla has no mathematics for
    . Unauthorized              a peer or caller that does not prove that it knows the secret
    . CheckpointError           a model's files are missing, damaged, of the wrong shape, or pickled
+   . DataError                 a file of training data is missing, damaged, or of no known format
  x CapacityError               the callee is full: come back after `retry_after` seconds
    . Busy
    . NoRoute                   no servers with room hold every block: `missing` are the spans to wait for
@@ -73,6 +74,10 @@ class UnsupportedModel(CallerError):
 
 
 class CheckpointError(CallerError):
+    pass
+
+
+class DataError(CallerError):
     pass
 
 
