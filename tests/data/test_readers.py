@@ -329,7 +329,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         examples(tmp_path)
     with pytest.raises(DataError, match="of no format that is known by its content"):
         examples(written(tmp_path / "x.md", "# A page\n"))
-    with pytest.raises(DataError, match="x.jsonl:1: is a record of no format"):
+    with pytest.raises(DataError, match=r"x.jsonl:1: is a record of no format"):
         examples(written(tmp_path / "x.jsonl", '{"a": 1}\n'))
     with pytest.raises(DataError, match="has no record of a format that is known"):
         list(read(tmp_path / "x.jsonl", Problems(tell=lambda message: None)))
@@ -346,7 +346,7 @@ def test_a_file_is_read_no_further_than_asked(tmp_path: Path) -> None:
     path = written(tmp_path / "x.jsonl", '{"completion": "a"}\n{broken\n')
     stream = read(path, Problems(strict=True))
     assert next(stream).turns == (a("a"),)
-    with pytest.raises(DataError, match="x.jsonl:2"):
+    with pytest.raises(DataError, match=r"x.jsonl:2"):
         next(stream)
 
 

@@ -141,7 +141,7 @@ class Renderer:
             yield self._chat(system, example.turns[: answers[-1] + 1], answers)
 
     def _raw(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        """Prompts and completions as they stand; each completion ends with the end token."""
+        """Prompts and completions as they stand; each completion ends with the end token, and so does the whole."""
         ids = list(self.tokenizer.opening_ids)
         kinds = [int(Kind.PROMPT)] * len(ids)
         between = Kind.END if self.settings.boundary == "pair" else Kind.COMPLETION
@@ -153,6 +153,9 @@ class Renderer:
             if completes:
                 ids.append(self._end)
                 kinds.append(Kind.END if index == len(turns) - 1 else between)
+        if turns[-1].role == "user":
+            ids.append(self._end)
+            kinds.append(Kind.END)
         return ids, kinds
 
     def _chat(self, system: str, turns: Sequence[Turn], trained: Sequence[int]) -> tuple[list[int], list[int]]:
