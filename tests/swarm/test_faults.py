@@ -18,7 +18,7 @@ from corolla.errors import NoRoute
 from corolla.models.reference import Reference
 from corolla.types import GenerationSettings, Span
 from tests.models import tiny
-from tests.swarm.harness import DEADLINE, OVER_HIVEMIND, Answer, Chat, Client, Observer, Server, Slowed, Swarm
+from tests.swarm.harness import DEADLINE, OVER_HIVEMIND, Answer, Chat, Client, Observer, Server, Slowed, Swarm, at_most
 
 pytestmark = OVER_HIVEMIND
 
@@ -126,7 +126,7 @@ def test_answers_survive_a_kill_token_for_token(ring: Ring, hop: int, moments: t
         answers: list[Answer] = [greedy.answer(prompt, GREEDY, kills), later.result()]
     print(f"longest pauses: greedy {answers[0].longest:.2f} s, drawn {answers[1].longest:.2f} s")
     assert [answer.tokens for answer in answers] == [expected, expected_drawn]
-    assert max(answer.longest for answer in answers) < PAUSE
+    assert max(answer.longest for answer in answers) < at_most(PAUSE)
 
 
 def test_a_server_whose_process_alone_is_killed_is_as_dead_as_its_machine(ring: Ring) -> None:
@@ -139,7 +139,7 @@ def test_a_server_whose_process_alone_is_killed_is_as_dead_as_its_machine(ring: 
         answer = chat.answer(SHORT, GREEDY, {60: lambda: victim.signal(signal.SIGKILL, alone=True)})
     print(f"longest pause {answer.longest:.2f} s")
     assert answer.tokens == expected
-    assert answer.longest < PAUSE
+    assert answer.longest < at_most(PAUSE)
 
 
 def test_hung_servers_are_left_and_their_late_words_change_nothing(ring: Ring) -> None:
@@ -189,8 +189,8 @@ def test_a_server_that_is_told_to_end_hands_its_sessions_over(ring: Ring, observ
         assert leaving.process.wait(DEADLINE) == 0
         print(f"longest pauses: greedy {answers[0].longest:.2f} s, drawn {answers[1].longest:.2f} s; gone in {withdrawn[0].result():.2f} s")
     assert [answer.tokens for answer in answers] == [expected, expected_drawn]
-    assert max(answer.longest for answer in answers) < 2.0
-    assert withdrawn[0].result() < 1.0
+    assert max(answer.longest for answer in answers) < at_most(2.0)
+    assert withdrawn[0].result() < at_most(1.0)
     assert leaving.peer not in [record.peer for record in observer.records()]
 
 

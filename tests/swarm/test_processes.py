@@ -63,7 +63,7 @@ def test_servers_join_through_a_bootstrap_node_and_strangers_do_not(directory: P
                 swarm.status(*options)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.xfail(strict=True))])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_of_a_process_that_was_ended(directory: Path, tmp_path: Path, number: signal.Signals) -> None:
     with Swarm(directory, tmp_path) as swarm:
         node = swarm.bootstrap.wait_ready()
