@@ -24,15 +24,21 @@ def _usable(message: Any) -> bool:
     return isinstance(message, dict) and not message.get("deleted") and message.get("review_result") is not False
 
 
-def _rating(message: Any) -> tuple[float, float]:
+def _rating(message: Any) -> tuple[float, int]:
     """Greater is better."""
     rank = message.get("rank")
-    thumbs = message.get("emojis") or {}
-    if has(thumbs, "name", "count"):  # the rows of the hub
-        thumbs = dict(zip(thumbs["name"], thumbs["count"], strict=False))
-    votes = [thumbs.get(name) for name in ("+1", "-1")]
-    up, down = (vote if isinstance(vote, (int, float)) else 0 for vote in votes)
-    return -rank if isinstance(rank, (int, float)) else -inf, up - down
+    thumbs = _thumbs(message.get("emojis"))
+    return -rank if isinstance(rank, (int, float)) else -inf, thumbs.get("+1", 0) - thumbs.get("-1", 0)
+
+
+def _thumbs(emojis: Any) -> dict[str, int]:
+    """How often each emoji was given; the rows of the hub have names and counts apart."""
+    if has(emojis, "name", "count"):
+        names, counts = emojis["name"], emojis["count"]
+        pairs = list(zip(names, counts, strict=False)) if isinstance(names, list) and isinstance(counts, list) else []
+    else:
+        pairs = list(emojis.items()) if isinstance(emojis, dict) else []
+    return {name: count for name, count in pairs if isinstance(name, str) and isinstance(count, int)}
 
 
 def _best(messages: Sequence[Any]) -> Any:
@@ -40,14 +46,16 @@ def _best(messages: Sequence[Any]) -> Any:
 
 
 def _turn(message: Any) -> Turn:
-    role = message.get("role")
+    role = text(message, "role")
     if role not in _ROLES:
         raise ValueError(f'a message has the role {role!r}; there are "prompter" and "assistant"')
     return Turn(_ROLES[role], text(message, "text"))
 
 
 def _tree(place: Place, value: Any) -> Iterator[Example]:
-    message = value["prompt"] if has(value["prompt"], "text") and _usable(value["prompt"]) else None
+    if not has(value, "prompt") or not isinstance(value["prompt"], dict):
+        raise ValueError('needs "prompt" as the message at the root')
+    message = _best([value["prompt"]])
     turns = []
     while message is not None:
         turns.append(_turn(message))
@@ -66,12 +74,18 @@ def _language(root: Any) -> str | None:
 def _messages(records: Iterable[Record], problems: Problems) -> Iterator[Example]:
     def messages() -> Iterator[Record]:
         for record in records:
-            if has(record.value, "message_id", "message_tree_id", "text"):
-                yield record
+            value = record.value
+            try:
+                for field in ("message_id", "message_tree_id"):
+                    text(value, field)
+                if value.get("parent_id") is not None:
+                    text(value, "parent_id")
+            except ValueError as error:
+                problems.add(record.place, str(error))
             else:
-                problems.add(record.place, 'needs "message_id", "message_tree_id" and "text"')
+                yield record
 
-    for _, group in groupby(messages(), key=lambda record: str(record.value["message_tree_id"])):
+    for _, group in groupby(messages(), key=lambda record: record.value["message_tree_id"]):
         place = None
         children: dict[str | None, list[Any]] = {}
         for record in group:

@@ -27,6 +27,8 @@ def _pair(value: Any) -> Iterator[Turn]:
 
 def _examples(place: Place, value: Any) -> Iterator[Example]:
     entries = value if isinstance(value, list) else [value]
+    if not entries:
+        raise ValueError("is an empty list")
     turns = tuple(turn for entry in entries for turn in _pair(entry))
     category = entries[0].get("category")
     yield Example(turns=turns, place=place, raw=True, category=category if isinstance(category, str) else None)
