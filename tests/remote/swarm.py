@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,14 @@ class _Watched:
         passed_on = self._local.before(peer, message)
         if passed_on is not None:
             self._network.send(peer, passed_on)
+
+    def send_all(self, messages: Sequence[tuple[str, WireMessage]]) -> None:
+        for peer, message in messages:
+            self.send(peer, message)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return self._network.counts
 
     def close(self) -> None:
         self._network.close()

@@ -33,10 +33,15 @@ class InferenceSession:
         max_length: columns that the session may come to, padding among them.
         prompts: soft tokens [B, P, E], added to the first P rows of every sequence at each block's input. Servers keep no
             caches of such sequences: every step computes all their rows again.
+        prefix: how many of the first columns are soft tokens, for `generate`.
+
+    Attributes:
+        output_ids: the tokens [S, L - prefix] or more that `generate` has put in and got out; None before.
     """
 
-    def __init__(self, calls: Calls, span: Span, *, max_length: int, prompts: torch.Tensor | None = None) -> None:
-        self.span, self.max_length = span, max_length
+    def __init__(self, calls: Calls, span: Span, *, max_length: int, prompts: torch.Tensor | None = None, prefix: int = 0) -> None:
+        self.span, self.max_length, self.prefix = span, max_length, prefix
+        self.output_ids: torch.Tensor | None = None
         self._calls, self._prompts = calls, prompts
         self._sequences: list[_Sequence] = []
         self._mask = torch.zeros(0, 0, dtype=torch.bool)
@@ -56,7 +61,10 @@ class InferenceSession:
 
     @property
     def position(self) -> int:
-        """Columns so far; set it to go back to an earlier one. Raises `InvalidSetting` for one that was not reached."""
+        """Columns so far, soft tokens among them; set it to go back to an earlier one.
+
+        Raises `InvalidSetting` for one that was not reached.
+        """
         return self._mask.shape[1]
 
     @position.setter
@@ -66,6 +74,13 @@ class InferenceSession:
         self._mask = self._mask[:, :position]
         for sequence, rows in zip(self._sequences, self._mask.sum(1).tolist(), strict=True):
             sequence.cut(rows)
+        if self.output_ids is not None:
+            self.output_ids = self.output_ids[:, : max(0, position - self.prefix)]
+
+    @property
+    def sequences(self) -> int:
+        """How many there are; 0 before the first step."""
+        return len(self._sequences)
 
     @property
     def attention_mask(self) -> torch.Tensor:
@@ -145,6 +160,7 @@ class InferenceSession:
                 if len(rows):
                     mailbox = open_mailboxes.enter_context(servers.mailbox(sequence.name))
                     turns.append(_Turn(servers, sequence, mailbox, rows))
+            servers.network.send_all([message for turn in turns for message in turn.messages()])
             return [turn.finish() for turn in turns]
 
     def _recomputed(self, new: list[torch.Tensor], prompts: torch.Tensor) -> list[torch.Tensor]:
@@ -209,30 +225,17 @@ class _Sequence:
 
 
 class _Turn:
-    """A step of one sequence under way: its new rows [T, E], and whatever of the earlier ones the servers lack."""
+    """A step of one sequence: its new rows [T, E], and whatever of the earlier ones the servers lack. `finish` it once its
+    messages are sent."""
 
     def __init__(self, servers: Servers, sequence: _Sequence, mailbox: Mailbox, new_TxE: torch.Tensor) -> None:
         self._servers, self._sequence, self._mailbox, self._new = servers, sequence, mailbox, new_TxE
         self._retries = servers.retries()
         self._gaps = 0
         self._start = 0
-        self._send()
 
-    def finish(self) -> torch.Tensor:
-        """What leaves the last block [T, E] of the new rows."""
-        while True:
-            try:
-                return self._collect()
-            except (Fault, CapacityError) as error:
-                self._sequence.leave()
-                self._retries.bear(error)
-            self._send()
-
-    @property
-    def _end(self) -> int:
-        return self._sequence.length + len(self._new)
-
-    def _send(self) -> None:
+    def messages(self) -> list[tuple[str, StepFrame]]:
+        """What is to be sent, by peer: a new generation, along a new route where there is none."""
         sequence, servers = self._sequence, self._servers
         sequence.hops = sequence.hops or servers.hops(sequence.span, self._end)
         sequence.generation += 1
@@ -240,6 +243,7 @@ class _Turn:
         rows = self._new if start == sequence.length else torch.cat([sequence.rows(start), self._new])
         dtype = servers.config.wire_dtype or wire_dtype_of(rows.dtype)
         asked = int(time.time() * 1000)
+        frames = []
         for first in range(0, len(rows), MAX_STEP_TOKENS):
             piece = rows[first : first + MAX_STEP_TOKENS]
             frame = StepFrame(
@@ -254,7 +258,22 @@ class _Turn:
                 more=first + len(piece) < len(rows),
                 output="hidden",
             )
-            servers.network.send(sequence.hops[0].peer, frame)
+            frames.append((sequence.hops[0].peer, frame))
+        return frames
+
+    def finish(self) -> torch.Tensor:
+        """What leaves the last block [T, E] of the new rows."""
+        while True:
+            try:
+                return self._collect()
+            except (Fault, CapacityError) as error:
+                self._sequence.leave()
+                self._retries.bear(error)
+            self._servers.network.send_all(self.messages())
+
+    @property
+    def _end(self) -> int:
+        return self._sequence.length + len(self._new)
 
     def _collect(self) -> torch.Tensor:
         sequence, came = self._sequence, list[torch.Tensor]()
@@ -267,7 +286,7 @@ class _Turn:
                 if answer.have >= self._start or self._gaps > _MOST_GAPS:
                     raise Fault(sender, ProtocolError(f"it says that it has {answer.have} rows where {self._start} go before"))
                 sequence.cached = answer.have
-                self._send()
+                self._servers.network.send_all(self.messages())
                 at, came = self._start, []
             elif isinstance(answer, HiddenFrame) and sender == peers[-1] and answer.start == at:
                 rows = min(answer.hidden.shape[0], self._end - at)

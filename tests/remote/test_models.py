@@ -1,0 +1,213 @@
+"""Distributed models against transformers' own in one process: logits, gradients, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import corolla
+from corolla.errors import InvalidSetting, UnsupportedModel
+from corolla.remote.models import AutoDistributedConfig, AutoDistributedModel, AutoDistributedModelForCausalLM
+from corolla.swarm.wire import BackwardFrame, ForwardFrame
+from tests.models import tiny
+from tests.remote.conftest import MakeSwarm
+from tests.remote.swarm import killing
+
+SERVERS = [
+    {"a": (0, 4)},
+    {"a": (0, 2), "b": (2, 4)},
+    {"a": (0, 1), "b": (1, 3), "c": (3, 4)},
+    {"a": (0, 1), "b": (1, 2), "c": (2, 3), "d": (3, 4)},
+]
+IDS = torch.tensor([[5, 16, 27, 38, 49, 60], [7, 18, 29, 40, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+P = 3
+
+
+def stock(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def stock_loss(model: Any, soft: torch.Tensor | None, deep: torch.Tensor | None, embeddings: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """Logits and loss of the stock model, with soft tokens in front and at each block's input."""
+    labels, mask, width = IDS.masked_fill(MASK == 0, -100), MASK, 0
+    if soft is not None:
+        width = len(soft)
+        embeddings = torch.cat([soft.expand(len(embeddings), -1, -1), embeddings], 1)
+        mask = torch.cat([mask.new_ones(2, width), mask], 1)
+    blocks = model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h
+    hooks = []
+    for index, block in enumerate(blocks):
+
+        def enter(module: Any, args: tuple[Any, ...], index: int = index) -> tuple[Any, ...]:
+            assert deep is not None
+            hidden = args[0]
+            return (hidden + torch.nn.functional.pad(deep[index], (0, 0, 0, hidden.shape[1] - P)), *args[1:])
+
+        if deep is not None:
+            hooks.append(block.register_forward_pre_hook(enter))
+    logits = model(inputs_embeds=embeddings, attention_mask=mask).logits[:, width:]
+    for hook in hooks:
+        hook.remove()
+    return logits, torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.fixture
+def load(make_swarm: MakeSwarm) -> Callable[..., Any]:
+    """A distributed model whose blocks are at the given servers."""
+
+    def load(directory: Path, servers: dict[str, tuple[int, int]], **settings: Any) -> Any:
+        model = AutoDistributedModelForCausalLM.from_pretrained(directory, torch_dtype="float32", **settings)
+        model.close()
+        local = make_swarm(directory, servers)
+        model.connect(local.calls)
+        model.local = local
+        return model
+
+    return load
+
+
+@pytest.mark.parametrize("servers", SERVERS)
+@pytest.mark.parametrize("mode", [None, "ptune", "deep_ptune"])
+def test_logits_and_gradients_are_transformers(load: Callable[..., Any], directory: Path, servers: Any, mode: Any) -> None:
+    model, reference = load(directory, servers, tuning_mode=mode, pre_seq_len=P), stock(directory)
+    assert_step_equal(model, reference, mode)
+
+
+def assert_step_equal(model: Any, reference: Any, mode: str | None) -> None:
+    """Logits, loss and gradients of the inputs and of all prompts."""
+    soft = deep = None
+    if mode is not None:
+        if model.bare.prompts.deep is not None:
+            torch.nn.init.normal_(model.bare.prompts.deep)
+            deep = model.bare.prompts.deep.detach().clone().requires_grad_()
+        soft = model.bare.prompts.tokens.detach().clone().requires_grad_()
+    embeddings = reference.get_input_embeddings()(IDS)
+    ours, theirs = embeddings.clone().requires_grad_(), embeddings.clone().requires_grad_()
+    out = model(inputs_embeds=ours, attention_mask=MASK, labels=IDS.masked_fill(MASK == 0, -100))
+    logits, loss = stock_loss(reference, soft, deep, theirs)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(out.logits[MASK.bool()], logits[MASK.bool()], **close)
+    torch.testing.assert_close(out.loss, loss, **close)
+    out.loss.backward()
+    loss.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, **close)
+    trained = [] if mode is None else [model.bare.prompts.tokens, *([] if deep is None else [model.bare.prompts.deep])]
+    for parameter, expected in zip(trained, [soft, deep], strict=False):
+        assert expected is not None
+        assert parameter.grad.abs().max() > 1e-4
+        torch.testing.assert_close(parameter.grad, expected.grad, **close)
+    assert [parameter for parameter in model.parameters() if parameter.requires_grad] == trained
+
+
+@pytest.mark.parametrize("kind", [ForwardFrame, BackwardFrame])
+def test_a_servers_death_changes_no_number(load: Callable[..., Any], directory: Path, kind: type) -> None:
+    model = load(directory, {"a": (0, 2), "b": (2, 4), "c": (0, 3), "d": (2, 4)}, tuning_mode="deep_ptune", pre_seq_len=P)
+    killed = killing(model.local, kind, "b")
+    assert_step_equal(model, stock(directory), "deep_ptune")
+    assert killed == ["b"]
+
+
+@pytest.mark.parametrize("mode", [None, "deep_ptune"])
+def test_without_peers_the_blocks_are_in_this_process(directory: Path, mode: Any) -> None:
+    model = AutoDistributedModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32, tuning_mode=mode, pre_seq_len=P)
+    assert_step_equal(model, stock(directory), mode)
+    model.close()
+    model.close()
+
+
+def test_hidden_states_between_the_blocks(load: Callable[..., Any], directory: Path) -> None:
+    model, reference = load(directory, SERVERS[2]), stock(directory)
+    ours = model(IDS[:1], output_hidden_states=True).hidden_states
+    theirs = reference(IDS[:1], output_hidden_states=True).hidden_states
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_the_client_computes_is_loaded(checkpoints: dict[str, Path], directory: Path) -> None:
+    model = AutoDistributedModelForCausalLM.from_pretrained(directory)
+    names = {name for name, _ in model.named_parameters()}
+    llama = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    bloom = {f"transformer.{name}" for name in ("word_embeddings.weight", "ln_f.weight", "ln_f.bias")}
+    bloom |= {f"transformer.word_embeddings_layernorm.{name}" for name in ("weight", "bias")}
+    assert names == (llama if directory == checkpoints["llama"] else bloom)
+    assert len(model.bare.blocks) == 4
+    model.close()
+
+
+def test_tied_heads_and_base_models(tmp_path: Path) -> None:
+    directory = tiny.save("llama-tied", tmp_path)
+    model = AutoDistributedModelForCausalLM.from_pretrained(directory, dtype="float32")
+    reference = stock(directory)
+    torch.testing.assert_close(model(IDS).logits, reference(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    base = AutoDistributedModel.from_pretrained(directory, dtype="float32")
+    torch.testing.assert_close(base(IDS).last_hidden_state, reference.model(IDS).last_hidden_state, rtol=1e-5, atol=1e-5)
+    for each in (model, base):
+        each.close()
+
+
+def test_prompts_are_trained(checkpoints: dict[str, Path]) -> None:
+    torch.manual_seed(0)
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        checkpoints["bloom"], torch_dtype=torch.float32, tuning_mode="deep_ptune", pre_seq_len=4
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(12):
+        loss = model(IDS, attention_mask=MASK, labels=IDS.masked_fill(MASK == 0, -100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"tuning_mode": "lora"}, "tuning_mode"),
+        ({"tuning_mode": "ptune", "pre_seq_len": 0}, "pre_seq_len"),
+        ({"torch_dtype": "int8"}, "torch_dtype"),
+        ({"torch_dtype": torch.float64}, "torch_dtype"),
+        ({"request_timeout": -1}, "request_timeout"),
+        ({"load_in_8bit": True}, "load_in_8bit"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(checkpoints: dict[str, Path], settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(InvalidSetting, match=word):
+        AutoDistributedModelForCausalLM.from_pretrained(checkpoints["llama"], **settings)
+
+
+def test_other_families_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="gpt_neox"):
+        AutoDistributedModelForCausalLM.from_pretrained(tiny.save("gpt-neox", tmp_path))
+    with pytest.raises(InvalidSetting, match="is a bloom model"):
+        corolla.DistributedLlamaForCausalLM.from_pretrained(checkpoints["bloom"])
+    assert AutoDistributedConfig.from_pretrained(checkpoints["bloom"]).model_type == "bloom"
+
+
+def test_inputs_that_do_not_fit_are_named(checkpoints: dict[str, Path]) -> None:
+    model = AutoDistributedModelForCausalLM.from_pretrained(checkpoints["llama"], torch_dtype="float32")
+    with pytest.raises(InvalidSetting, match="position_ids"):
+        model(IDS, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    with pytest.raises(InvalidSetting, match="inputs_embeds"):
+        model.model(IDS, inputs_embeds=torch.zeros(2, 6, 64))
+    with pytest.raises(InvalidSetting, match="past_key_values"):
+        model(IDS, past_key_values=stock(checkpoints["llama"])(IDS).past_key_values)
+    model.close()
+
+
+def test_importing_corolla_stays_cheap() -> None:
+    code = "import corolla, sys; assert 'torch' not in sys.modules; assert 'RemoteSequential' in dir(corolla)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert corolla.AutoDistributedModelForCausalLM is AutoDistributedModelForCausalLM
+    with pytest.raises(AttributeError, match="nonsense"):
+        corolla.nonsense  # noqa: B018
