@@ -229,6 +229,8 @@ class DistributedForCausalLM(Distributed, GenerationMixin):
         new = kwargs.pop("input_ids", None) if inputs is None else inputs
         before, whole = session.output_ids, new
         if before is not None:
+            if new is not None and len(new) != len(before):
+                raise InvalidSetting("inputs", f"{len(new)} sequences do not go on from the session's {len(before)}")
             whole = before if new is None else torch.cat([before, new.to(before)], 1)
             kwargs["attention_mask"] = _whole_mask(session, whole, new, kwargs.get("attention_mask"))
         result = self._stock_generate(whole, *args, past_key_values=RemoteCache(session), **kwargs)
