@@ -10,6 +10,7 @@ import pytest
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from corolla.chat.conversation import Conversation
 from corolla.chat.templates import TEMPLATES, Turn, encode
@@ -253,3 +254,17 @@ def test_a_tokenizer_without_an_end_token(tmp_path: Path) -> None:
 def test_bad_settings(setting: dict[str, Any]) -> None:
     with pytest.raises(InvalidSetting, match=f"^{next(iter(setting))}: "):
         RenderSettings(**setting)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "tokenizer"])
+def test_a_tokenizer_that_opens_every_text_and_has_no_words(tmp_path: Path, name: str) -> None:
+    model = toy.metaspace()
+    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", START)])
+    tokenizer = TrainingTokenizer(toy.make_directory(tmp_path, model))
+    (article,) = articles(tokenizer, name, example(system="Bé ☃ kind."))
+    for index in (1, 3):
+        prompt = encode(TEMPLATES[name], tokenizer, "Bé ☃ kind.", TURNS[:index])
+        assert article.input_ids[: len(prompt)].tolist() == prompt
+        assert article.trained[len(prompt) - 1 : len(prompt) + 1].tolist() == [False, True]
+    (raw,) = articles(tokenizer, name, example([Turn("assistant", "so")], raw=True))
+    assert raw.input_ids.tolist() == [*tokenizer.encode("so", opening=True), END]
