@@ -1,0 +1,181 @@
+"""A dialogue as token ids, spelled as it will be at inference, and which of them the model is trained on.
+
+What a model is trained on in an answer is what it has to generate: everything from where the prompt for this answer ends
+(`chat.templates.encode`) up to what stops the answer, that included. Where the stop belongs to the marks of the next
+question (`<human>`, or the `</s>` of sft-chat), it is trained on there; after the last answer the end token stands for it,
+which is not spelled here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import jinja2
+
+from corolla.chat.templates import Template, Turn, _environment, _marks, stop_ids
+from corolla.data.tokens import Kind, TrainingTokenizer
+from corolla.errors import CallerError, CheckpointError
+
+PROMPT, COMPLETION = bytes([Kind.PROMPT]), bytes([Kind.COMPLETION])
+
+
+class Spelled(NamedTuple):
+    """Token ids, and for each its `Kind` as a byte."""
+
+    ids: list[int]
+    kinds: bytearray
+
+
+class Spelling(Protocol):
+    def spell(self, system: str, turns: Sequence[Turn], trained: Collection[int]) -> Spelled:
+        """The turns up to the end of the last one, an answer. `trained` are the indices of the answers to train on, ascending.
+
+        Raises `CallerError` for what cannot be spelled or trained on.
+        """
+        ...
+
+
+def spelling_of(template: Template, tokenizer: TrainingTokenizer) -> Spelling:
+    """How `template` spells. Raises `CheckpointError` when it is the model's own and missing or damaged."""
+    return OwnSpelling(tokenizer, template) if template.own else DeclaredSpelling(tokenizer, template)
+
+
+class _Mark(NamedTuple):
+    """A piece of the marks around what is said; with a `token_id` it is this special token."""
+
+    text: str
+    token_id: int | None
+
+
+class DeclaredSpelling:
+    """By the marks of a declared template."""
+
+    def __init__(self, tokenizer: TrainingTokenizer, template: Template) -> None:
+        self._tokenizer = tokenizer
+        self._opening = template.opening
+
+        def marks(text: str) -> tuple[_Mark, ...]:
+            return tuple(_Mark(piece, tokenizer.token_id(piece) if special else None) for piece, special in _marks(template, text))
+
+        asked = template.answer_prefix.rstrip()
+        closing = _closing(template)
+        self._system = marks(template.system_prefix), marks(template.system_suffix)
+        self._closing = marks(template.question_prefix[:closing])
+        self._question = marks(template.question_prefix[closing:]), marks(template.question_suffix)
+        self._asked = marks(asked)
+        self._answer = marks(template.answer_prefix[len(asked) :]), marks(template.answer_suffix)
+
+    def spell(self, system: str, turns: Sequence[Turn], trained: Collection[int]) -> Spelled:
+        run = _Run(self._tokenizer)
+        if system:
+            run.say(self._system, system, False)
+        for turn in self._opening:
+            self._turn(run, turn, False, False)
+        for index, turn in enumerate(turns):
+            self._turn(run, turn, index in trained, index - 1 in trained)
+        return run.spelled()
+
+    def _turn(self, run: _Run, turn: Turn, trained: bool, after_trained: bool) -> None:
+        if turn.role == "user":
+            run.mark(self._closing, after_trained)
+            run.say(self._question, turn.content, False)
+        else:
+            run.mark(self._asked, False)
+            run.say(self._answer, turn.content.strip(), trained)  # as `Conversation.answer` keeps it
+
+
+class _Run:
+    """What is spelled so far. Text waits until a special token comes, because it is tokenized together."""
+
+    def __init__(self, tokenizer: TrainingTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(tokenizer.opening_ids)
+        self._kinds = bytearray(len(self._ids))
+        self._waiting: list[str] = []
+        self._length = 0  # of what waits, in characters
+        self._switches: list[int] = []  # where in what waits training begins, ends, begins again
+
+    def say(self, around: tuple[Sequence[_Mark], Sequence[_Mark]], content: str, trained: bool) -> None:
+        self.mark(around[0], trained)
+        self._text(content, trained)
+        self.mark(around[1], trained)
+
+    def mark(self, marks: Sequence[_Mark], trained: bool) -> None:
+        for text, token_id in marks:
+            if token_id is None:
+                self._text(text, trained)
+            else:
+                self._finish()
+                self._ids.append(token_id)
+                self._kinds += COMPLETION if trained else PROMPT
+
+    def spelled(self) -> Spelled:
+        self._finish()
+        return Spelled(self._ids, self._kinds)
+
+    def _text(self, text: str, trained: bool) -> None:
+        if trained != len(self._switches) % 2:
+            self._switches.append(self._length)
+        self._waiting.append(text)
+        self._length += len(text)
+
+    def _finish(self) -> None:
+        if self._length:
+            ids, starts = self._tokenizer.encode_located("".join(self._waiting), plain=True)
+            self._ids += ids
+            bounds = [0, *(bisect_left(starts, switch) for switch in self._switches), len(ids)]
+            for number, (begin, end) in enumerate(pairwise(bounds)):
+                self._kinds += (COMPLETION if number % 2 else PROMPT) * (end - begin)
+        self._waiting, self._length, self._switches = [], 0, []
+
+
+def _closing(template: Template) -> int:
+    """How many characters of the mark before a question belong to what stops the answer before it."""
+    marks = template.answer_suffix + template.question_prefix
+    special = [token for token in template.stop_tokens if token in template.special_tokens]
+    ends = [marks.index(stop) + len(stop) for stop in (*template.stop_sequences, *special) if stop in marks]
+    return max(0, min(ends) - len(template.answer_suffix)) if ends else 0
+
+
+class OwnSpelling:
+    """By the model's own template in Jinja's language, compiled once. It has to end each answer with an end token."""
+
+    def __init__(self, tokenizer: TrainingTokenizer, template: Template) -> None:
+        if tokenizer.chat_template is None:
+            raise CheckpointError(f"{tokenizer.directory} has no chat template: choose one with --template")
+        try:
+            self._compiled = _environment().from_string(tokenizer.chat_template)
+        except jinja2.TemplateError as error:
+            raise CheckpointError(f"the chat template in {tokenizer.directory} is damaged ({error}): choose one with --template") from None
+        self._tokenizer = tokenizer
+        self._stops = frozenset(stop_ids(template, tokenizer))
+
+    def spell(self, system: str, turns: Sequence[Turn], trained: Collection[int]) -> Spelled:
+        text = self._text(system, turns)
+        begins = []
+        for index in trained:
+            prompt = self._text(system, turns[:index])
+            if not text.startswith(prompt):
+                raise CallerError("the model's chat template spells earlier turns differently in a longer dialogue: choose another one")
+            begins.append(len(prompt))
+        ids, starts = self._tokenizer.encode_located(text, plain=False)
+        bounds = [*(bisect_left(starts, begin) for begin in begins), len(ids)]
+        kinds = bytearray(len(ids))
+        stop = 0
+        for begin, end in pairwise(bounds):
+            stop = next((index + 1 for index in range(begin, end) if ids[index] in self._stops), 0)
+            if not stop:
+                raise CallerError("the model's chat template ends an answer with no end token: choose another one")
+            kinds[begin:stop] = COMPLETION * (stop - begin)
+        return Spelled(ids[:stop], kinds[:stop])  # what follows the last answer asks for the next one
+
+    def _text(self, system: str, turns: Sequence[Turn]) -> str:
+        messages = [{"role": "system", "content": system}] if system else []
+        messages += [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            return self._compiled.render(messages=messages, add_generation_prompt=True, **self._tokenizer.special_tokens)
+        except jinja2.TemplateError as error:
+            raise CallerError(f"the model's chat template refuses this dialogue ({error}): choose another one") from None
