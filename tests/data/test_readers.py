@@ -281,10 +281,21 @@ def test_json_lines_by_whatever_name(tmp_path: Path, name: str) -> None:
     assert [example.place.line for example in examples(path)] == [1, 2]
 
 
-@pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_list_is_read_by_its_elements(tmp_path: Path, indent: int | None) -> None:
-    path = written(tmp_path / "x.json", json.dumps([{"completion": "a"}, {"completion": "b"}], indent=indent))
-    assert [example.turns[0].content for example in examples(path)] == ["a", "b"]
+@pytest.mark.parametrize(
+    "layout",
+    [
+        '[{"completion": "a"}, {"completion": "b"}]',
+        '[{"completion": "a"},\n{"completion": "b"}]\n',
+        '[\n{"completion": "a"},\n{"completion": "b"}\n]\n',
+        '[\n  {\n    "completion": "a"\n  },\n  {\n    "completion": "b"\n  }\n]\n',
+        '{"train": [\n{"completion": "a"},\n{"completion": "b"}]}\n',
+        '{\n  "train": [\n    {\n      "completion": "a"\n    },\n    {"completion": "b"}\n  ]\n}\n',
+        '\n{"completion": "a"}\n\n{"completion": "b"}\n',
+        '\ufeff{"train": [{"completion": "a"}, {"completion": "b"}]}',
+    ],
+)
+def test_json_however_it_is_laid_out(tmp_path: Path, layout: str) -> None:
+    assert [example.turns[0].content for example in examples(written(tmp_path / "x.json", layout))] == ["a", "b"]
 
 
 def test_a_list_on_a_line_of_jsonl_is_one_record(tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def read(source: str | Path, problems: Problems, *, format: str | None = None, s
     recognized from its content, and text by .txt. `split` is the part of a dataset, or of a JSON document that is divided into
     parts. Single lines that cannot be used are `problems`.
 
-    Raises `InvalidSetting` for a format that there is not, `DataError` for a source that is missing, empty, damaged as a whole or of
-    no format that is known.
+    Raises `InvalidSetting` for a format that there is not, `DataError` for a source that is missing, damaged as a whole or of no
+    format that is known.
     """
     if format is not None and format not in RECORD_FORMATS and format not in FILE_FORMATS:
         raise InvalidSetting("format", f"there is no {format!r}; there are {', '.join([*FILE_FORMATS, *RECORD_FORMATS])}")
@@ -103,9 +103,8 @@ def _is_document(path: Path, start: bytes) -> bool:
     if _plain_name(path).endswith(_LINES) or start.lstrip()[:1] not in (b"{", b"["):
         return False
     line, _, rest = start.lstrip().partition(b"\n")
-    if re.match(rb'\s*[{\[]\s*["{\[]', rest):
-        # Another record follows, or the first element of a list that is spread over lines.
-        return line.strip() == b"["
+    if re.match(rb'\s*[{\[]\s*["{\[]', rest):  # another record, or the next element of a list that is spread over lines
+        return line.rstrip().endswith((b"[", b","))
     try:
         value = json.loads(line)
     except ValueError:
