@@ -17,7 +17,7 @@ from corolla.swarm.wire import BackwardFrame, ForwardFrame, ResultFrame, WireMes
 from corolla.types import Span
 from tests.engine.stock import example, finish
 from tests.remote.conftest import MakeSwarm
-from tests.remote.swarm import Local, killing
+from tests.remote.swarm import Local, killing, record
 
 WHOLE = Span(0, 4)
 LENGTHS = (9, 4, 6)
@@ -86,6 +86,13 @@ def test_a_result_that_cannot_be_true_is_the_servers_fault(make_swarm: MakeSwarm
     local = make_swarm(llama, SPARE)
     liar = local.hub.join("a")
     liar.listen(lambda sender, frame: liar.send(sender, ResultFrame(frame.call, to_array(wrong, "float32"))), lambda peer: None)  # type: ignore[union-attr]
+    assert_equal(step(local), expected(llama))
+    assert local.servers.bans.banned() == {"a"}
+
+
+def test_a_server_that_has_moved_is_left(make_swarm: MakeSwarm, llama: Path) -> None:
+    local = make_swarm(llama, {"a": (0, 1), "b": (2, 4), "c": (0, 1), "d": (1, 3), "e": (3, 4)})
+    local.records[0] = record("a", 0, 2, quick=5)
     assert_equal(step(local), expected(llama))
     assert local.servers.bans.banned() == {"a"}
 

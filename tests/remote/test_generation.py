@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TextStreamer
+from transformers import AutoModelForCausalLM, LogitsProcessor, TextStreamer
 
 from corolla.errors import InvalidSetting, PromptTooLong
 from corolla.remote.models import AutoDistributedModelForCausalLM
@@ -95,6 +95,10 @@ def test_soft_prompts_are_in_every_answer(checkpoints: dict[str, Path], mode: An
     assert torch.equal(*answers)
     plain = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float32).eval()
     assert not torch.equal(answers[0], plain.generate(**PADDED, max_new_tokens=8, **settings))
+    with model.inference_session() as session:
+        model.generate(**PADDED, session=session, max_new_tokens=2)
+        with pytest.raises(InvalidSetting, match="soft tokens"):
+            session.position = 2
     model.close()
 
 
@@ -139,6 +143,34 @@ def test_a_turn_is_undone_by_setting_the_position(both: tuple[Any, Any]) -> None
         answer = model.generate(IDS[1:, :3], session=session, max_new_tokens=5, do_sample=False)
     expected = stock.generate(torch.cat([IDS[:1, :4], IDS[1:, :3]], 1), max_new_tokens=5, do_sample=False)
     assert torch.equal(answer, expected[:, 4:])
+
+
+class Stumbling(LogitsProcessor):
+    """Raises at the third token."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.tokens += 1
+        if self.tokens == 3:
+            raise KeyboardInterrupt
+        return scores
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=lambda settings: "-".join(settings))
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_turn_that_fails_is_as_if_it_had_never_been(both: tuple[Any, Any], turns: int, settings: dict[str, Any]) -> None:
+    answers = []
+    for fails in (False, True):
+        with both[0].inference_session() as session:
+            for _ in range(turns):
+                both[0].generate(IDS, session=session, max_new_tokens=5)
+            if fails:
+                with pytest.raises(KeyboardInterrupt):
+                    both[0].generate(IDS + 1, session=session, max_new_tokens=5, logits_processor=[Stumbling()], **settings)
+            answers.append(both[0].generate(IDS[:, :4], session=session, max_new_tokens=5))
+    assert torch.equal(*answers)
 
 
 def test_earlier_turns_are_not_sent_again(make_swarm: MakeSwarm, checkpoints: dict[str, Path]) -> None:

@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import corolla
 from corolla.errors import InvalidSetting, UnsupportedModel
-from corolla.remote.models import AutoDistributedConfig, AutoDistributedModel, AutoDistributedModelForCausalLM
+from corolla.remote.models import (
+    AutoDistributedConfig,
+    AutoDistributedModel,
+    AutoDistributedModelForCausalLM,
+    AutoDistributedModelForSequenceClassification,
+)
 from corolla.swarm.wire import BackwardFrame, ForwardFrame
 from tests.models import tiny
 from tests.remote.conftest import MakeSwarm
@@ -167,6 +172,28 @@ def test_prompts_are_trained(checkpoints: dict[str, Path]) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+    model.close()
+
+
+def test_a_classifiers_head_is_trained_with_its_prompts(directory: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoDistributedModelForSequenceClassification.from_pretrained(
+        directory, torch_dtype="float32", num_labels=3, tuning_mode="ptune", pre_seq_len=P
+    )
+    reference = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(directory, num_labels=3)).eval()
+    reference.base_model.load_state_dict(stock(directory).base_model.state_dict())
+    reference.score.weight.data.copy_(model.score.weight)
+    labels = torch.tensor([2, 0])
+    embeddings = torch.cat(
+        [model.bare.prompts.tokens.detach().expand(2, -1, -1), reference.get_input_embeddings()(IDS[:1].expand(2, -1))], 1
+    )
+    expected = reference(inputs_embeds=embeddings, labels=labels)
+    out = model(IDS[:1].expand(2, -1), labels=labels)
+    torch.testing.assert_close(out.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    out.loss.backward()
+    expected.loss.backward()
+    torch.testing.assert_close(model.score.weight.grad, reference.score.weight.grad, rtol=1e-5, atol=1e-5)
+    assert {name.rsplit(".", 2)[-2] for name, p in model.named_parameters() if p.requires_grad} == {"score", "prompts"}
     model.close()
 
 

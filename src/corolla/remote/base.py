@@ -35,10 +35,11 @@ from corolla.types import Span
 class Distributed(PreTrainedModel):
     """A model whose blocks are computed by servers, with a head or without.
 
-    Its own weights are frozen; soft prompts, where it has any, are what is trained. `close` it, or let it go.
+    Its own weights are frozen; what is trained are soft prompts, where it has any, and a classifier's head. `close` it, or let it go.
     """
 
     supports_gradient_checkpointing = False  # nothing is computed here that could be checkpointed
+    made_here: ClassVar[tuple[str, ...]] = ()  # weights that are trained, and drawn at random where a checkpoint lacks them
     _closing: Callable[[], object]
 
     @classmethod
@@ -52,6 +53,7 @@ class Distributed(PreTrainedModel):
         dtype: torch.dtype | str | None = None,
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int = 16,
+        num_labels: int | None = None,
         progress: Progress | None = None,
         **servers: Any,
     ) -> Any:
@@ -62,6 +64,7 @@ class Distributed(PreTrainedModel):
             secret: of the swarm.
             torch_dtype, dtype: either name; what is computed here, and in this process, in. By default what the checkpoint says.
             tuning_mode: "ptune" puts `pre_seq_len` soft tokens in front, "deep_ptune" at every block too.
+            num_labels: of a classifier; by default what the checkpoint says.
             servers: `RemoteConfig`'s settings: allowed_servers, blocked_servers, request_timeout, max_retries...
 
         Raises:
@@ -76,12 +79,15 @@ class Distributed(PreTrainedModel):
             if config.model_type != family:
                 raise InvalidSetting("model", f"{name} is a {config.model_type} model, and {cls.__name__} is for {family}")
             blocks, computed_in = architecture(config).blocks, _dtype(dtype or torch_dtype, config)
+            if num_labels is not None:
+                config.num_labels = num_labels
             with torch.device("meta"):
                 model = cls(config)
             model._load(checkpoint, computed_in)
         if model.can_generate() and (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
-        model.requires_grad_(False)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter_name in cls.made_here)
         model.name_or_path = config.name_or_path = str(name)
         if tuning_mode is not None:
             model.bare.prompts = soft_prompts(tuning_mode, pre_seq_len, cast(torch.Tensor, model.get_input_embeddings().weight), blocks)
@@ -130,7 +136,10 @@ class Distributed(PreTrainedModel):
         for name, parameter in self.named_parameters():
             spellings = name, name.removeprefix(prefix), prefix + name
             stored = next((spelling for spelling in spellings if checkpoint.has(spelling)), name)
-            tensors[name] = checkpoint.tensor(stored, dtype, shape=tuple(parameter.shape))
+            if name in self.made_here and not checkpoint.has(stored):
+                tensors[name] = torch.empty(parameter.shape, dtype=dtype).normal_(std=self.config.initializer_range)
+            else:
+                tensors[name] = checkpoint.tensor(stored, dtype, shape=tuple(parameter.shape))
         self.load_state_dict(tensors, strict=False, assign=True)  # what is tied to another tensor is not among them
         self.tie_weights()
 
@@ -233,16 +242,22 @@ class DistributedForCausalLM(Distributed, GenerationMixin):
                 raise InvalidSetting("inputs", f"{len(new)} sequences do not go on from the session's {len(before)}")
             whole = before if new is None else torch.cat([before, new.to(before)], 1)
             kwargs["attention_mask"] = _whole_mask(session, whole, new, kwargs.get("attention_mask"))
-        result = self._stock_generate(whole, *args, past_key_values=RemoteCache(session), **kwargs)
+        began, count, answered = session.position, session.sequences, False
+        try:
+            result = self._stock_generate(whole, *args, past_key_values=RemoteCache(session), **kwargs)
+            answered = True
+        finally:
+            if not answered:
+                _undo(session, began, count)
         sequences = result if isinstance(result, torch.Tensor) else result.sequences
         settings = kwargs.get("generation_config") or self.generation_config
         if (kwargs.get("num_beams") or settings.num_beams or 1) > 1:
             _leave_beams(session, len(sequences), 1 if whole is None else len(whole), 1 if whole is None else whole.shape[1])
         session.output_ids = sequences
-        answered = sequences if before is None else sequences[:, before.shape[1] :]
+        new = sequences if before is None else sequences[:, before.shape[1] :]
         if isinstance(result, torch.Tensor):
-            return answered
-        result.sequences = answered
+            return new
+        result.sequences = new
         return result
 
 
@@ -261,6 +276,16 @@ def _leave_beams(session: InferenceSession, answers: int, inputs: int, columns: 
     beams, each = session.sequences // inputs, answers // inputs
     session.reorder([index * beams for index in range(inputs) for _ in range(each)])
     session.position = session.prefix + columns
+
+
+def _undo(session: InferenceSession, position: int, sequences: int) -> None:
+    """Go back to where the turn began."""
+    if position and session.sequences > sequences:
+        beams = session.sequences // sequences
+        session.reorder([index * beams for index in range(sequences)])
+    said = session.output_ids
+    session.position = position
+    session.output_ids = said
 
 
 def _check_positions(positions: torch.Tensor | None, mask: torch.Tensor | None, cache: RemoteCache | None, columns: int) -> None:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from corolla.errors import CapacityError, InvalidSetting, ProtocolError, ServerFault
+from corolla.errors import CapacityError, InvalidSetting, NetworkError, ProtocolError, ServerFault
 from corolla.remote.servers import Fault, Servers
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.wire import MAX_STEP_TOKENS, Array, BackwardFrame, ForwardFrame, Hop, ResultFrame, WireDtype
@@ -156,7 +156,13 @@ class Calls:
         expected = sum(lengths) + (frame.prompt_rows if kind is BackwardFrame else 0)
         with servers.mailbox(str(call)) as mailbox:
             servers.network.send(hop.peer, frame)
-            _, answer = mailbox.wait((hop.peer,))
+            try:
+                _, answer = mailbox.wait((hop.peer,))
+            except InvalidSetting as error:
+                if error.setting != "blocks":
+                    raise
+                # The route is right by the server's record: it has moved since.
+                raise Fault(hop.peer, NetworkError("it holds other blocks than its record says")) from error
         if not isinstance(answer, ResultFrame):
             raise Fault(hop.peer, ProtocolError("it answered a call as if it were a session"))
         result = checked(answer.hidden, (expected, rows.shape[1]), hop.peer)

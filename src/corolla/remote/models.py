@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import BloomConfig, BloomForCausalLM, BloomModel, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    BloomForSequenceClassification,
+    BloomModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from corolla.errors import UnsupportedModel
@@ -54,6 +64,20 @@ class DistributedBloomForCausalLM(DistributedForCausalLM, BloomForCausalLM):
         self.post_init()
 
 
+class DistributedBloomForSequenceClassification(Distributed, BloomForSequenceClassification):
+    """BLOOM with a classifier's head, `score`, which is trained."""
+
+    config_class = BloomConfig
+    made_here = ("score.weight",)
+
+    def __init__(self, config: BloomConfig) -> None:
+        super(BloomForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = DistributedBloomModel(config)
+        self.score = nn.Linear(config.hidden_size, cast(int, config.num_labels), bias=False)
+        self.post_init()
+
+
 class DistributedLlamaModel(DistributedModel, LlamaModel):
     """Llama without its head; its blocks are `layers`."""
 
@@ -83,6 +107,20 @@ class DistributedLlamaForCausalLM(DistributedForCausalLM, LlamaForCausalLM):
         self.model = DistributedLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class DistributedLlamaForSequenceClassification(Distributed, LlamaForSequenceClassification):
+    """Llama with a classifier's head, `score`, which is trained."""
+
+    config_class = LlamaConfig
+    made_here = ("score.weight",)
+
+    def __init__(self, config: LlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = DistributedLlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, cast(int, config.num_labels), bias=False)
         self.post_init()
 
 
@@ -125,3 +163,12 @@ class AutoDistributedModelForCausalLM(_Auto):
     """A language model, of whichever family."""
 
     _classes: ClassVar[dict[str, type[Distributed]]] = {"bloom": DistributedBloomForCausalLM, "llama": DistributedLlamaForCausalLM}
+
+
+class AutoDistributedModelForSequenceClassification(_Auto):
+    """A classifier, of whichever family."""
+
+    _classes: ClassVar[dict[str, type[Distributed]]] = {
+        "bloom": DistributedBloomForSequenceClassification,
+        "llama": DistributedLlamaForSequenceClassification,
+    }

@@ -61,7 +61,8 @@ class InferenceSession:
 
     @property
     def position(self) -> int:
-        """Columns so far, soft tokens among them; set it to go back to an earlier one.
+        """Columns so far, soft tokens among them; set it to go back to an earlier one. From 0 on there may be another number of
+        sequences.
 
         Raises `InvalidSetting` for one that was not reached.
         """
@@ -71,11 +72,18 @@ class InferenceSession:
     def position(self, position: int) -> None:
         if not 0 <= position <= self.position:
             raise InvalidSetting("position", f"{position} is not from 0 to {self.position}, where the session is")
+        if 0 < position < self.prefix:
+            raise InvalidSetting("position", f"{position} lies among the {self.prefix} soft tokens: go back to 0, or less far")
+        if position == 0:
+            for sequence in self._sequences:
+                sequence.leave()
+            self._sequences, self._mask, self.output_ids = [], torch.zeros(0, 0, dtype=torch.bool), None
+            return
         self._mask = self._mask[:, :position]
         for sequence, rows in zip(self._sequences, self._mask.sum(1).tolist(), strict=True):
             sequence.cut(rows)
         if self.output_ids is not None:
-            self.output_ids = self.output_ids[:, : max(0, position - self.prefix)]
+            self.output_ids = self.output_ids[:, : position - self.prefix]
 
     @property
     def sequences(self) -> int:
