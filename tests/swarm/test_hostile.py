@@ -143,6 +143,7 @@ class Swarm:
             eventually(lambda engine=engine: engine.active == 0)
             assert engine._thread is not None
             assert engine._thread.is_alive()
+            engine.stop()  # else it may be at work on what clients said at last
             engine.check_integrity()
 
     def close(self) -> None:

@@ -20,13 +20,14 @@ from corolla.swarm.handshake import MESSAGE_BYTES
 from corolla.swarm.p2p import P2PConfig
 from corolla.swarm.wire import Array, HiddenFrame, Ping, Pong, Refused, WireMessage
 from tests.swarm.daemons import PATIENCE, Hostile, Peer
+from tests.swarm.harness import OVER_HIVEMIND
 
 SECRET = b"correct horse battery staple"
 MEBIBYTE = 2**20
 # Deadlines that a test can wait for. The peers' own are longer than those that honest peers keep to.
 QUICK = P2PConfig(secret=SECRET, handshake_timeout=3.0, frame_timeout=3.0, slowest=2**30, frames_per_second=2000.0)
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # hivemind finds its daemon through a deprecated function
+pytestmark = OVER_HIVEMIND
 
 
 class Clock:
@@ -263,7 +264,6 @@ def test_a_flood_is_read_slowly_and_the_others_are_served(target: Peer, honest: 
     target.came.clear()
 
 
-@pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning")  # that hivemind leaves open when a dial fails
 def test_peers_and_strangers_are_bounded_in_all(tmp_path: Path) -> None:
     target = Peer(tmp_path / "key", P2PConfig(peers=2, strangers=2, dials=1))
     hostiles = [Hostile(tmp_path / f"{number}", target.me, target.addresses, None) for number in range(3)]

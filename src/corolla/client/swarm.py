@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -61,7 +62,7 @@ class Patience:
     answer: float = 1.0  # for them to say so; who does not is as good as dead
     lost: float = 20.0  # without a reply, until they are asked, twice, how the session is getting on
     reconsider: float = 5.0  # on a route, until a quicker one is looked for
-    leaving: float = 60.0  # for which a server that said it leaves is avoided
+    leaving: float = 60.0  # for which a server that said it leaves, or says nothing at all, is avoided
 
 
 @dataclass(slots=True)
@@ -103,6 +104,7 @@ class SwarmTransport:
         self._links: dict[str, SwarmLink] = {}
         self._heard: dict[str, float] = {}  # when a peer last sent anything
         self._leaving: dict[str, float] = {}  # when a peer said that it leaves
+        self._silent: dict[str, float] = {}  # when a peer was given up because nothing came from it
         self._lock = threading.Lock()
         self._closed = threading.Event()
         network.listen(self._receive, self._lose)
@@ -121,11 +123,15 @@ class SwarmTransport:
     def avoided(self) -> frozenset[str]:
         """The peers that no session should go to now."""
         since = time.monotonic() - self.patience.leaving
-        return self.bans.banned() | {peer for peer, said in list(self._leaving.items()) if said > since}
+        return self.bans.banned() | self._silent.keys() | {peer for peer, said in list(self._leaving.items()) if said > since}
 
     def heard(self, peer: str) -> float:
         """When `peer` last sent anything, on `time.monotonic`'s clock; minus infinity if never."""
         return self._heard.get(peer, float("-inf"))
+
+    def silent(self, peer: str) -> None:
+        """Nothing came from `peer`: it is avoided until something does, or long enough for its record to expire."""
+        self._silent[peer] = time.monotonic()
 
     def enter(self, session: str, link: SwarmLink) -> None:
         with self._lock:
@@ -137,6 +143,7 @@ class SwarmTransport:
 
     def _receive(self, sender: str, message: WireMessage) -> None:
         self._heard[sender] = time.monotonic()
+        self._silent.pop(sender, None)
         if isinstance(message, (TokenFrame, CachedFrame, GapFrame, FailedFrame)):
             with self._lock:
                 link = self._links.get(message.session)
@@ -170,6 +177,12 @@ class SwarmTransport:
             now = time.monotonic()
             for link in self._all():
                 link.check(now)
+            self._silent = {peer: since for peer, since in self._silent.items() if now - since < self.patience.leaving}
+            self._ask(self._silent)
+
+    def _ask(self, peers: Iterable[str]) -> None:
+        with suppress(NetworkError):  # closed just now
+            self.round_trips.ask(peers)
 
 
 class SwarmLink:
@@ -316,6 +329,8 @@ class SwarmLink:
             else:
                 gap = None
                 silent = [peer for peer in self._route.peers if transport.heard(peer) < self._asked]
+                for peer in silent:
+                    transport.silent(peer)
                 self._since, self._asked = now, None
         for peer in silent:
             self.lost(peer, NetworkError(f"it did not answer for {patience.silence + patience.answer:g} s"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from corolla.swarm.records import ServerRecord
 NEIGHBOURS = 16  # servers whose round trips are measured and announced
 _NEWCOMERS = 4  # of them that are asked at random, lest a near one is never found
 log = logging.getLogger(__name__)
+_FIRST_WITHIN, _AGAIN_AFTER = 15.0, 0.5  # seconds
 
 
 class Peer(Protocol):
@@ -45,9 +47,21 @@ class Announcer:
         self._peer, self._describe, self._every = peer, describe, every
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        peer.publish(describe())
+        self._begin()
         self._thread = threading.Thread(target=self._run, name="corolla-announce", daemon=True)
         self._thread.start()
+
+    def _begin(self) -> None:
+        """The first announcement: where nodes have just started, nobody may be there to take it for a while."""
+        deadline = time.monotonic() + _FIRST_WITHIN
+        while True:
+            try:
+                self._peer.publish(self._describe())
+                return
+            except NetworkError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_AGAIN_AFTER)
 
     def now(self) -> None:
         """Announce at once. What does not go out now goes out later."""

@@ -9,8 +9,9 @@ The hidden states' way of a session is the same with hidden states at both ends.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import msgspec
 import torch
@@ -218,7 +219,19 @@ class SpanServer:
             self._check(sender, frame, step, way)
             blamed = self._network.me
             # What a step without a way leaves out came with the first one.
-            step = replace(step, span=way.span, settings=way.settings, adapter=way.adapter, asked=way.asked, wants_hidden=way.wants_hidden)
+            step = Step(
+                step.session,
+                step.start,
+                step.payload,
+                step.generation,
+                way.settings,
+                way.adapter,
+                step.tokens,
+                way.span,
+                way.asked,
+                step.more,
+                way.wants_hidden,
+            )
             under_way = _UnderWay(way, step, bool(frame.route), time.perf_counter(), to_timings(frame.timings))
             self._engine.receive(step, lambda reply: self._deliver(under_way, reply))
         except CorollaError as error:
@@ -311,7 +324,9 @@ class SpanServer:
     def _problem_of_rows(self, step: Step, way: _Way) -> str | None:
         if not isinstance(step.payload, torch.Tensor):
             return "no hidden states came" if way.hop else None
-        return None if bool(step.payload.isfinite().all()) else "hidden states came that are NaN or infinite"
+        # One operation where all is well: NaN and infinity stay in a sum.
+        sound = math.isfinite(step.payload.sum(dtype=torch.float32)) or bool(step.payload.isfinite().all())
+        return None if sound else "hidden states came that are NaN or infinite"
 
     # On the engine's thread from here on.
 
@@ -338,10 +353,20 @@ class SpanServer:
     def _pass_on(self, under_way: _UnderWay, reply: Hidden, timings: tuple[HopTiming, ...]) -> None:
         """The rows that are computed so far go to the next server; it samples after the last of them."""
         way, step = under_way.way, under_way.step
-        onward = replace(step, start=reply.start, payload=reply.hidden, tokens=reply.tokens, more=not reply.last)
+        onward = Step(
+            step.session,
+            reply.start,
+            reply.hidden,
+            step.generation,
+            step.settings if under_way.tells_way and reply.last else None,
+            step.adapter if under_way.tells_way else "",
+            reply.tokens,
+            asked=step.asked,
+            more=not reply.last,
+            wants_hidden=step.wants_hidden,
+        )
         hop = way.hop + 1
         if under_way.tells_way:
-            onward = onward if reply.last else replace(onward, settings=None)
             frame = from_step(
                 onward,
                 wire_dtype=self._config.wire_dtype,
@@ -352,7 +377,7 @@ class SpanServer:
                 timings=timings,
             )
         else:
-            frame = from_step(replace(onward, settings=None, adapter=""), wire_dtype=self._config.wire_dtype, timings=timings)
+            frame = from_step(onward, wire_dtype=self._config.wire_dtype, timings=timings)
         self.counters.pushes += 1
         self._hold(way.route[hop].peer, frame)
 

@@ -68,6 +68,7 @@ class _Channel:
     rate: Rate
     outbox: asyncio.Queue[tuple[list[bytes | memoryview], int]]  # frames and their bytes
     waiting: int = 0  # bytes in the outbox
+    writer: asyncio.StreamWriter | None = None  # of the stream, once the peer has proved itself
     dialled: bool = False  # and not connected yet
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -194,6 +195,9 @@ class P2PNetwork:
         if channel.outbox.full() or (channel.waiting and channel.waiting + size > self._config.queue_limit):
             self._lose(peer, channel, "it takes nothing any more")
             return
+        if channel.writer is not None and not channel.waiting and not channel.writer.transport.get_write_buffer_size():
+            channel.writer.writelines(buffers)  # nothing is before it: it need not wait for the task's turn
+            return
         channel.waiting += size
         channel.outbox.put_nowait((buffers, size))
 
@@ -228,6 +232,7 @@ class P2PNetwork:
                 writer.close()
 
     async def _write(self, peer: str, channel: _Channel, writer: asyncio.StreamWriter) -> None:
+        channel.writer = writer
         try:
             while True:
                 buffers, size = await channel.outbox.get()
