@@ -105,7 +105,7 @@ def test_padding_is_not_sent(make_swarm: MakeSwarm, directory: Path) -> None:
         return message
 
     local.before = before
-    with torch.no_grad():
+    with torch.inference_mode():
         out = RemoteSequential(local.calls, Span(0, 4))(inputs()[0], attention_mask=torch.tensor(MASKS["left"]))
     assert sent == [(5, 7, 3)] * 3
     assert not out.requires_grad
