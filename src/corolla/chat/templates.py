@@ -156,18 +156,19 @@ def encode(template: Template, tokenizer: TextTokenizer, system: str, turns: Seq
 def _render(template: Template, system: str, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
     """Pieces of text, each with whether it is a special token written out."""
     if system:
-        yield from _marks(template, template.system_prefix)
+        yield from marks_of(template, template.system_prefix)
         yield system, False
-        yield from _marks(template, template.system_suffix)
+        yield from marks_of(template, template.system_suffix)
     for turn in (*template.opening, *turns):
         asks = turn.role == "user"
-        yield from _marks(template, template.question_prefix if asks else template.answer_prefix)
+        yield from marks_of(template, template.question_prefix if asks else template.answer_prefix)
         yield turn.content, False
-        yield from _marks(template, template.question_suffix if asks else template.answer_suffix)
-    yield from _marks(template, template.answer_prefix.rstrip())
+        yield from marks_of(template, template.question_suffix if asks else template.answer_suffix)
+    yield from marks_of(template, template.answer_prefix.rstrip())
 
 
-def _marks(template: Template, text: str) -> Iterator[tuple[str, bool]]:
+def marks_of(template: Template, text: str) -> Iterator[tuple[str, bool]]:
+    """A piece of the template, cut at its special tokens: each part with whether it is one."""
     if not template.special_tokens:
         yield text, False
         return
@@ -184,7 +185,7 @@ def _render_own(tokenizer: TextTokenizer, system: str, turns: Sequence[Turn]) ->
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
-        compiled = _environment().from_string(tokenizer.chat_template)
+        compiled = environment().from_string(tokenizer.chat_template)
     except jinja2.TemplateError as error:
         raise CheckpointError(f"the chat template in {tokenizer.directory} is damaged ({error}): choose one with --template") from None
     try:
@@ -193,7 +194,7 @@ def _render_own(tokenizer: TextTokenizer, system: str, turns: Sequence[Turn]) ->
         raise CallerError(f"the model's chat template refuses this conversation ({error}): choose another with --template") from None
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     """Jinja as models' templates expect it: as transformers sets it up."""
     import jinja2.ext
     import jinja2.nodes

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import jinja2
 
-from corolla.chat.templates import Template, Turn, _environment, _marks, stop_ids
+from corolla.chat.templates import Template, Turn, environment, marks_of, stop_ids
 from corolla.data.tokens import Kind, TrainingTokenizer
 from corolla.errors import CallerError, CheckpointError
 
@@ -58,7 +58,7 @@ class DeclaredSpelling:
         self._opening = template.opening
 
         def marks(text: str) -> tuple[_Mark, ...]:
-            return tuple(_Mark(piece, tokenizer.token_id(piece) if special else None) for piece, special in _marks(template, text))
+            return tuple(_Mark(piece, tokenizer.token_id(piece) if special else None) for piece, special in marks_of(template, text))
 
         asked = template.answer_prefix.rstrip()
         closing = _closing(template)
@@ -147,7 +147,7 @@ class OwnSpelling:
         if tokenizer.chat_template is None:
             raise CheckpointError(f"{tokenizer.directory} has no chat template: choose one with --template")
         try:
-            self._compiled = _environment().from_string(tokenizer.chat_template)
+            self._compiled = environment().from_string(tokenizer.chat_template)
         except jinja2.TemplateError as error:
             raise CheckpointError(f"the chat template in {tokenizer.directory} is damaged ({error}): choose one with --template") from None
         self._tokenizer = tokenizer
