@@ -44,7 +44,8 @@ def generate(
 
     The continuation alone goes to standard output, as it is written. With --json it is one object with text, token_ids,
     logprobs, timings (seconds) and finish_reason. --timings adds hops: for each server the milliseconds that a token waited
-    there, was computed, and was under way to it, as means over the tokens.
+    there, was computed, and was under way to it, as means over the tokens; and counters: how often a history was replayed,
+    a server given up, the session moved.
     """
     if timings and not (as_json and peers):
         raise InvalidSetting("timings", "they are a swarm's and come in the JSON: give --json and --peers too")
@@ -89,5 +90,9 @@ def generate(
     if not top_logprobs:
         del fields["top_logprobs"]
     if timings:
+        from corolla.client.joined import Joined
+
+        assert isinstance(embedded, Joined), "timings are asked of a swarm only"
         fields["hops"] = hops.means()
+        fields["counters"] = dataclasses.asdict(embedded.transport.counters)
     print(json.dumps({"model": model, **fields}, ensure_ascii=False))
