@@ -17,6 +17,7 @@ from itertools import groupby
 import torch
 
 from corolla.engine.attention import alibi, attend
+from corolla.errors import InvalidSetting
 from corolla.models.architecture import Architecture
 from corolla.models.block import Block, Rotation, rotations
 from corolla.models.span import SpanModel
@@ -74,6 +75,32 @@ def backward(model: SpanModel, sequences: Sequences, gradient_TxE: torch.Tensor)
         gradient = yield from _back(block, inputs.pop(), gradient, pieces)
         of_prompts.append(prompts.summed(gradient))
     return Gradients(gradient, torch.stack(of_prompts[::-1]) if sequences.prompts is not None else None)
+
+
+def packed(
+    model: SpanModel, span: Span, lengths: tuple[int, ...], came: torch.Tensor, prompt_rows: int, *, back: bool
+) -> Generator[None, None, torch.Tensor]:
+    """A call as it travels, all rows in one tensor: those of the sequences, for a backward (`back`) the gradients' behind them, then
+    the prompts', block by block. Returns the rows that leave, or the gradients of the rows, then of the prompts.
+
+    Raises `InvalidSetting` for rows that are not finite, and for a result that overflows: another server would find the same.
+    """
+    if not bool(came.isfinite().all()):
+        raise InvalidSetting("hidden", "some of the values that came with the call are NaN or infinite")
+    rows, prompts = came[: len(came) - prompt_rows], came[len(came) - prompt_rows :]
+    count = sum(lengths)
+    sequences = Sequences(span, lengths, rows[:count], prompts.unflatten(0, (len(span), -1)) if prompt_rows else None)
+    if back:
+        gradients = yield from backward(model, sequences, rows[count:])
+        result = gradients.hidden
+        if gradients.prompts is not None:
+            result = torch.cat([result.float(), gradients.prompts.flatten(0, 1)])
+    else:
+        result = yield from forward(model, sequences)
+    if not bool(result.isfinite().all()):
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise InvalidSetting("hidden", f"the result overflows this server's {dtype}: send smaller values or gradients")
+    return result
 
 
 class SequenceAttention:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from corolla.engine.calls import Sequences, backward, forward
+from corolla.engine.calls import packed
 from corolla.engine.engine import Engine
 from corolla.errors import CorollaError, InvalidSetting, NetworkError, ServerFault
 from corolla.swarm.arrays import from_array, to_array
@@ -115,17 +115,8 @@ class EmbeddedNetwork:
         model, span = self._engine.model, Span(frame.start, frame.end)
         came = from_array(frame.hidden)
         _check(came, model.arch.hidden)
-        rows, prompts = came.split([len(came) - frame.prompt_rows, frame.prompt_rows])
-        sequences = Sequences(span, frame.lengths, rows[: frame.rows], prompts.unflatten(0, (len(span), -1)) if frame.prompts else None)
-        if isinstance(frame, ForwardFrame):
-            result = yield from forward(model, sequences)
-        else:
-            gradients = yield from backward(model, sequences, rows[frame.rows :])
-            result = gradients.hidden
-            if gradients.prompts is not None:
-                result = torch.cat([result.float(), gradients.prompts.flatten(0, 1)])
-        if not bool(result.isfinite().all()):
-            raise InvalidSetting("hidden", f"the result overflows {model.dtype}: send smaller values or gradients")
+        back = isinstance(frame, BackwardFrame)
+        result = yield from packed(model, span, frame.lengths, came, frame.prompt_rows, back=back)
         return to_array(result, frame.hidden.dtype)
 
 

@@ -10,9 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
-import torch
-
-from corolla.engine.calls import Sequences, backward, forward
+from corolla.engine.calls import packed
 from corolla.engine.engine import Engine
 from corolla.errors import Busy, CorollaError, InvalidSetting, PromptTooLong, ServerFault
 from corolla.models.span import SpanModel
@@ -135,21 +133,6 @@ class Calls:
 
 def _compute(model: SpanModel, frame: ForwardFrame | BackwardFrame) -> Generator[None, None, Array]:
     """What a call is answered with, in the dtype in which it came."""
-    came = from_array(frame.hidden)
-    if not bool(came.isfinite().all()):
-        raise InvalidSetting("hidden", "some of the values that came with the call are NaN or infinite")
-    span = Span(frame.start, frame.end)
-    rows, prompts = came[: came.shape[0] - frame.prompt_rows], came[came.shape[0] - frame.prompt_rows :]
-    sequences = Sequences(span, frame.lengths, rows[: frame.rows], prompts.unflatten(0, (len(span), -1)) if frame.prompts else None)
-    if isinstance(frame, ForwardFrame):
-        result = yield from forward(model, sequences)
-    else:
-        gradients = yield from backward(model, sequences, rows[frame.rows :])
-        result = gradients.hidden
-        if gradients.prompts is not None:
-            result = torch.cat([result.float(), gradients.prompts.flatten(0, 1)])
-    if not bool(result.isfinite().all()):
-        # Another server would find the same: nobody is to be banned for it.
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise InvalidSetting("hidden", f"the result overflows this server's {dtype}: send smaller values or gradients")
+    span, back = Span(frame.start, frame.end), isinstance(frame, BackwardFrame)
+    result = yield from packed(model, span, frame.lengths, from_array(frame.hidden), frame.prompt_rows, back=back)
     return to_array(result, frame.hidden.dtype)
