@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before torch is imported, here and in the processes that tests start. Tiny models gain nothing from threads, and where a
 # machine's cores are shared every operation waits for the slowest of them: tests/engine took minutes instead of seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples in every run, so that a failure is a change's; `--hypothesis-profile=default` looks for new ones.
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import toy
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
@@ -87,6 +87,8 @@ WORDS = st.text(st.sampled_from("ab .,!?\n<>:#é☃/s"), min_size=1).map(str.str
 def test_each_answer_begins_where_its_prompt_at_inference_ends(
     tokenizer: TrainingTokenizer, name: str, said: list[tuple[str, str]], system: str | None
 ) -> None:
+    # In a model's own template typed special tokens are special, and an answer ends at the first end token.
+    assume(name != "tokenizer" or not any(answer.startswith("</s>") for _, answer in said))
     turns = [Turn(role, text) for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)]
     (article,) = articles(tokenizer, name, example(turns, system=system))
     conversation = Conversation(tokenizer, TEMPLATES[name], context_length=10_000, system=system)
@@ -97,6 +99,13 @@ def test_each_answer_begins_where_its_prompt_at_inference_ends(
         assert article.token_type_ids[len(prompt) - 1] == Kind.PROMPT
         assert article.token_type_ids[len(prompt)] == Kind.COMPLETION
         conversation.answer(answer)
+
+
+def test_an_answer_that_begins_with_the_end_token_is_empty(tokenizer: TrainingTokenizer) -> None:
+    assert not articles(tokenizer, "tokenizer", example([TURNS[0], Turn("assistant", "</s>never said")]))
+    (article,) = articles(tokenizer, "tokenizer", example([*TURNS[:3], Turn("assistant", "</s>never said")]))
+    assert article.input_ids[-1] == END
+    assert article.token_type_ids[-2:].tolist() == [Kind.PROMPT, Kind.END]
 
 
 @given(said=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4))

@@ -19,7 +19,7 @@ def rows(name: str, split: str) -> Iterator[Record]:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise DataError(
-            f"{name} is no file here; to read it as a dataset of the hub, install the library: pip install 'corolla[datasets]'"
+            f"{name} is no file here; to read it as a dataset of the hub, install the library: pip install 'corolla[data]'"
         ) from None
     try:
         stream = datasets.load_dataset(name, split=split, streaming=True)
