@@ -10,8 +10,12 @@ CorollaError
    . Unauthorized              a peer or caller that does not prove that it knows the secret
    . CheckpointError           a model's files are missing, damaged, of the wrong shape, or pickled
    . DataError                 a file of training data is missing, damaged, or of no known format
+   . PromptError               a soft prompt's files are missing or damaged, or it does not fit the model
+   . Interrupted               the caller went away, or stopped the answer
+   . Conflict                  what is asked for does not fit the state that the thing is in
  x CapacityError               the callee is full: come back after `retry_after` seconds
    . Busy
+   . RateLimited               more requests than this key may make
    . NoRoute                   no servers with room hold every block: `missing` are the spans to wait for
  x ServerFault                 a server failed: the step is retried elsewhere
    . ProtocolError             a peer sent bytes that are no frame
@@ -81,8 +85,25 @@ class DataError(CallerError):
     pass
 
 
+class PromptError(CallerError):
+    """A soft prompt that is missing, damaged, not finite, or of another model."""
+
+    status = 422
+
+
 class Unauthorized(CallerError):
     status = 401
+
+
+class Interrupted(CallerError):
+    status = 499
+
+    def __init__(self) -> None:
+        super().__init__("the answer was stopped by its caller")
+
+
+class Conflict(CallerError):
+    status = 409
 
 
 class CapacityError(CorollaError):
@@ -98,6 +119,13 @@ class Busy(CapacityError):
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"all places are taken: try again in {retry_after:g} s", retry_after)
+
+
+class RateLimited(CapacityError):
+    status = 429
+
+    def __init__(self, per_minute: float, retry_after: float) -> None:
+        super().__init__(f"this key may make {per_minute:g} requests a minute: try again in {retry_after:.1f} s", retry_after)
 
 
 class NoRoute(CapacityError):
