@@ -64,6 +64,7 @@ class GenerationSettings:
     top_p: float = 1.0  # (0, 1]
     repetition_penalty: float = 1.0  # [1, 2], after CTRL (Keskar et al., 2019)
     top_logprobs: int = 0  # 0..20 alternatives reported for each token
+    prompt_logprobs: bool = False  # `Scores` of the prompt's own tokens first; nothing of it is taken from a cache
     seed: int = 0  # the token at position p is drawn by a generator of (seed, p)
     stop_sequences: tuple[str, ...] = ()  # matched in text by the client; never part of the answer
     stop_token_ids: tuple[int, ...] = ()  # matched by the engine; never part of the answer's text
@@ -77,8 +78,9 @@ class GenerationSettings:
             _check_integer("top_k", self.top_k, 1)
         _check_integer("top_logprobs", self.top_logprobs, 0, 20)
         _check_integer("seed", self.seed, 0, 2**63 - 1)
-        if not isinstance(self.do_sample, bool):
-            raise InvalidSetting("do_sample", f"{self.do_sample!r} is neither true nor false")
+        for name in ("do_sample", "prompt_logprobs"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidSetting(name, f"{getattr(self, name)!r} is neither true nor false")
         for name, kind, what in (("stop_sequences", str, "non-empty strings"), ("stop_token_ids", int, "token ids")):
             given = getattr(self, name)
             if not isinstance(given, (list, tuple)) or not all(isinstance(item, kind) and item != "" for item in given):
@@ -124,6 +126,28 @@ def _check_real(name: str, value: object, low: float, high: float, *, open_low: 
         raise InvalidSetting(name, f"{value!r} is not a number in {'(' if open_low else '['}{low:g}, {high:g}]")
 
 
+# Soft prompts. Their rows stand at the first positions of a session, whose history begins with as many placeholder ids.
+
+
+@dataclass(frozen=True, slots=True)
+class PromptName:
+    """What a step calls its soft prompt: `name` is the same for the same content, among the prompts of one client."""
+
+    name: str
+    tokens: int  # positions that it takes, from 0 on
+    deep: bool  # whether every block adds rows of its own at these positions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptPart:
+    """What the servers of the blocks `span` need of a soft prompt of P tokens, in any floating dtype."""
+
+    name: PromptName
+    span: Span
+    input: torch.Tensor | None = None  # [P, hidden], in place of embeddings; None where hidden states come in
+    deep: torch.Tensor | None = None  # [blocks of the span, P, hidden], added at each block's input
+
+
 # Messages from a client (or the server before) to a server.
 
 
@@ -145,6 +169,8 @@ class Step:
     asked: int = 0  # unix milliseconds when the answer was asked for: whoever asked first is served first, on every server
     more: bool = False  # further rows follow, in steps of their own
     wants_hidden: bool = False  # answer with hidden states from the last block too, and sample nothing
+    prompt: PromptName | None = None  # put in and added at the positions below its tokens; a server that lacks it asks for it
+    client: str = ""  # whose prompt that is
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +192,15 @@ class Close:
     generation: int | None = None
 
 
-Message = Step | Cancel | Close
+@dataclass(frozen=True, slots=True, eq=False)
+class Give:
+    """A soft prompt for a server that lacks it; the session's next step names it."""
+
+    session: str
+    part: PromptPart
+
+
+Message = Step | Cancel | Close | Give
 
 # Replies. `position` and `start` count tokens from the beginning of the session.
 
@@ -193,6 +227,24 @@ class Token:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
     timings: tuple[HopTiming, ...] = ()  # of the servers of the route, where they were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What the model made of a token that was given; as in `Token`."""
+
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The scores of a prompt's tokens from position `start` on, at most 64 at once. The first token of a session has none."""
+
+    session: str
+    generation: int
+    start: int
+    scores: tuple[Score, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,4 +286,4 @@ class Failed:
     error: CorollaError
 
 
-Reply = Token | Hidden | Cached | Gap | Failed
+Reply = Token | Scores | Hidden | Cached | Gap | Failed

@@ -307,3 +307,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_prompts_tokens_score_on_any_route_as_on_one_server(swarm: Swarm) -> None:
+    def scored() -> dict[int, float]:
+        with Session(swarm.transport, "") as session:
+            list(session.generate(PROMPT, GenerationSettings(max_tokens_to_generate=2, prompt_logprobs=True), timeout=TIMEOUT))
+            return {position: score.logprob for position, score in session.scores.items()}
+
+    along_three = scored()
+    swarm.add("whole", 0, 4, throughput=1e6)
+    assert list(along_three) == list(range(1, len(PROMPT)))
+    assert scored() == pytest.approx(along_three, abs=1e-4)
+    assert swarm.routes[-1].peers == ("whole",)

@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 
 from corolla.errors import CallerError, CapacityError, DeadlineExceeded, EmptyPrompt, NetworkError, ServerFault
 from corolla.swarm.transport import Transport
-from corolla.types import Cancel, Close, Failed, Gap, GenerationSettings, Reply, Step, Token
+from corolla.types import Cancel, Close, Failed, Gap, GenerationSettings, Reply, Score, Scores, Step, Token
 
 
 class Session:
@@ -25,6 +25,7 @@ class Session:
     def __init__(self, transport: Transport, peer: str) -> None:
         self.name = uuid.uuid4().hex
         self.tokens: list[int] = []
+        self.scores: dict[int, Score] = {}  # of the tokens that the last answer continued, by position, where they were asked for
         self._cached = 0  # how many tokens the server is known to have
         self._generation = 0
         self._asked = 0  # when the answer under way was, in unix milliseconds
@@ -61,7 +62,8 @@ class Session:
 
         The last one carries `finish`. Closing the iterator early cancels the answer; what was yielded stays in the history.
         `timeout` is the longest wait for one token, in seconds; a busy server is asked again until then.
-        Without `token_ids` the answer continues the history as it stands.
+        Without `token_ids` the answer continues the history as it stands. With `prompt_logprobs` the whole history is computed
+        anew, and `scores` holds those of its tokens when the first token of the answer comes.
 
         Raises `EmptyPrompt` when there is nothing to go on from, `DeadlineExceeded`, and whatever error the server answers
         with. After a `CallerError` before the first token the history is as it was.
@@ -73,6 +75,9 @@ class Session:
             raise EmptyPrompt
         expected = self.position
         finished = False
+        self.scores = {}
+        if settings.prompt_logprobs:
+            self._cached = 0
         try:
             deadline = time.monotonic() + timeout
             self._step(settings, deadline)
@@ -86,6 +91,9 @@ class Session:
                     deadline = time.monotonic() + timeout
                     finished = reply.finish is not None
                     yield reply
+                elif isinstance(reply, Scores):
+                    self.scores |= {at: score for at, score in enumerate(reply.scores, reply.start) if at < expected}
+                    deadline = time.monotonic() + timeout
                 elif isinstance(reply, Gap):
                     self._close_gap(reply.have)
                     self._step(self._remaining(settings, expected), deadline)

@@ -32,6 +32,7 @@ from corolla.swarm.wire import (
     Leaving,
     Ping,
     Pong,
+    ScoresFrame,
     StepFrame,
     TokenFrame,
     Whereabouts,
@@ -144,7 +145,7 @@ class SwarmTransport:
     def _receive(self, sender: str, message: WireMessage) -> None:
         self._heard[sender] = time.monotonic()
         self._silent.pop(sender, None)
-        if isinstance(message, (TokenFrame, CachedFrame, GapFrame, FailedFrame)):
+        if isinstance(message, (TokenFrame, ScoresFrame, CachedFrame, GapFrame, FailedFrame)):
             with self._lock:
                 link = self._links.get(message.session)
             if link is not None:
@@ -230,7 +231,7 @@ class SwarmLink:
         self._step = None
         self._transport.leave(self)
 
-    def receive(self, sender: str, frame: TokenFrame | CachedFrame | GapFrame | FailedFrame) -> None:
+    def receive(self, sender: str, frame: TokenFrame | ScoresFrame | CachedFrame | GapFrame | FailedFrame) -> None:
         """A reply; one to an earlier step, a repeated one, and one from a server that is not on the route are dropped."""
         with self._lock:
             step, route = self._step, self._route
@@ -342,7 +343,7 @@ class SwarmLink:
         self._replied = self._since = time.monotonic()
         self._asked = self._whereabouts = self._said_before = None
 
-    def _problem(self, sender: str, frame: TokenFrame | GapFrame | FailedFrame) -> str | None:
+    def _problem(self, sender: str, frame: TokenFrame | ScoresFrame | GapFrame | FailedFrame) -> str | None:
         """What no honest server answers in this frame, if anything."""
         assert self._route is not None, "a reply is looked at without a route"
         assert self._step is not None
@@ -351,10 +352,13 @@ class SwarmLink:
             if frame.have > self._step.start:
                 return f"it lacks what comes before {self._step.start}, and yet says that it has {frame.have}"
             return f"it lost the session {self._gaps} times in a row" if self._gaps > _MOST_GAPS else None
-        if not isinstance(frame, TokenFrame):
+        if isinstance(frame, FailedFrame):
             return None
         if sender != self._route.peers[-1]:
             return "it answered a token without having the head"
+        if isinstance(frame, ScoresFrame):
+            beyond = frame.start + len(frame.scores) > self._position
+            return f"it scored tokens from {frame.start} on of a history of {self._position}" if beyond else None
         if frame.position > self._position:
             return f"it answered the token at position {frame.position} before that at {self._position}"
         vocabulary = self._transport.vocabulary
@@ -417,7 +421,7 @@ class SwarmLink:
                 step.generation,
                 step.start + first,
                 piece,
-                settings=settings if last else None,
+                settings=settings if last or (settings is not None and settings.prompt_logprobs) else None,
                 route=hops,
                 client=self._transport.network.me,
                 adapter=step.adapter,

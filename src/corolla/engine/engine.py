@@ -19,6 +19,7 @@ from corolla.engine.executor import INVARIANT_ROWS, Executor
 from corolla.engine.pages import PagePool
 from corolla.engine.sampler import Sampled, SampleRequest, check_vocabulary, sample
 from corolla.engine.scheduler import Scheduler
+from corolla.engine.scores import scores_of
 from corolla.engine.sequence import Conversation, Deliver
 from corolla.engine.work import Computed, Work
 from corolla.errors import Busy, CapacityError, CorollaError, EmptyPrompt, InvalidSetting, PromptTooLong, ServerFault
@@ -215,6 +216,7 @@ class Engine:
             conversation.tokens[step.start :] = step.payload
         if conversation.idle or conversation.generation != step.generation:
             self._arrivals += 1
+            conversation.unscored = None
             conversation.generation, conversation.sampled, conversation.arrival = step.generation, 0, (step.asked, self._arrivals)
             conversation.gives_hidden = step.wants_hidden or span.end != self.model.arch.blocks
         conversation.deliver, conversation.settings, conversation.more = deliver, step.settings, step.more
@@ -277,6 +279,7 @@ class Engine:
         began = time.perf_counter()
         try:
             computed = self._executor.forward([work for _, work in scheduled], span)
+            self._score(scheduled, computed)
             sampled = iter(self._sample(scheduled, computed))
         except (CorollaError, RuntimeError, MemoryError) as error:
             self._fail([c for c, _ in scheduled], error)
@@ -311,6 +314,16 @@ class Engine:
                 assert deliver is not None, "an idle session was set back"
                 deliver(Gap(conversation.session, conversation.generation, 0))
         return schedule.work
+
+    def _score(self, scheduled: list[tuple[Conversation, Work]], computed: Computed) -> None:
+        """Tell those that asked what their prompts' tokens score, before any token that is sampled after them."""
+        at = 0
+        for conversation, work in scheduled:
+            rows = computed.hidden[at : at + work.rows.count]
+            at += work.rows.count
+            if conversation.scores and conversation.deliver is not None:
+                for scores in scores_of(self._executor, conversation, work, rows):
+                    conversation.deliver(scores)
 
     def _sample(self, scheduled: list[tuple[Conversation, Work]], computed: Computed) -> list[Sampled | None]:
         if computed.logits is None:

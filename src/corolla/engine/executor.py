@@ -35,6 +35,7 @@ class Executor:
     def __init__(self, model: SpanModel, cache: KVCache, *, batch_invariant: bool = False) -> None:
         self.model, self.cache = model, cache
         self._invariant = batch_invariant
+        self._rounds = model.kernel_per_row_count
         self._graphs = DecodeGraphs(model, cache) if model.device.type == "cuda" and not batch_invariant else None
 
     @torch.inference_mode()
@@ -52,11 +53,20 @@ class Executor:
         hidden = model.forward(hidden, torch.tensor(positions, device=model.device), attention, part)
         return Computed(hidden[:count], self._logits(works, hidden, part))
 
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocabulary] of rows [rows, hidden] that left the last block."""
+        pieces = []
+        for piece in hidden.split(INVARIANT_ROWS if self._invariant else max(1, len(hidden))):
+            padding = self._padded(len(piece)) - len(piece)
+            pieces.append(self.model.logits(torch.nn.functional.pad(piece, (0, 0, 0, padding)))[: len(piece)])
+        return torch.cat(pieces)
+
     def _padded(self, count: int) -> int:
         if self._invariant:
             assert count <= INVARIANT_ROWS, "the scheduler must not pack more rows than a batch-invariant forward computes"
             return INVARIANT_ROWS
-        return packed_rows(count) if self.model.weights == "packed" else count
+        return packed_rows(count) if self._rounds else count
 
     def _inputs(self, works: Sequence[Work], padded: int, part: Span) -> torch.Tensor:
         model = self.model

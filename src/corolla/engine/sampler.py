@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from corolla.errors import InvalidSetting
-from corolla.types import GenerationSettings
+from corolla.errors import InvalidSetting, ServerFault
+from corolla.types import GenerationSettings, Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,20 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Samp
         Sampled(token, logprob, _top(scores[row], logprobs[row], request.settings.top_logprobs)) if sound[row] else None
         for row, (token, logprob, request) in enumerate(zip(tokens, of_tokens, requests, strict=True))
     ]
+
+
+@torch.inference_mode()
+def score(logits: torch.Tensor, tokens: Sequence[int], top_logprobs: int) -> list[Score]:
+    """What each row of `logits` [rows, vocabulary] gives the token that followed it, with the likeliest alternatives.
+
+    Raises `ServerFault` for rows that hold NaN or infinity.
+    """
+    scores = logits.float()
+    if not bool(scores.isfinite().all()):
+        raise ServerFault("the logits hold NaN or infinity: the weights or the hidden states behind them are damaged")
+    logprobs = scores.log_softmax(dim=-1)
+    given = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    return [Score(value, _top(scores[row], logprobs[row], top_logprobs)) for row, value in enumerate(given)]
 
 
 def processed_logits(row: torch.Tensor, request: SampleRequest) -> torch.Tensor:

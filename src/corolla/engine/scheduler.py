@@ -52,7 +52,7 @@ class Scheduler:
                 break
             if conversation in schedule.set_back:
                 continue
-            if conversation.shares_prefixes and not conversation.table.pages:
+            if conversation.shares_prefixes and not conversation.table.pages and not conversation.scores:
                 reused += self._pool.match(conversation.table, conversation.tokens)
             count = min(conversation.pending, budget)
             if self._make_room(conversation, count, everyone, [c for c, _ in taken], schedule):

@@ -37,6 +37,7 @@ class Conversation:
     settings: GenerationSettings | None = None
     gives_hidden: bool = False  # hidden states go out, rather than tokens
     more: bool = False  # further rows of the step are on their way
+    unscored: torch.Tensor | None = None  # the last row [1, hidden] whose next token was not known when prompt tokens were scored
     generation: int = 0
     sampled: int = 0  # tokens of the answer under way
     arrival: tuple[int, int] = (0, 0)  # when the answer was asked for, then the order of arrival: the earliest is served first
@@ -54,7 +55,12 @@ class Conversation:
     @property
     def samples(self) -> bool:
         """Whether a token is drawn after the last pending row."""
-        return self.settings is not None and not self.gives_hidden
+        return self.settings is not None and not self.gives_hidden and not self.more
+
+    @property
+    def scores(self) -> bool:
+        """Whether the prompt's tokens are scored, which nobody else's pages can tell."""
+        return self.settings is not None and self.settings.prompt_logprobs and not self.gives_hidden and not self.sampled
 
     @property
     def pending(self) -> int:

@@ -353,12 +353,14 @@ class SpanServer:
     def _pass_on(self, under_way: _UnderWay, reply: Hidden, timings: tuple[HopTiming, ...]) -> None:
         """The rows that are computed so far go to the next server; it samples after the last of them."""
         way, step = under_way.way, under_way.step
+        # The head samples after the last row, and needs to know of each whether it is scored.
+        wanted = step.settings is not None and (reply.last or step.settings.prompt_logprobs)
         onward = Step(
             step.session,
             reply.start,
             reply.hidden,
             step.generation,
-            step.settings if under_way.tells_way and reply.last else None,
+            step.settings if under_way.tells_way and wanted else None,
             step.adapter if under_way.tells_way else "",
             reply.tokens,
             asked=step.asked,

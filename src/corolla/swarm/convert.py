@@ -18,14 +18,32 @@ from corolla.swarm.wire import (
     GapFrame,
     HiddenFrame,
     Hop,
+    PromptFrame,
+    PromptNameFrame,
     Request,
+    ScoresFrame,
     SettingsFrame,
     StepFrame,
     TimingFrame,
     TokenFrame,
     WireDtype,
 )
-from corolla.types import Cached, Cancel, Close, Failed, Gap, GenerationSettings, Hidden, HopTiming, Message, Reply, Step, Token
+from corolla.types import (
+    Cached,
+    Cancel,
+    Close,
+    Failed,
+    Gap,
+    GenerationSettings,
+    Hidden,
+    HopTiming,
+    Message,
+    Reply,
+    Score,
+    Scores,
+    Step,
+    Token,
+)
 
 
 def to_message(frame: Request) -> Message:
@@ -57,6 +75,7 @@ def to_step(frame: StepFrame) -> Step:
         asked=frame.asked,
         more=frame.more,
         wants_hidden=frame.output == "hidden",
+        prompt=to_prompt_name(frame.prompt),
     )
 
 
@@ -97,7 +116,33 @@ def from_step(
         more=step.more,
         timed=timed,
         output="hidden" if step.wants_hidden else "token",
+        prompt=from_prompt_name(step.prompt) if route else None,
     )
+
+
+def to_prompt_name(frame: PromptNameFrame | None) -> PromptName | None:
+    return None if frame is None else PromptName(frame.name, frame.tokens, frame.deep)
+
+
+def from_prompt_name(name: PromptName | None) -> PromptNameFrame | None:
+    return None if name is None else PromptNameFrame(name.name, name.tokens, name.deep)
+
+
+def to_prompt_part(frame: PromptFrame) -> PromptPart:
+    """Raises `ProtocolError` like `from_array`."""
+    rows, tokens = from_array(frame.hidden), frame.name.tokens
+    deep = rows[tokens if frame.has_input else 0 :].unflatten(0, (-1, tokens)) if frame.name.deep else None
+    name = PromptName(frame.name.name, tokens, frame.name.deep)
+    return PromptPart(name, Span(frame.start, frame.end), rows[:tokens] if frame.has_input else None, deep)
+
+
+def from_prompt_part(part: PromptPart) -> PromptFrame:
+    """A prompt, or the part of it that its span needs, on its way to a server."""
+    import torch
+
+    rows = [piece.flatten(0, -2) for piece in (part.input, part.deep) if piece is not None]
+    name = PromptNameFrame(part.name.name, part.name.tokens, part.name.deep)
+    return PromptFrame(name, part.span.start, part.span.end, to_array(torch.cat(rows), "float32"), has_input=part.input is not None)
 
 
 def from_timings(timings: tuple[HopTiming, ...]) -> tuple[TimingFrame, ...]:
@@ -136,6 +181,8 @@ def to_reply(frame: Answer) -> Reply:
             frame.finish,
             to_timings(frame.timings),
         )
+    if isinstance(frame, ScoresFrame):
+        return Scores(frame.session, frame.generation, frame.start, tuple(Score(*score) for score in frame.scores))
     if isinstance(frame, HiddenFrame):
         return Hidden(frame.session, frame.generation, frame.start, from_array(frame.hidden))
     if isinstance(frame, CachedFrame):
@@ -159,6 +206,8 @@ def from_reply(reply: Reply, *, peer: str = "", wire_dtype: WireDtype = "bfloat1
             reply.finish,
             from_timings(timings or reply.timings),
         )
+    if isinstance(reply, Scores):
+        return ScoresFrame(session, generation, reply.start, tuple((score.logprob, score.top_logprobs) for score in reply.scores))
     if isinstance(reply, Hidden):
         return HiddenFrame(session, generation, reply.start, to_array(reply.hidden, wire_dtype), from_timings(timings))
     if isinstance(reply, Cached):

@@ -132,9 +132,18 @@ class SettingsFrame(_Wire, frozen=True):
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     top_logprobs: Int = 0
+    prompt_logprobs: bool = False
     seed: Int = 0
     stop_sequences: Annotated[tuple[str, ...], msgspec.Meta(max_length=_MAX_STOPS)] = ()
     stop_token_ids: Annotated[tuple[Int, ...], msgspec.Meta(max_length=_MAX_STOPS)] = ()
+
+
+class PromptNameFrame(_Wire, frozen=True):
+    """`types.PromptName`."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]
+    deep: bool = False
 
 
 # To a server.
@@ -167,6 +176,7 @@ class StepFrame(_Kind, frozen=True, tag="step"):
     more: bool = False  # further rows follow in frames of their own
     timed: bool = False  # fill `timings` on the way, and send them with each token
     output: Literal["token", "hidden"] = "token"
+    prompt: PromptNameFrame | None = None
 
     def __post_init__(self) -> None:
         if len(self.tokens) > MAX_STEP_TOKENS:  # decoding never comes here with more
@@ -182,6 +192,29 @@ class StepFrame(_Kind, frozen=True, tag="step"):
         for before, after in zip(self.route, self.route[1:], strict=False):
             if before.end != after.start:
                 raise ValueError(f"the route jumps from block {before.end} to block {after.start}")
+
+
+class PromptFrame(_Kind, frozen=True, tag="prompt"):
+    """`types.PromptPart`: rows in float32, those for the input first where `has_input`, then, of a deep prompt, each block's.
+
+    It is not answered. A server keeps the prompts of each client apart, and forgets those longest unused; a step or a call that
+    names one that it lacks is answered by a `FailedFrame` of the kind "PromptNeeded".
+    """
+
+    name: PromptNameFrame
+    start: Count
+    end: Count
+    hidden: Array
+    has_input: bool = False
+
+    def __post_init__(self) -> None:
+        if self.start >= self.end:
+            raise ValueError(f"{self.start}:{self.end} is no range of blocks")
+        if self.hidden.dtype != "float32":
+            raise ValueError(f"a soft prompt travels as float32, and not as {self.hidden.dtype}")
+        pieces = self.has_input + (self.end - self.start if self.name.deep else 0)
+        if self.hidden.shape[0] != pieces * self.name.tokens:
+            raise ValueError(f"the prompt brings {self.hidden.shape[0]} rows in place of {pieces} times {self.name.tokens}")
 
 
 class CancelFrame(_Kind, frozen=True, tag="cancel"):
@@ -217,6 +250,24 @@ class TokenFrame(_Kind, frozen=True, tag="token"):
         for value in (self.logprob, *(other for _, other in self.top_logprobs)):
             if not value <= 0.01:  # rounding may pass 0; nan is refused too
                 raise ValueError(f"{value} is no logarithm of a probability")
+
+
+_Alternatives: TypeAlias = Annotated[tuple[tuple[Count, float], ...], msgspec.Meta(max_length=64)]
+
+
+class ScoresFrame(_Kind, frozen=True, tag="scores"):
+    """`types.Scores`: each token's logarithm, and those of the likeliest ones in its place."""
+
+    session: Name
+    generation: Count
+    start: Count
+    scores: Annotated[tuple[tuple[float, _Alternatives], ...], msgspec.Meta(max_length=64)]
+
+    def __post_init__(self) -> None:
+        for value, others in self.scores:
+            for logprob in (value, *(other for _, other in others)):
+                if not logprob <= 0.01:  # as in `TokenFrame`
+                    raise ValueError(f"{logprob} is no logarithm of a probability")
 
 
 class HiddenFrame(_Kind, frozen=True, tag="hidden"):
@@ -274,6 +325,7 @@ class _Call(_Kind, frozen=True):
 
     `lengths` are the rows of each sequence. `prompts` soft tokens are added to the first rows of every sequence at the input of
     each block (deep prompt tuning): their rows [blocks * prompts, hidden] come behind the others in the array, block by block.
+    Or `prompt` names a deep prompt that came before, in a `PromptFrame`.
     """
 
     call: Count
@@ -282,6 +334,7 @@ class _Call(_Kind, frozen=True):
     lengths: Annotated[tuple[_Length, ...], msgspec.Meta(min_length=1, max_length=_MAX_SEQUENCES)]
     hidden: Array
     prompts: Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP_TOKENS)] = 0
+    prompt: PromptNameFrame | None = None
 
     @property
     def rows(self) -> int:
@@ -298,12 +351,17 @@ class _Call(_Kind, frozen=True):
         expected = copies * self.rows + self.prompt_rows
         if self.hidden.shape[0] != expected:
             raise ValueError(f"the call brings {self.hidden.shape[0]} rows, and its sequences and prompts make {expected}")
-        if self.prompts > min(self.lengths):
-            raise ValueError(f"{self.prompts} soft tokens are added to sequences of at least {min(self.lengths)} rows")
+        prompts = self.prompts if self.prompt is None else self.prompt.tokens
+        if prompts > min(self.lengths):
+            raise ValueError(f"{prompts} soft tokens are added to sequences of at least {min(self.lengths)} rows")
+        if self.prompt is not None and (self.prompts or not self.prompt.deep):
+            raise ValueError("a call names a deep prompt or brings soft tokens")
 
 
 class ForwardFrame(_Call, frozen=True, tag="forward"):
-    """Answered by the rows that leave the last block."""
+    """Answered by the rows that leave the last block. To `keep` is to save a backward the second forward: see there."""
+
+    keep: bool = False
 
     def __post_init__(self) -> None:
         self._check(1)
@@ -311,10 +369,16 @@ class ForwardFrame(_Call, frozen=True, tag="forward"):
 
 class BackwardFrame(_Call, frozen=True, tag="backward"):
     """The array holds the inputs' rows, then the gradients' with respect to the outputs, then the prompts'. Answered by the
-    gradients with respect to the inputs, then to the prompts."""
+    gradients with respect to the inputs, then to the prompts.
+
+    With `kept`, the number of a forward of the same sequences that was kept, the array holds the gradients' rows only. A server
+    that has it no more answers a `FailedFrame` of the kind "ActivationsGone".
+    """
+
+    kept: Count = 0
 
     def __post_init__(self) -> None:
-        self._check(2)
+        self._check(1 if self.kept else 2)
 
 
 class ResultFrame(_Kind, frozen=True, tag="result"):
@@ -380,10 +444,11 @@ class Unknown(msgspec.Struct, frozen=True):
 
 
 Request: TypeAlias = StepFrame | CancelFrame | CloseFrame
-Answer: TypeAlias = TokenFrame | HiddenFrame | CachedFrame | GapFrame | FailedFrame
+Answer: TypeAlias = TokenFrame | ScoresFrame | HiddenFrame | CachedFrame | GapFrame | FailedFrame
 WireMessage: TypeAlias = (
     Request
     | Answer
+    | PromptFrame
     | ForwardFrame
     | BackwardFrame
     | ResultFrame
