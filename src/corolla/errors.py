@@ -21,6 +21,9 @@ CorollaError
    . ProtocolError             a peer sent bytes that are no frame
  x NetworkError                a message did not arrive: retried until the deadline
    . DeadlineExceeded
+ x Forgotten                   the callee no longer has what the caller named: say it again in full
+   . PromptNeeded              a soft prompt
+   . ActivationsGone           what a forward left for its backward
  x StorageError                this machine's disk refused a write
 
 Each carries the HTTP `status` that the gateway answers with, and one sentence that says what to do.
@@ -151,6 +154,20 @@ class NetworkError(CorollaError):
 
 class DeadlineExceeded(NetworkError):
     status = 504
+
+
+class Forgotten(CorollaError):
+    status = 503
+
+
+class PromptNeeded(Forgotten):
+    def __init__(self) -> None:
+        super().__init__("the server does not have the soft prompt: send it, and the step again")
+
+
+class ActivationsGone(Forgotten):
+    def __init__(self) -> None:
+        super().__init__("the server does not have the activations of the forward: send the backward with what entered it")
 
 
 class StorageError(CorollaError):

@@ -1,41 +1,15 @@
-"""Files that are there whole or not at all, and their SHA-256 sums."""
+"""SHA-256 sums of files, written and compared."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from pathlib import Path
 
-from corolla.errors import DataError, StorageError
+from corolla.errors import DataError
+from corolla.models.saving import replacing as replacing
 
 SUMS = "SHA256SUMS"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write beside `path`, which it becomes at the end. After an error neither it nor `path` is changed.
-
-    Raises `StorageError` when the disk refuses.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        temporary.touch(exist_ok=False)
-        try:
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, path)
-            if os.name != "nt":  # Windows opens no directories
-                _sync(path.parent)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
-            raise
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def sha256(path: Path) -> str:
@@ -72,11 +46,3 @@ def check_sums(directory: Path) -> list[Path]:
             raise DataError(f"{path} is not the file that was written (its SHA-256 differs): prepare the data again")
         files.append(path)
     return files
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
