@@ -11,6 +11,7 @@ CorollaError
    . CheckpointError           a model's files are missing, damaged, of the wrong shape, or pickled
    . DataError                 a file of training data is missing, damaged, or of no known format
    . PromptError               a soft prompt's files are missing or damaged, or it does not fit the model
+   . TrainingError             training cannot go on: it diverged, or what it would go on from is damaged
    . Interrupted               the caller went away, or stopped the answer
    . Conflict                  what is asked for does not fit the state that the thing is in
  x CapacityError               the callee is full: come back after `retry_after` seconds
@@ -92,6 +93,10 @@ class PromptError(CallerError):
     """A soft prompt that is missing, damaged, not finite, or of another model."""
 
     status = 422
+
+
+class TrainingError(CallerError):
+    pass
 
 
 class Unauthorized(CallerError):
