@@ -14,7 +14,7 @@ help:  ## what can be made
 
 environment: $(VENV)/.made  ## the virtual environment in .venv, with what was tested
 
-$(VENV)/.made: pyproject.toml constraints.txt
+$(VENV)/.made: pyproject.toml constraints.txt hatch_build.py $(shell find web -not -path '*/node_modules*' -type f 2>/dev/null)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Corolla needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)

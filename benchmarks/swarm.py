@@ -95,7 +95,7 @@ class Bench:
         check_peer(name, runner, TextTokenizer(self.directory))
 
 
-# Beside Petals: BLOOM with random weights in float32, two servers.
+# Beside Petals: BLOOM with random weights, stored as the published ones are and computed in float32, two servers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ VOCABULARY = 32_000
 TOGETHER = 8  # sessions
 
 
-def make_bloom(directory: Path, shape: Shape) -> None:
+def make_bloom(directory: Path, shape: Shape, stored: str) -> None:
     """A checkpoint with the published models' tensor names, which Petals expects."""
     config = transformers.BloomConfig(
         vocab_size=VOCABULARY,
@@ -133,7 +133,7 @@ def make_bloom(directory: Path, shape: Shape) -> None:
         pad_token_id=3,
     )
     torch.manual_seed(0)
-    transformers.BloomForCausalLM(config).transformer.save_pretrained(directory)
+    transformers.BloomForCausalLM(config).transformer.to(getattr(torch, stored)).save_pretrained(directory)
 
 
 def stock_answers(directory: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
@@ -152,7 +152,7 @@ class BesidePetals:
         self._bench, self._shape = bench, shape
         options = bench.options
         directory = processes.new_path("model")
-        make_bloom(directory, shape)
+        make_bloom(directory, shape, options.petals_stored)
         self._first = [bench.prompt(PROMPT, VOCABULARY) for _ in range(TOGETHER)]
         self._expected = stock_answers(directory, self._first, shape.new_tokens)
         spans = even_spans(shape.blocks, 2)
@@ -480,6 +480,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--petals-python", type=Path, metavar="PYTHON", help="an interpreter that can import petals")
     parser.add_argument("--petals-threads", type=int, nargs="+", help="of a Petals server, each setting in turn; the better one counts")
+    parser.add_argument(
+        "--petals-stored", choices=("float16", "float32"), default="float16", help="the checkpoints beside Petals; BLOOM's are float16"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of each Corolla server and of the engine beside them")
     parser.add_argument("--model", default=catalog.DEFAULT, help="alias, directory or hub id, of every part but Petals'")
     parser.add_argument("--rounds", type=int, default=5, help="that count; one more warms up")
@@ -494,6 +497,7 @@ def main() -> None:
         "model": options.model,
         "dtype": DEFAULT_DTYPE,
         "threads": options.threads,
+        "stored beside Petals": options.petals_stored,
         "rounds": options.rounds,
         "parts": " ".join(part for part in PARTS if part in options.only),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from corolla.errors import InvalidSetting
 from corolla.models.architecture import Activation
-from corolla.models.linear import Differentiable, Int8Linear, PlainLinear, can_pack, make_linear
+from corolla.models.linear import Differentiable, HalfLinear, Int8Linear, PlainLinear, can_pack, make_linear
 
 SHAPE = 64, 96  # out, in
 
@@ -34,6 +35,29 @@ def test_packed_is_lossless(rows: int, dtype: torch.dtype, biased: bool) -> None
     activations: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu")
     for activation in activations:
         torch.testing.assert_close(packed.activated(x, activation), plain.activated(x, activation), **close)
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.bfloat16])
+def test_weights_published_in_half_precision_are_kept_in_it(kept: torch.dtype) -> None:
+    weight, bias = (tensor.to(kept).float() for tensor in weights(torch.float32))
+    linear = make_linear(weight, bias, "packed")
+    assert isinstance(linear, HalfLinear)
+    assert torch.equal(linear.widened(), weight)
+    x, plain = torch.randn(33, SHAPE[1]), PlainLinear(weight, bias)
+    torch.testing.assert_close(linear(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(linear(x[:1]), linear(x)[:1])
+
+
+def test_weights_that_half_precision_would_change_are_not() -> None:
+    weight, _ = weights(torch.float32)
+    assert HalfLinear.scale_of(weight) is None
+    assert HalfLinear.scale_of(weight.half().float()) == 1
+    tiny = weight.bfloat16().float() * 2.0**-30
+    assert HalfLinear.scale_of(tiny) == 2.0 ** (45 - math.frexp(weight.bfloat16().abs().max().item())[1])
+    spread = torch.tensor([[1.0, 2.0**-40]])
+    assert HalfLinear.scale_of(spread) is None
+    assert HalfLinear.scale_of(torch.zeros(2, 2)) is None
+    assert HalfLinear.scale_of(torch.tensor([[math.nan, 1.0]])) is None
 
 
 @pytest.mark.parametrize(("fmt", "error"), [("int8", 0.01), ("int4", 0.12)])

@@ -66,6 +66,13 @@ def test_formats_take_what_they_save(tmp_path: Path) -> None:
     assert int4.head == int8.head
 
 
+def test_weights_published_in_float16_are_kept_in_it(tmp_path: Path) -> None:
+    directory = tiny.save("llama", tmp_path, dtype=torch.float16)
+    plain, packed = footprint_of(directory), footprint_of(directory, weights="packed")
+    assert packed.head * 2 == plain.head
+    assert plain.block / 2 < packed.block < plain.block * 0.51
+
+
 def test_the_cache_grows_with_its_positions(tmp_path: Path) -> None:
     directory = tiny.save("llama", tmp_path)
     assert footprint_of(directory, cache_tokens=100).cache == 100 * 2 * 2 * 16 * 4

@@ -94,6 +94,11 @@ class Block:
     attention_post_norm: Norm | None = None
     mlp_post_norm: Norm | None = None
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its products."""
+        return tuple(linear for linear in (self.qkv, self.out, self.up, self.gate, self.down) if linear is not None)
+
     def __call__(self, x_TxE: torch.Tensor, attention: Attention, turns: tuple[Rotation, ...]) -> torch.Tensor:
         normed = self.attention_norm(x_TxE)
         attended = attention(self.index, self._qkv(normed, turns))

@@ -13,7 +13,7 @@ from corolla.models.architecture import Architecture
 from corolla.models.block import Attention, Block, Norm, rotations
 from corolla.models.checkpoint import Checkpoint
 from corolla.models.families import architecture
-from corolla.models.linear import Linear, WeightFormat, make_linear
+from corolla.models.linear import Linear, PackedLinear, WeightFormat, make_linear
 from corolla.types import Span
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,6 +56,12 @@ class SpanModel:
     def heads(self) -> bool:
         return self.span.end == self.arch.blocks
 
+    @property
+    def kernel_per_row_count(self) -> bool:
+        """Whether oneDNN, which keeps a kernel for each number of rows, computes any of the products."""
+        linears = [linear for block in self.blocks for linear in block.linears] + ([self._head] if self._head is not None else [])
+        return any(isinstance(linear, PackedLinear) for linear in linears)
+
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, hidden] of token ids (int64, on the CPU or the model's device)."""
         assert self._embedding is not None, "this span does not hold block 0"
@@ -63,12 +69,28 @@ class SpanModel:
         if self.arch.embedding_scale != 1.0:
             # Rounded to the working dtype first, as the models were trained.
             hidden = hidden * torch.tensor(self.arch.embedding_scale, dtype=self.dtype)
-        return hidden if self._embedding_norm is None else self._embedding_norm(hidden)
+        return self.enter(hidden)
 
-    def forward(self, hidden_TxE: torch.Tensor, positions_T: torch.Tensor, attention: Attention, part: Span | None = None) -> torch.Tensor:
-        """Hidden states [T, hidden] through every block of the span, or of a part of it."""
+    def enter(self, rows_TxE: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, hidden] of rows that stand in place of embeddings, as soft tokens do."""
+        return rows_TxE if self._embedding_norm is None else self._embedding_norm(rows_TxE)
+
+    def forward(
+        self,
+        hidden_TxE: torch.Tensor,
+        positions_T: torch.Tensor,
+        attention: Attention,
+        part: Span | None = None,
+        entering: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [T, hidden] through every block of the span, or of a part of it.
+
+        `entering` makes of a block's index, in the whole model's numbering, and of its input what enters it.
+        """
         turns = rotations(self.arch, positions_T, self.dtype)
         for block in self.blocks if part is None else self.blocks_of(part):
+            if entering is not None:
+                hidden_TxE = entering(block.index, hidden_TxE)
             hidden_TxE = block(hidden_TxE, attention, turns)
         return hidden_TxE
 

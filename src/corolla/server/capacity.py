@@ -62,19 +62,19 @@ def footprint(checkpoint: Checkpoint, arch: Architecture, *, dtype: torch.dtype,
     Known from the headers of its files alone; nothing is loaded.
     """
     names = arch.names
+    stored = getattr(checkpoint.config, "dtype", None) or torch.float32  # in which the embedding stays
     in_block = re.compile(rf"(?:{'|'.join(map(re.escape, names.prefixes))}){re.escape(names.blocks)}\.(\d+)\..+")
     of_block: Counter[int] = Counter()
     for name in checkpoint.names:
         if (match := in_block.fullmatch(name)) is not None:
-            of_block[int(match[1])] += _nbytes(checkpoint.shape(name), dtype, weights)
+            of_block[int(match[1])] += _nbytes(checkpoint.shape(name), dtype, weights, stored)
     table = (arch.vocabulary, arch.hidden)
-    stored = getattr(checkpoint.config, "dtype", None) or torch.float32  # in which the embedding stays
     return Footprint(
         blocks=arch.blocks,
         block=max(of_block.values(), default=0),
         cache=cache_tokens * 2 * arch.kv_heads * arch.head_dim * dtype.itemsize,
         embedding=math.prod(table) * stored.itemsize,
-        head=_nbytes(table, dtype, "int8" if weights == "int4" else weights),
+        head=_nbytes(table, dtype, "int8" if weights == "int4" else weights, stored),
     )
 
 
@@ -85,9 +85,11 @@ def available(device: str) -> int:
     return int(psutil.virtual_memory().available * _CPU_SHARE)
 
 
-def _nbytes(shape: tuple[int, ...], dtype: torch.dtype, weights: WeightFormat) -> int:
-    """Bytes of a tensor as `models.linear` keeps it; a vector stays in `dtype`."""
+def _nbytes(shape: tuple[int, ...], dtype: torch.dtype, weights: WeightFormat, stored: torch.dtype) -> int:
+    """Bytes of a tensor as `models.linear` keeps it; a vector is in `dtype`, and so is a matrix that may not fit half precision."""
     size = math.prod(shape)
+    if len(shape) == 2 and weights == "packed" and (dtype, stored) == (torch.float32, torch.float16):
+        return size * 2
     if len(shape) != 2 or weights in ("plain", "packed"):
         return size * dtype.itemsize
     outputs, inputs = shape
