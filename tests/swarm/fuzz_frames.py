@@ -30,6 +30,8 @@ from corolla.swarm.wire import (
     Leaving,
     Ping,
     Pong,
+    PromptFrame,
+    PromptNameFrame,
     Refused,
     ResultFrame,
     ScoresFrame,
@@ -54,6 +56,8 @@ MESSAGES: tuple[WireMessage, ...] = (
     StepFrame("session", 1, 7, (5, 6, 7)),
     StepFrame("session", 2, 0, (5, 6), array("bfloat16", 2, 6), SettingsFrame(seed=3, stop_sequences=("\n",)), ROUTE, 1, "client", "a"),
     StepFrame("session", 2, 0, (5,), array("q8", 1, 70), SettingsFrame(stop_token_ids=(2, 3)), ROUTE, 2, "client"),
+    StepFrame("session", 2, 0, (0, 0, 5), route=ROUTE, client="client", prompt=PromptNameFrame("f00d", 2, True)),
+    PromptFrame(PromptNameFrame("f00d", 2, True), 0, 2, array("float32", 6, 4), has_input=True),
     CancelFrame("session", 3),
     ScoresFrame("session", 3, 1, ((-0.5, ((7, -0.5), (8, -1.5))), (-2.0, ()))),
     CloseFrame("session"),
@@ -69,6 +73,8 @@ MESSAGES: tuple[WireMessage, ...] = (
     FailedFrame("session", 1, "InvalidSetting", "top_p: no", None, "second", {"setting": "top_p"}),
     ForwardFrame(7, 2, 4, (3, 2), array("bfloat16", 7, 4), 1),
     BackwardFrame(8, 2, 4, (3, 2), array("float32", 12, 4), 1),
+    ForwardFrame(9, 2, 4, (3, 2), array("bfloat16", 5, 4), prompt=PromptNameFrame("f00d", 2, True), keep=True),
+    BackwardFrame(10, 2, 4, (3, 2), array("float32", 5, 4), prompt=PromptNameFrame("f00d", 2, True), kept=9),
     ResultFrame(7, array("float16", 5, 4), (TimingFrame("first", 0.1, 0.2, 0.3),)),
     Leaving(),
     AskCounters(),
@@ -130,6 +136,8 @@ def handle(frame: bytes) -> str:
     try:
         if isinstance(message, StepFrame | CancelFrame | CloseFrame):
             convert.to_message(message)
+        elif isinstance(message, PromptFrame):
+            convert.to_prompt_part(message)
         elif isinstance(message, ForwardFrame | BackwardFrame | ResultFrame):
             from_array(message.hidden)
         elif not isinstance(message, Ask | Whereabouts | Leaving | AskCounters | Counters | Ping | Pong | Refused):

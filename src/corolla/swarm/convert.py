@@ -38,9 +38,12 @@ from corolla.types import (
     Hidden,
     HopTiming,
     Message,
+    PromptName,
+    PromptPart,
     Reply,
     Score,
     Scores,
+    Span,
     Step,
     Token,
 )

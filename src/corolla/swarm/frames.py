@@ -17,7 +17,18 @@ from typing import Annotated, get_args
 import msgspec
 
 from corolla.errors import CallerError, NetworkError, ProtocolError
-from corolla.swarm.wire import Array, BackwardFrame, ForwardFrame, HiddenFrame, Name, ResultFrame, StepFrame, Unknown, WireMessage
+from corolla.swarm.wire import (
+    Array,
+    BackwardFrame,
+    ForwardFrame,
+    HiddenFrame,
+    Name,
+    PromptFrame,
+    ResultFrame,
+    StepFrame,
+    Unknown,
+    WireMessage,
+)
 
 MAJOR = 1
 MINOR = 0
@@ -36,7 +47,7 @@ class _AnyKind(msgspec.Struct):
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(WireMessage)
 _KIND_DECODER = msgspec.msgpack.Decoder(_AnyKind)
-_WITH_TENSOR = (StepFrame, HiddenFrame, ForwardFrame, BackwardFrame, ResultFrame)
+_WITH_TENSOR = (StepFrame, HiddenFrame, PromptFrame, ForwardFrame, BackwardFrame, ResultFrame)
 _KINDS = frozenset(kind.__struct_config__.tag for kind in get_args(WireMessage))
 
 

@@ -1,0 +1,169 @@
+"""The soft prompts that a server keeps for its clients, and what a step puts in of them.
+
+Each client's are kept apart: a name says nothing of the content that another client may have sent under it. They are forgotten when
+their room is needed, the longest unused first, and asked for again when a step names them.
+
+Legend: P soft tokens, E hidden, N blocks of a span, R rows of a step at positions below P.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+
+from corolla.engine.work import PromptRows, Work
+from corolla.errors import InvalidSetting
+from corolla.models.span import SpanModel
+from corolla.types import PromptName, PromptPart, Span, Step
+
+_Key = tuple[str, PromptName, Span, bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLimits:
+    tokens: int = 1024  # of one prompt
+    size: int = 512 * 2**20  # bytes of all prompts
+    size_per_client: int = 256 * 2**20
+    count: int = 1024
+
+
+class PromptStore:
+    """For any thread."""
+
+    def __init__(self, model: SpanModel, limits: PromptLimits | None = None) -> None:
+        self._model, self._limits = model, limits or PromptLimits()
+        self._lock = threading.Lock()
+        self._parts: OrderedDict[_Key, PromptPart] = OrderedDict()  # the longest unused first
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def put(self, client: str, part: PromptPart) -> None:
+        """Keep a prompt of `client`'s, in place of whatever it had under that name for these blocks.
+
+        Raises `InvalidSetting` for one that these blocks do not take, that is not finite, or that is larger than is kept.
+        """
+        self._check(part)
+        device, dtype = self._model.device, self._model.dtype
+        kept = replace(
+            part,
+            input=None if part.input is None else part.input.to(device, dtype),
+            deep=None if part.deep is None else part.deep.to(device, dtype),
+        )
+        if not all(bool(rows.isfinite().all()) for rows in (kept.input, kept.deep) if rows is not None):
+            raise InvalidSetting("prompt", f"some of its values are NaN, infinite, or too large for this server's {dtype}")
+        limits, size = self._limits, _size(kept)
+        if size > limits.size_per_client:
+            raise InvalidSetting("prompt", f"it takes {size} bytes here and a client has {limits.size_per_client}: use fewer soft tokens")
+        with self._lock:
+            self._parts.pop((client, part.name, part.span, part.input is not None), None)
+            self._make_room(size, limits.size_per_client, client)
+            self._make_room(size, limits.size)
+            while len(self._parts) >= limits.count:
+                self._parts.popitem(last=False)
+            self._parts[client, part.name, part.span, part.input is not None] = kept
+
+    def find(self, client: str, name: PromptName, span: Span, *, with_input: bool) -> PromptPart | None:
+        """The prompt for the blocks `span`, or None where it has to be sent."""
+        with self._lock:
+            for key, part in self._parts.items():
+                if key[:2] == (client, name) and key[2].start <= span.start and span.end <= key[2].end and key[3] >= with_input:
+                    self._parts.move_to_end(key)
+                    deep = None if part.deep is None else part.deep[span.start - part.span.start : span.end - part.span.start]
+                    return PromptPart(name, span, part.input, deep)
+        return None
+
+    def lose(self, client: str) -> None:
+        """Forget a client's."""
+        with self._lock:
+            for key in [key for key in self._parts if key[0] == client]:
+                del self._parts[key]
+
+    def _make_room(self, size: int, limit: int, client: str | None = None) -> None:
+        held = {key: _size(part) for key, part in self._parts.items() if client in (None, key[0])}
+        left = limit - size - sum(held.values())
+        for key, bytes_of in held.items():
+            if left >= 0:
+                return
+            del self._parts[key]
+            left += bytes_of
+
+    def _check(self, part: PromptPart) -> None:
+        own, width, tokens = self._model.span, self._model.arch.hidden, part.name.tokens
+        if tokens > self._limits.tokens:
+            raise InvalidSetting("prompt", f"{tokens} soft tokens came, and this server takes {self._limits.tokens}")
+        if not own.start <= part.span.start < part.span.end <= own.end:
+            raise InvalidSetting("prompt", f"it is for blocks {part.span}, which are not among the blocks {own} held here")
+        if part.input is not None and part.input.shape != (tokens, width):
+            raise InvalidSetting("prompt", f"its input has the shape {list(part.input.shape)} in place of {[tokens, width]}")
+        shape = (len(part.span), tokens, width)
+        if (part.deep is not None) != part.name.deep or (part.deep is not None and part.deep.shape != shape):
+            raise InvalidSetting("prompt", f"what it adds at the blocks has not the shape {list(shape)}, or is not named as deep")
+
+
+def needed(step: Step, span: Span) -> bool:
+    """Whether a step's rows can only be computed with the content of its prompt."""
+    name = step.prompt
+    return name is not None and step.start < name.tokens and (name.deep or puts_in(step, span))
+
+
+def puts_in(step: Step, span: Span) -> bool:
+    """Whether the prompt stands in place of embeddings here: where hidden states come in, their sender has put it in."""
+    return span.start == 0 and not isinstance(step.payload, torch.Tensor)
+
+
+def put_in(model: SpanModel, works: Sequence[Work], hidden_TxE: torch.Tensor) -> None:
+    """Put the prompts' rows in place of the embeddings of their placeholders."""
+    at = 0
+    for work in works:
+        if work.prompt is not None and work.prompt.input is not None:
+            rows = work.prompt.input
+            hidden_TxE[at : at + len(rows)] = model.enter(rows)
+        at += work.rows.count
+
+
+class DeepRows:
+    """What the prompts of a step's sessions add at each block's input: `SpanModel.forward`'s `entering`."""
+
+    def __init__(self, works: Sequence[Work], start: int) -> None:
+        """`start` is the first block that the step goes through."""
+        begins = [at for at in _starts(works)]
+        deep = [(at, work.prompt.deep) for at, work in zip(begins, works, strict=True) if work.prompt and work.prompt.deep is not None]
+        self._start = start
+        self._added_NxRxE = torch.cat([rows for _, rows in deep], 1)
+        places = chain.from_iterable(range(at, at + rows.shape[1]) for at, rows in deep)
+        self._places_R = torch.tensor(list(places), device=self._added_NxRxE.device)
+
+    def __call__(self, block: int, hidden_TxE: torch.Tensor) -> torch.Tensor:
+        return hidden_TxE.index_add(0, self._places_R, self._added_NxRxE[block - self._start])
+
+
+def deep_rows(works: Sequence[Work], start: int) -> DeepRows | None:
+    """None where no session of the step adds any."""
+    return DeepRows(works, start) if any(work.prompt is not None and work.prompt.deep is not None for work in works) else None
+
+
+def rows_of(part: PromptPart, start: int, count: int) -> PromptRows:
+    """What a prompt puts in and adds at `count` positions from `start` on, as far as it reaches."""
+    end = min(start + count, part.name.tokens)
+    return PromptRows(
+        None if part.input is None else part.input[start:end],
+        None if part.deep is None else part.deep[:, start:end],
+    )
+
+
+def _starts(works: Sequence[Work]) -> list[int]:
+    starts, at = [], 0
+    for work in works:
+        starts.append(at)
+        at += work.rows.count
+    return starts
+
+
+def _size(part: PromptPart) -> int:
+    return sum(rows.nbytes for rows in (part.input, part.deep) if rows is not None)
