@@ -46,8 +46,14 @@ class FinishReason(StrEnum):
 _ALIASES = {
     "max_new_tokens": "max_tokens_to_generate",
     "max_tokens": "max_tokens_to_generate",
+    "max_completion_tokens": "max_tokens_to_generate",
     "stop": "stop_sequences",
 }
+
+
+def setting_name(spelling: str) -> str:
+    """The name in `GenerationSettings` of a setting as other interfaces spell it; any other word is its own."""
+    return _ALIASES.get(spelling, spelling)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +102,7 @@ class GenerationSettings:
         names = {field.name for field in fields(cls)}
         given: dict[str, Any] = {}
         for spelling, value in options.items():
-            name = _ALIASES.get(spelling, spelling)
+            name = setting_name(spelling)
             if name not in names:
                 raise InvalidSetting(spelling, f"there is no such setting; there are {', '.join(sorted(names))}")
             if value is None:
