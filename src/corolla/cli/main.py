@@ -17,6 +17,7 @@ from corolla.cli.generate import generate
 from corolla.cli.models import models
 from corolla.cli.serve import serve
 from corolla.cli.status import status
+from corolla.cli.tune import tune
 from corolla.cli.up import up
 from corolla.errors import CorollaError
 
@@ -60,5 +61,5 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
             stream.reconfigure(errors=errors)
 
 
-for command in (chat, generate, up, serve, bootstrap, status, models, doctor):
+for command in (chat, generate, up, serve, bootstrap, status, models, doctor, tune):
     app.command()(command)

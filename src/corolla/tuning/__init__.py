@@ -1,0 +1,1 @@
+"""Training through remote blocks: soft prompts, their data, checkpoints and records."""

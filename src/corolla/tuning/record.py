@@ -1,0 +1,120 @@
+"""What a training run says of itself: `tuning.json`, whose fields docs/tuning.md lists."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from corolla.errors import TrainingError
+from corolla.models.saving import replacing
+
+RECORD = "tuning.json"
+_SECONDS = 2.0  # between two writes, while nothing but the curve goes on
+_VERSION = 1
+
+Status = Literal["running", "interrupted", "failed", "done"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The loss of a held-out token in nats, over so many of them; before the first step, `step` is 0."""
+
+    step: int
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))  # a float holds no more
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return {"step": self.step, "loss": self.loss, "perplexity": self.perplexity, "tokens": self.tokens}
+
+
+@dataclass(slots=True)
+class Record:
+    """One run. `update` changes fields by their names and writes them, `point` adds to the curve."""
+
+    path: Path
+    settings: dict[str, Any]
+    status: Status = "running"
+    error: str | None = None
+    started: str = field(default_factory=lambda: _now())
+    seconds: float = 0.0
+    model: dict[str, Any] = field(default_factory=dict)
+    prompt: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=lambda: {"done": 0, "total": 0})
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    base: dict[str, Any] | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    _written: float = field(default=0.0, repr=False)
+
+    def update(self, **fields: Any) -> None:
+        """Change fields and write all of them. Raises `StorageError` when the disk refuses."""
+        for name, value in fields.items():
+            setattr(self, name, value)
+        self.write()
+
+    def point(self, **entry: Any) -> None:
+        """One more entry of the curve; written if the last write is some seconds ago."""
+        self.curve.append(entry)
+        self.steps = {**self.steps, "done": entry["step"]}
+        self.seconds += entry["seconds"]
+        if time.monotonic() - self._written > _SECONDS:
+            self.write()
+
+    def back_to(self, step: int) -> None:
+        """Forget what was done after a step: it will be done again."""
+        forgotten = [entry for entry in self.curve if entry["step"] > step]
+        self.curve = self.curve[: len(self.curve) - len(forgotten)]
+        self.evaluations = [entry for entry in self.evaluations if entry["step"] <= step]
+        self.seconds -= sum(entry["seconds"] for entry in forgotten)
+        self.steps = {**self.steps, "done": step}
+
+    def write(self) -> None:
+        """Raises `StorageError` when the disk refuses."""
+        content = {name: value for name, value in asdict(self).items() if name not in ("path", "_written")}
+        last = self.evaluations[-1] if self.evaluations else None
+        content |= {
+            "version": _VERSION,
+            "updated": _now(),
+            "versions": _versions(),
+            "perplexity": last["perplexity"] if last else None,
+            "base_perplexity": self.base["perplexity"] if self.base else None,
+        }
+        with replacing(self.path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        self._written = time.monotonic()
+
+
+def read_record(directory: Path) -> Record | None:
+    """The record in `directory`, None where there is none. Raises `TrainingError` when it is damaged, or of another version."""
+    path = directory / RECORD
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != _VERSION:
+            raise TrainingError(f"{path} is of version {content['version']}, and this Corolla reads version {_VERSION}")
+        names = [name for name in Record.__dataclass_fields__ if name not in ("path", "_written")]
+        return Record(path, **{name: content[name] for name in names})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path} is no record of a run ({error!r}): give another directory") from None
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in ("corolla", "torch", "transformers")}}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
