@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import corolla
-from corolla.errors import InvalidSetting, UnsupportedModel
+from corolla.errors import InvalidSetting, PromptError, UnsupportedModel
 from corolla.remote.models import (
     AutoDistributedConfig,
     AutoDistributedModel,
@@ -146,6 +146,22 @@ def test_only_what_the_client_computes_is_loaded(checkpoints: dict[str, Path], d
     model.close()
 
 
+@pytest.mark.parametrize(
+    "family", ["llama3-rope", "mistral-window", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "falcon-40b", "gpt-neox"]
+)
+def test_any_family_that_servers_compute(family: str, tmp_path: Path) -> None:
+    directory = tiny.save(family, tmp_path)
+    model = AutoDistributedModelForCausalLM.from_pretrained(directory, torch_dtype="float32", tuning_mode="deep_ptune", pre_seq_len=P)
+    assert_step_equal(model, stock(directory), "deep_ptune")
+    answers = [each.generate(IDS[:1], max_new_tokens=5, do_sample=False) for each in (load_plain(directory), stock(directory))]
+    assert torch.equal(*answers)
+    model.close()
+
+
+def load_plain(directory: Path) -> Any:
+    return AutoDistributedModelForCausalLM.from_pretrained(directory, torch_dtype="float32")
+
+
 def test_tied_heads_and_base_models(tmp_path: Path) -> None:
     directory = tiny.save("llama-tied", tmp_path)
     model = AutoDistributedModelForCausalLM.from_pretrained(directory, dtype="float32")
@@ -173,6 +189,34 @@ def test_prompts_are_trained(checkpoints: dict[str, Path]) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     model.close()
+
+
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+def test_prompts_are_saved_and_loaded(directory: Path, tmp_path: Path, mode: Any) -> None:
+    model = AutoDistributedModelForCausalLM.from_pretrained(directory, torch_dtype="float32", tuning_mode=mode, pre_seq_len=P)
+    if mode == "deep_ptune":
+        torch.nn.init.normal_(model.bare.prompts.deep)
+    model.save_pretrained(tmp_path / "prompt")
+    again = AutoDistributedModelForCausalLM.from_pretrained(directory, torch_dtype="float32", prompt=tmp_path / "prompt")
+    assert again.soft_prompt.digest == model.soft_prompt.digest
+    assert [p.requires_grad for p in again.bare.prompts.parameters()] == [True] * (1 + (mode == "deep_ptune"))
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=0)
+    for each in (model, again):
+        each.close()
+    with pytest.raises(PromptError, match="tuning_mode"):
+        load_plain(directory).save_pretrained(tmp_path / "none")
+
+
+def test_a_classifiers_head_is_saved_with_its_prompt(directory: Path, tmp_path: Path) -> None:
+    settings = {"torch_dtype": "float32", "num_labels": 3}
+    model = AutoDistributedModelForSequenceClassification.from_pretrained(directory, tuning_mode="ptune", pre_seq_len=P, **settings)
+    model.save_pretrained(tmp_path)
+    again = AutoDistributedModelForSequenceClassification.from_pretrained(directory, prompt=tmp_path, **settings)
+    torch.testing.assert_close(again(IDS[:1]).logits, model(IDS[:1]).logits, rtol=0, atol=0)
+    with pytest.raises(PromptError, match="num_labels"):
+        AutoDistributedModelForSequenceClassification.from_pretrained(directory, prompt=tmp_path, torch_dtype="float32", num_labels=2)
+    for each in (model, again):
+        each.close()
 
 
 def test_a_classifiers_head_is_trained_with_its_prompts(directory: Path) -> None:
@@ -214,8 +258,9 @@ def test_settings_that_do_not_fit_are_named(checkpoints: dict[str, Path], settin
 
 
 def test_other_families_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="gpt_neox"):
-        AutoDistributedModelForCausalLM.from_pretrained(tiny.save("gpt-neox", tmp_path))
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="gpt2"):
+        AutoDistributedModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(InvalidSetting, match="is a bloom model"):
         corolla.DistributedLlamaForCausalLM.from_pretrained(checkpoints["bloom"])
     assert AutoDistributedConfig.from_pretrained(checkpoints["bloom"]).model_type == "bloom"

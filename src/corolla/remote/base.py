@@ -2,7 +2,7 @@
 
 They are mixed into transformers' own classes, which bring configurations, heads, losses and `generate`.
 
-Legend: S sequences, N columns, P soft tokens, E hidden, B blocks.
+Legend: V vocabulary, L labels, E hidden.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers import GenerationConfig, PreTrainedModel
 
-from corolla.errors import InvalidSetting
+from corolla.errors import InvalidSetting, PromptError
 from corolla.models.catalog import resolve
 from corolla.models.checkpoint import Checkpoint, Progress
 from corolla.models.families import architecture
+from corolla.models.prompts import SoftPrompt, load_prompt, load_score, save_prompt
 from corolla.models.span import DTYPES
-from corolla.remote.cache import RemoteCache
 from corolla.remote.calls import Calls
 from corolla.remote.opening import open_blocks
 from corolla.remote.prompts import SoftPrompts, TuningMode, soft_prompts
@@ -30,6 +29,9 @@ from corolla.remote.sequential import RemoteSequential
 from corolla.remote.servers import RemoteConfig
 from corolla.remote.session import InferenceSession
 from corolla.types import Span
+
+if TYPE_CHECKING:
+    from corolla.remote.bare import DistributedModel
 
 
 class Distributed(PreTrainedModel):
@@ -53,6 +55,7 @@ class Distributed(PreTrainedModel):
         dtype: torch.dtype | str | None = None,
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int = 16,
+        prompt: str | Path | None = None,
         num_labels: int | None = None,
         progress: Progress | None = None,
         **servers: Any,
@@ -64,11 +67,12 @@ class Distributed(PreTrainedModel):
             secret: of the swarm.
             torch_dtype, dtype: either name; what is computed here, and in this process, in. By default what the checkpoint says.
             tuning_mode: "ptune" puts `pre_seq_len` soft tokens in front, "deep_ptune" at every block too.
+            prompt: a directory that a soft prompt was saved to, by `save_pretrained` or by PEFT, to begin with.
             num_labels: of a classifier; by default what the checkpoint says.
             servers: `RemoteConfig`'s settings: allowed_servers, blocked_servers, request_timeout, max_retries...
 
         Raises:
-            ModelNotFound, CheckpointError, UnsupportedModel, InvalidSetting, NetworkError: as their sentences say.
+            ModelNotFound, CheckpointError, UnsupportedModel, InvalidSetting, PromptError, NetworkError: as their sentences say.
         """
         settings = _settings(servers)
         directory = resolve(str(name), progress=progress)
@@ -89,7 +93,9 @@ class Distributed(PreTrainedModel):
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in cls.made_here)
         model.name_or_path = config.name_or_path = str(name)
-        if tuning_mode is not None:
+        if prompt is not None:
+            model.load_prompt(prompt)
+        elif tuning_mode is not None:
             model.bare.prompts = soft_prompts(tuning_mode, pre_seq_len, cast(torch.Tensor, model.get_input_embeddings().weight), blocks)
         opened = open_blocks(
             directory,
@@ -106,11 +112,12 @@ class Distributed(PreTrainedModel):
     @property
     def bare(self) -> DistributedModel:
         """The model without its head."""
-        return cast(DistributedModel, self.base_model)
+        bare: DistributedModel = self.base_model  # type: ignore[assignment]  # the family's prefix says which it is
+        return bare
 
     def connect(self, calls: Calls) -> None:
         """Compute the blocks through `calls` from now on."""
-        setattr(self.bare, self.bare.blocks_name, RemoteSequential(calls, Span(0, architecture(self.config).blocks)))
+        setattr(self.bare, self.bare._names.blocks, RemoteSequential(calls, Span(0, architecture(self.config).blocks)))
 
     def close(self) -> None:
         """Leave the swarm, or free what this process keeps of the blocks. Closing twice is no error."""
@@ -129,12 +136,44 @@ class Distributed(PreTrainedModel):
         blocks = self.bare.blocks
         return InferenceSession(blocks.calls, blocks.span, max_length=most, prompts=deep, prefix=prefix)
 
+    @property
+    def soft_prompt(self) -> SoftPrompt:
+        """A copy of the soft prompt as it is now. Raises `PromptError` where there is none, or it is not finite."""
+        if self.bare.prompts is None:
+            raise PromptError("the model has no soft prompt: load it with tuning_mode='ptune', 'deep_ptune' or with prompt=DIRECTORY")
+        return self.bare.prompts.as_they_are()
+
+    def load_prompt(self, directory: str | Path) -> None:
+        """Take the soft prompt of `directory`, of ours or PEFT's, in the place of the one there is; a classifier's head with it.
+
+        Raises `PromptError` for files that are missing or damaged, and for a prompt of another model.
+        """
+        arch, weight = architecture(self.config), cast(torch.Tensor, self.get_input_embeddings().weight)
+        self.bare.prompts = SoftPrompts.of(load_prompt(Path(directory), arch)).to(weight.device)
+        score = load_score(Path(directory), arch)
+        if score is not None and self.made_here:
+            head = cast(torch.nn.Linear, self.score)
+            if score.shape != head.weight.shape:
+                raise PromptError(f"{directory}: its classifier has {len(score)} labels, and this one {len(head.weight)}: set num_labels")
+            with torch.no_grad():
+                head.weight.copy_(score)
+
+    def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> None:  # type: ignore[override]
+        """Save what is trained, the soft prompt and a classifier's head, as PEFT does, deep prompts beside it; see `models.prompts`.
+
+        Raises `PromptError` where there is none, or it is not finite; `StorageError`.
+        """
+        score = cast(torch.nn.Linear, self.score).weight if self.made_here else None
+        save_prompt(Path(save_directory), self.soft_prompt, architecture(self.config), base_model=self.name_or_path or "", score=score)
+
     def _load(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         """Read what is on the meta device. A checkpoint's names may have the base model's prefix or not, whether ours do or not."""
         prefix = f"{self.base_model_prefix}."
         tensors = {}
         for name, parameter in self.named_parameters():
-            spellings = name, name.removeprefix(prefix), prefix + name
+            spellings = [name, name.removeprefix(prefix), prefix + name]
+            if name == "lm_head.weight":  # transformers' name for every family's
+                spellings.append(f"{architecture(self.config).names.head}.weight")
             stored = next((spelling for spelling in spellings if checkpoint.has(spelling)), name)
             if name in self.made_here and not checkpoint.has(stored):
                 tensors[name] = torch.empty(parameter.shape, dtype=dtype).normal_(std=self.config.initializer_range)
@@ -142,164 +181,6 @@ class Distributed(PreTrainedModel):
                 tensors[name] = checkpoint.tensor(stored, dtype, shape=tuple(parameter.shape))
         self.load_state_dict(tensors, strict=False, assign=True)  # what is tied to another tensor is not among them
         self.tie_weights()
-
-
-class DistributedModel(Distributed):
-    """A base model, without a head. `blocks_name` is where the family keeps its blocks."""
-
-    blocks_name: ClassVar[str]
-    prompts: SoftPrompts | None
-
-    def entering(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """What enters the first block [S, N, E]."""
-        return embeddings
-
-    def leaving(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The final norm [S, N, E]."""
-        raise NotImplementedError
-
-    @property
-    def blocks(self) -> RemoteSequential:
-        """All of the model's blocks."""
-        blocks: RemoteSequential = getattr(self, self.blocks_name)
-        return blocks
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: RemoteCache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        **ignored: Any,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """As transformers', with `past_key_values` a `RemoteCache`. Positions count the columns that are no padding, as the
-        attention mask [S, N] says: other `position_ids` are refused.
-
-        Soft prompts stand in front of a new session, and of every input without one; the output leaves them out.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InvalidSetting("input_ids", "give them or inputs_embeds, and not both")
-        if past_key_values is not None and not isinstance(past_key_values, RemoteCache):
-            raise InvalidSetting("past_key_values", "caches lie at the servers: generate with model.generate(..., session=...)")
-        embeddings = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        _check_positions(position_ids, attention_mask, past_key_values, embeddings.shape[1])
-        session = None if past_key_values is None else past_key_values.session
-        if session is not None and attention_mask is not None:
-            attention_mask = attention_mask[:, -embeddings.shape[1] :]
-        if past_key_values is not None and session is not None and 0 < session.sequences < len(embeddings):
-            past_key_values.batch_repeat_interleave(len(embeddings) // session.sequences)  # beams begin
-        width, deep = 0, None if self.prompts is None else self.prompts.deep
-        if self.prompts is not None and (session is None or not session.position):
-            width = len(self.prompts)
-            soft = self.prompts.tokens.to(embeddings).expand(len(embeddings), -1, -1)
-            embeddings = torch.cat([soft, embeddings], 1)
-            if attention_mask is not None:
-                attention_mask = torch.cat([attention_mask.new_ones(len(embeddings), width), attention_mask], 1)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        hidden, between = self.entering(embeddings), list[torch.Tensor]()
-        if session is not None:
-            if output_hidden_states:
-                raise InvalidSetting("output_hidden_states", "a session gives the last block's only: pass use_cache=False for all of them")
-            hidden = session.step(hidden, attention_mask)
-        elif output_hidden_states:
-            for index, block in enumerate(self.blocks):
-                between.append(hidden)
-                hidden = block(hidden, prompts=None if deep is None else deep[index : index + 1], attention_mask=attention_mask)
-        else:
-            hidden = self.blocks(hidden, prompts=deep, attention_mask=attention_mask)
-        hidden = self.leaving(hidden)[:, width:]
-        states = (*(each[:, width:] for each in between), hidden) if output_hidden_states else None
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states)
-
-
-class DistributedForCausalLM(Distributed, GenerationMixin):
-    """A language model whose blocks are computed by servers."""
-
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, session: InferenceSession | None = None, **kwargs: Any) -> Any:
-        """As transformers' `generate`, with all that it offers; the servers keep the caches.
-
-        With a `session` of this model the answer goes on from what was put in and got out there before: give the new tokens
-        only, and get them and the answer back.
-        """
-        if session is not None:
-            return self._go_on(session, inputs, args, kwargs)
-        if kwargs.get("use_cache") is False or kwargs.get("past_key_values") is not None:
-            return self._stock_generate(inputs, *args, **kwargs)
-        with self.inference_session() as own:
-            return self._stock_generate(inputs, *args, past_key_values=RemoteCache(own), **kwargs)
-
-    def _stock_generate(self, *args: Any, **kwargs: Any) -> Any:
-        return super().generate(*args, **kwargs)  # type: ignore[misc]  # annotated for a class of transformers' own
-
-    def _go_on(self, session: InferenceSession, inputs: torch.Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        new = kwargs.pop("input_ids", None) if inputs is None else inputs
-        before, whole = session.output_ids, new
-        if before is not None:
-            if new is not None and len(new) != len(before):
-                raise InvalidSetting("inputs", f"{len(new)} sequences do not go on from the session's {len(before)}")
-            whole = before if new is None else torch.cat([before, new.to(before)], 1)
-            kwargs["attention_mask"] = _whole_mask(session, whole, new, kwargs.get("attention_mask"))
-        began, count, answered = session.position, session.sequences, False
-        try:
-            result = self._stock_generate(whole, *args, past_key_values=RemoteCache(session), **kwargs)
-            answered = True
-        finally:
-            if not answered:
-                _undo(session, began, count)
-        sequences = result if isinstance(result, torch.Tensor) else result.sequences
-        settings = kwargs.get("generation_config") or self.generation_config
-        if (kwargs.get("num_beams") or settings.num_beams or 1) > 1:
-            _leave_beams(session, len(sequences), 1 if whole is None else len(whole), 1 if whole is None else whole.shape[1])
-        session.output_ids = sequences
-        new = sequences if before is None else sequences[:, before.shape[1] :]
-        if isinstance(result, torch.Tensor):
-            return new
-        result.sequences = new
-        return result
-
-
-def _whole_mask(session: InferenceSession, whole: torch.Tensor, new: torch.Tensor | None, given: torch.Tensor | None) -> torch.Tensor:
-    """Of all tokens [S, N]: padding of earlier turns stays padding. `given` is that of the new tokens, or ends with it."""
-    mask = torch.ones(whole.shape, dtype=whole.dtype, device=whole.device)
-    known = session.attention_mask[:, session.prefix :]
-    mask[:, : known.shape[1]] = known.to(mask)
-    if new is not None and given is not None and new.shape[1]:
-        mask[:, -new.shape[1] :] = given[:, -new.shape[1] :].to(mask)
-    return mask
-
-
-def _leave_beams(session: InferenceSession, answers: int, inputs: int, columns: int) -> None:
-    """Which beams won is not known here: go back to what all beams of an input have in common, one sequence for each answer."""
-    beams, each = session.sequences // inputs, answers // inputs
-    session.reorder([index * beams for index in range(inputs) for _ in range(each)])
-    session.position = session.prefix + columns
-
-
-def _undo(session: InferenceSession, position: int, sequences: int) -> None:
-    """Go back to where the turn began."""
-    if position and session.sequences > sequences:
-        beams = session.sequences // sequences
-        session.reorder([index * beams for index in range(sequences)])
-    said = session.output_ids
-    session.position = position
-    session.output_ids = said
-
-
-def _check_positions(positions: torch.Tensor | None, mask: torch.Tensor | None, cache: RemoteCache | None, columns: int) -> None:
-    """Raises `InvalidSetting` for positions that do not count the columns that are no padding."""
-    if positions is None:
-        return
-    past = 0 if cache is None else cache.get_seq_length()
-    if mask is None:
-        right = positions == torch.arange(past, past + columns, device=positions.device)
-    else:
-        kept = mask.to(positions.device)
-        right = (positions == (kept.long().cumsum(1) - 1)[:, -columns:]) | (kept[:, -columns:] == 0)
-    if not bool(right.all()):
-        raise InvalidSetting("position_ids", "blocks count positions by the attention mask: leave position_ids out")
 
 
 def _settings(given: dict[str, Any]) -> RemoteConfig:
@@ -319,3 +200,15 @@ def _dtype(given: torch.dtype | str | None, config: Any) -> torch.dtype:
     if dtype is None or dtype not in DTYPES.values():
         raise InvalidSetting("torch_dtype", f"{given} is none of {', '.join(DTYPES)}")
     return dtype
+
+
+_made: dict[tuple[type, type], Any] = {}
+
+
+def distributed(ours: type, stock: type) -> Any:
+    """transformers' class `stock` of a family with its blocks elsewhere, as `ours` has them: one class, however often it is asked for."""
+    if (ours, stock) not in _made:
+        about = {"__doc__": f"transformers' {stock.__name__} with its blocks elsewhere.", "__module__": "corolla.remote.models"}
+        own: dict[str, Any] = {**about, "config_class": stock.config_class}  # type: ignore[attr-defined]
+        _made[ours, stock] = type(f"Distributed{stock.__name__}", (ours, stock), own)
+    return _made[ours, stock]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from corolla.errors import InvalidSetting
+from corolla.models.prompts import SoftPrompt
 
 TuningMode = Literal["ptune", "deep_ptune"]
 
@@ -24,6 +25,20 @@ class SoftPrompts(nn.Module):
         super().__init__()
         self.tokens = nn.Parameter(tokens_PxE.detach().float().clone())
         self.deep = None if blocks is None else nn.Parameter(torch.zeros(blocks, *tokens_PxE.shape, device=tokens_PxE.device))
+
+    @classmethod
+    def of(cls, prompt: SoftPrompt) -> SoftPrompts:
+        """To be trained on from there."""
+        prompts = cls(prompt.input, None if prompt.deep is None else len(prompt.deep))
+        if prompts.deep is not None and prompt.deep is not None:
+            prompts.deep.data.copy_(prompt.deep)
+        return prompts
+
+    def as_they_are(self) -> SoftPrompt:
+        """A copy. Raises `PromptError` when there are values that are not finite."""
+        tokens, deep = (None if rows is None else rows.detach().cpu().clone() for rows in (self.tokens, self.deep))
+        assert tokens is not None
+        return SoftPrompt(tokens, deep)
 
     def __len__(self) -> int:
         return len(self.tokens)
