@@ -51,6 +51,7 @@ from swarm_servers import COROLLA, CorollaSwarm, PetalsSwarm, Processes, even_sp
 PROMPT = 16  # tokens before a decode measurement
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 DEFAULT_DTYPE = fast_dtype("cpu")
+DTYPES = sorted({DEFAULT_DTYPE, "float32"})
 
 
 @dataclass(slots=True)
@@ -232,10 +233,15 @@ DELAYS = (0.05, 0.1)  # seconds one way; a round trip takes twice that
 
 
 def delay(bench: Bench) -> None:
+    for dtype in DTYPES:
+        delay_in(dtype, bench)
+
+
+def delay_in(dtype: str, bench: Bench) -> None:
     """Every connection goes through a proxy that holds each chunk in each direction."""
     new_tokens = 24
     with bench.processes() as processes:
-        swarm = bench.swarm(processes, 3, proxied=True)
+        swarm = bench.swarm(processes, 3, dtype=dtype, proxied=True)
         client = swarm.client()
         bench.check("the swarm", client)
 
@@ -247,10 +253,10 @@ def delay(bench: Bench) -> None:
         figures = bench.rounds({f"{seconds * 1e3:.0f} ms one way": functools.partial(measure, seconds) for seconds in (0.0, *DELAYS)})
         swarm.set_delay(0.0)
     table, alone = bench.table, figures["0.0"]
-    table.add("time per token, 3 servers behind proxies without delay", "ms", alone)
+    table.add(f"time per token, 3 servers behind proxies without delay, {dtype}", "ms", alone)
     for seconds in DELAYS:
         measured, hops = figures[f"{seconds}"], 3 * seconds * 1e3
-        name = f"{seconds * 1e3:.0f} ms one way between any two machines: time per token"
+        name = f"{seconds * 1e3:.0f} ms one way between any two machines, {dtype}: time per token"
         table.add(name, "ms", measured)
         bounds: dict[str, Any] = {"reach": 1.1, "aim": 1.05, "at_most": True} if seconds == DELAYS[-1] else {}
         table.ratio(f"{name} / sum of the ring's 3 hops ({hops:.0f} ms)", "x", measured, [hops] * len(measured), **bounds)
@@ -260,11 +266,11 @@ def delay(bench: Bench) -> None:
 # A server's death.
 
 HISTORY = 1000
-RECOVERED_DTYPES = sorted({DEFAULT_DTYPE, "float32"})  # in float32 the answer must stay the same, token for token
 
 
 def recovery(bench: Bench) -> None:
-    for dtype in RECOVERED_DTYPES:
+    """In float32 the answer must stay the same, token for token."""
+    for dtype in DTYPES:
         recovery_in(dtype, bench)
 
 
