@@ -42,7 +42,10 @@ class FakeModel:
         self.opened.append((model, options))
         if self.error:
             raise self.error
-        yield SimpleNamespace(transport=self.engine.transport, peer="fake", directory=self.directory, context_length=500, vocabulary=400)
+        yield SimpleNamespace(
+            transport=self.engine.transport, peer="fake", directory=self.directory, context_length=500, vocabulary=400,
+            cache_tokens=4000, sessions=4,
+        )  # fmt: skip
 
 
 @pytest.fixture

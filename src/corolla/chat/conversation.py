@@ -102,11 +102,19 @@ class Conversation:
 
 
 def read_few_shot(path: Path) -> list[Turn]:
-    """Example turns from a JSON list of `{"role": "user" | "assistant", "content": text}`.
+    """Example turns from a JSON list of `{"role": "user" | "assistant", "content": text}` or of `{"prompt", "completion"}`.
 
     Raises `CallerError` for anything else, and unless questions and answers take turns.
     """
-    turns = _turns(_read(path), path)
+    entries = _read(path)
+    if (
+        isinstance(entries, list)
+        and entries
+        and all(isinstance(entry, dict) and {"prompt", "completion"} <= entry.keys() for entry in entries)
+    ):
+        roles = (("user", "prompt"), ("assistant", "completion"))
+        entries = [{"role": role, "content": entry[key]} for entry in entries for role, key in roles]
+    turns = _turns(entries, path)
     if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
         raise CallerError(f"{path}: examples are questions each with its answer; let the roles user and assistant take turns")
     return turns

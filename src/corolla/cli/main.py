@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import corolla
+from corolla.cli.batch import batch
 from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
 from corolla.cli.doctor import doctor
@@ -61,5 +62,5 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
             stream.reconfigure(errors=errors)
 
 
-for command in (chat, generate, up, serve, bootstrap, status, models, doctor, tune):
+for command in (chat, generate, batch, up, serve, bootstrap, status, models, doctor, tune):
     app.command()(command)

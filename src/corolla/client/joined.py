@@ -34,6 +34,8 @@ class Joined:
     peer: str
     directory: Path
     context_length: int
+    cache_tokens: None = None  # of all sessions together: the servers' own matter
+    sessions: int = 32  # at once, for the most tokens a second: a forward takes little longer for as many rows
 
 
 class KnownServers:

@@ -12,6 +12,8 @@ from corolla.models.checkpoint import Progress
 from corolla.swarm.local import LocalTransport
 
 PEER = "embedded"
+# Tokens a second of SmolLM2 rise up to there: on 2 cores 411 with 16 sessions, 528 with 32, and little more with 64.
+_SESSIONS_CPU, _SESSIONS_CUDA = 32, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class Embedded:
     directory: Path
     context_length: int
     vocabulary: int
+    cache_tokens: int  # of all sessions together
+    sessions: int  # at once, for the most tokens a second
 
 
 @contextmanager
@@ -72,7 +76,8 @@ def open_model(
     transport.listen(PEER, engine.receive)
     engine.start()
     try:
-        yield Embedded(transport, PEER, directory, engine.context_length, span_model.arch.vocabulary)
+        sessions = _SESSIONS_CUDA if device == "cuda" else _SESSIONS_CPU
+        yield Embedded(transport, PEER, directory, engine.context_length, span_model.arch.vocabulary, engine.config.cache_tokens, sessions)
     finally:
         engine.stop()
 
