@@ -10,200 +10,28 @@ random weights are compared with stock transformers, token for token. Clients ar
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import os
 import signal
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from random import Random
-from typing import Any, cast
+from typing import Any
 
-import psutil
 import torch
 import transformers
 
-from common import Table, rounds
-from corolla.client.session import Session
-from corolla.client.swarm import SwarmTransport
-from corolla.client.tokenizer import TextTokenizer
-from corolla.engine.engine import Engine
+from common import Table
 from corolla.models import catalog
 from corolla.models.span import load_span
-from corolla.server.embedded import fast_dtype
-from corolla.server.node import SpanServer, SpanServerConfig
-from corolla.swarm import frames
-from corolla.swarm.network import LocalHub
-from corolla.swarm.routing import Hop, Route
-from corolla.swarm.wire import StepFrame, TokenFrame, WireMessage
-from corolla.types import GenerationSettings, Span
-from engine import check_peer
 from runners import Corolla, Runner, decode_rate, median_gap_ms
-from swarm_servers import COROLLA, CorollaSwarm, PetalsSwarm, Processes, even_spans
-
-PROMPT = 16  # tokens before a decode measurement
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-DEFAULT_DTYPE = fast_dtype("cpu")
-DTYPES = sorted({DEFAULT_DTYPE, "float32"})
-
-
-@dataclass(slots=True)
-class Bench:
-    """What every part needs, and the table that it adds to."""
-
-    options: argparse.Namespace
-    folder: Path
-    table: Table
-    directory: Path  # of the model of every part but Petals'
-    random: Random = field(default_factory=lambda: Random(0))
-
-    @property
-    def blocks(self) -> int:
-        return cast(int, catalog.describe("", self.directory).blocks)
-
-    def prompt(self, count: int, vocabulary: int = 24_000) -> list[int]:
-        """Random tokens, new ones every time."""
-        return [self.random.randrange(vocabulary // 2, vocabulary) for _ in range(count)]
-
-    def rounds(self, cells: Mapping[str, Callable[[int], Mapping[str, float]]]) -> dict[str, list[float]]:
-        """See `common.rounds`; where no terminal shows its progress, lines do."""
-        if sys.stderr.isatty():
-            return rounds(self.options.rounds, cells)
-
-        def told(name: str, cell: Callable[[int], Mapping[str, float]], number: int) -> Mapping[str, float]:
-            figures = cell(number)
-            print(f"  {number + 1}/{self.options.rounds} {name}", file=sys.stderr, flush=True)
-            return figures
-
-        return rounds(self.options.rounds, {name: functools.partial(told, name, cell) for name, cell in cells.items()})
-
-    @contextlib.contextmanager
-    def processes(self) -> Iterator[Processes]:
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder, Processes(Path(folder)) as processes:
-            yield processes
-
-    def swarm(self, processes: Processes, servers: int, **options: Any) -> CorollaSwarm:
-        return CorollaSwarm(processes, self.directory, even_spans(self.blocks, servers), threads=self.options.threads, **options)
-
-    def check(self, name: str, runner: Runner) -> None:
-        check_peer(name, runner, TextTokenizer(self.directory))
-
-
-# Beside Petals: BLOOM with random weights, stored as the published ones are and computed in float32, two servers.
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A BLOOM, and what Corolla is held against: (reach, aim) for one session and for 8."""
-
-    name: str
-    hidden: int
-    blocks: int
-    heads: int
-    new_tokens: int
-    petals_threads: tuple[int, ...]  # of a server: the settings that may be Petals' better one
-    single: tuple[float, float]
-    together: tuple[float, float]
-
-
-SHAPES = {
-    "petals560": Shape("BLOOM of the 560m's shape", 1024, 24, 16, 24, tuple(sorted({1, CORES})), single=(2.0, 3.0), together=(5.0, 8.0)),
-    # Two processes that use both cores hurt one another: at one thread each Petals' 8 sessions here are over 5 times as quick.
-    "petals256": Shape("BLOOM of hidden 256, 8 layers", 256, 8, 8, 48, (1,), single=(4.0, 8.0), together=(6.0, 10.0)),
-}
-VOCABULARY = 32_000
-TOGETHER = 8  # sessions
-
-
-def make_bloom(directory: Path, shape: Shape, stored: str) -> None:
-    """A checkpoint with the published models' tensor names, which Petals expects."""
-    config = transformers.BloomConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=shape.hidden,
-        n_layer=shape.blocks,
-        n_head=shape.heads,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-    )
-    torch.manual_seed(0)
-    transformers.BloomForCausalLM(config).transformer.to(getattr(torch, stored)).save_pretrained(directory)
-
-
-def stock_answers(directory: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """What stock transformers answers, greedily, in float32."""
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
-    ids = torch.tensor(prompts)
-    answers = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
-    return cast(list[list[int]], answers[:, ids.shape[1] :].tolist())
-
-
-class BesidePetals:
-    """One shape, served by a swarm of either system; Petals once for each number of threads. Every cell is one round of one of them."""
-
-    def __init__(self, bench: Bench, shape: Shape, processes: Processes) -> None:
-        self._bench, self._shape = bench, shape
-        options = bench.options
-        directory = processes.new_path("model")
-        make_bloom(directory, shape, options.petals_stored)
-        self._first = [bench.prompt(PROMPT, VOCABULARY) for _ in range(TOGETHER)]
-        self._expected = stock_answers(directory, self._first, shape.new_tokens)
-        spans = even_spans(shape.blocks, 2)
-        corolla = CorollaSwarm(processes, directory, spans, threads=options.threads, dtype="float32")
-        self._client = corolla.client()
-        self.petals: dict[str, PetalsSwarm] = {}
-        if options.petals_python is None:
-            print("  without --petals-python the rows of Petals, and the ratios to it, are left out", file=sys.stderr)
-        else:
-            for threads in options.petals_threads or shape.petals_threads:
-                name = f"Petals, {_plural(threads, 'thread')}"
-                self.petals[name] = PetalsSwarm(processes, options.petals_python, directory, spans, threads=threads)
-        self.corolla = f"Corolla, {_plural(options.threads, 'thread')}"
-
-    def cells(self) -> dict[str, Callable[[int], Mapping[str, float]]]:
-        return {
-            self.label(name, sessions): functools.partial(self._measure, name, sessions)
-            for sessions in (1, TOGETHER)
-            for name in (self.corolla, *self.petals)
-        }
-
-    def label(self, name: str, sessions: int) -> str:
-        return f"{self._shape.name}, {_plural(sessions, 'session')}, {name}"
-
-    def _measure(self, name: str, sessions: int, number: int) -> Mapping[str, float]:
-        prompts = self._first if number < 0 else [self._bench.prompt(PROMPT, VOCABULARY) for _ in range(TOGETHER)]
-        if name == self.corolla:
-            answers = self._client.answers(prompts[:sessions], self._shape.new_tokens)
-        else:
-            answers = self.petals[name].answers(prompts[:sessions], self._shape.new_tokens)
-        if number < 0 and [answer.token_ids for answer in answers] != self._expected[:sessions]:
-            raise SystemExit(f"{self.label(name, sessions)}: not the answers of stock transformers, so its speed does not count")
-        return {self.label(name, sessions): decode_rate(answers)}
-
-
-def petals(shape: Shape, bench: Bench) -> None:
-    with bench.processes() as processes:
-        beside = BesidePetals(bench, shape, processes)
-        figures = bench.rounds(beside.cells())
-    for name, values in figures.items():
-        bench.table.add(name, "tokens/s", values)
-    for name, swarm in beside.petals.items():
-        if swarm.hung:
-            bench.table.add(f"{shape.name}, {name}: asked again because a session hung", "times", [swarm.hung])
-    for sessions, (reach, aim) in ((1, shape.single), (TOGETHER, shape.together)):
-        if beside.petals:
-            theirs = max((figures[beside.label(name, sessions)] for name in beside.petals), key=statistics.median)
-            name = f"{shape.name}, {_plural(sessions, 'session')}: Corolla / Petals at its better setting"
-            bench.table.ratio(name, "x", figures[beside.label(beside.corolla, sessions)], theirs, reach=reach, aim=aim)
-
+from swarm_bench import DEFAULT_DTYPE, DTYPES, PROMPT, Bench, plural
+from swarm_petals import SHAPES, petals, stock_answers
+from swarm_servers import PetalsSwarm, even_spans
+from swarm_sizes import memory, wire_bytes
 
 # Beside the engine in one process.
 
@@ -304,132 +132,6 @@ def recovery_in(dtype: str, bench: Bench) -> None:
     bench.table.add(name, "s", figures["pause"], reach=3.0, aim=1.0, at_most=True)
 
 
-# Bytes.
-
-
-class CountingHub(LocalHub):
-    """Peers in one process whose frames are counted as they would be written to a stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[tuple[WireMessage, int]] = []
-
-    def carry(self, sender: str, receiver: str, message: WireMessage) -> None:
-        self.sent.append((message, sum(memoryview(part).nbytes for part in frames.encode(message))))
-        super().carry(sender, receiver, message)
-
-
-def wire_bytes(bench: Bench) -> None:
-    """Frames as the servers' own code makes them, over a counting network; and what connections of real processes carry,
-    less what they carry while nobody asks anything.
-    """
-    new_tokens, silence = 192, 10.0  # tokens, seconds
-    hub = CountingHub()
-    spans = even_spans(bench.blocks, 3)
-    route = Route(tuple(Hop(f"server-{start}", start, end) for start, end in spans), seconds=0.0)
-    transport = SwarmTransport(hub.join("client"), OneRoute(route))
-    engines = [Engine(load_span(bench.directory, Span(start, end), dtype="bfloat16", weights="packed")) for start, end in spans]
-    servers = [
-        SpanServer(engine, hub.join(hop.peer), SpanServerConfig(wire_dtype="bfloat16"))
-        for engine, hop in zip(engines, route.hops, strict=True)
-    ]
-    for engine in engines:
-        engine.start()
-    try:
-        with Session(transport, "") as session:
-            for _ in session.generate(bench.prompt(PROMPT), GenerationSettings(max_tokens_to_generate=new_tokens), timeout=60.0):
-                pass
-    finally:
-        transport.close()
-        for server in servers:
-            server.close()
-    steps = [(message, size) for message, size in hub.sent if isinstance(message, StepFrame) and len(message.tokens) == 1]
-    hidden = [float(size) for message, size in steps if message.hidden is not None]
-    ring = [float(size) for message, size in steps if message.hidden is None]
-    tokens = [float(size) for message, size in hub.sent if isinstance(message, TokenFrame)]
-
-    with bench.processes() as processes:
-        swarm = bench.swarm(processes, 3, dtype="bfloat16", proxied=True)
-        client = swarm.client()
-        bench.check("the swarm", client)
-
-        idle = carried(swarm, lambda: time.sleep(silence)) / silence
-
-        def measure(_round: int) -> Mapping[str, float]:
-            began = time.perf_counter()
-            busy = carried(swarm, lambda: client.answer(bench.prompt(1), new_tokens))  # a longer prompt is hidden states of its own
-            return {"carried": (busy - idle * (time.perf_counter() - began)) / new_tokens}
-
-        figures = bench.rounds({"connections": measure})
-    values = engines[0].model.arch.hidden
-    table = bench.table
-    table.add("frame that closes the ring, one token", "bytes", ring)
-    table.add("frame to the client, one token", "bytes", tokens)
-    table.add("all connections, encryption and multiplexing included, per token through 3 servers", "bytes", figures["carried"])
-    table.add("frame between servers, one token, bf16", "bytes", hidden)
-    name = f"frame between servers, one token / hidden size × 2 ({values * 2} bytes)"
-    table.add(name, "x", [size / (values * 2) for size in hidden], reach=1.1, at_most=True)
-
-
-@dataclass(frozen=True, slots=True)
-class OneRoute:
-    """A `Router` that knows one way."""
-
-    only: Route
-
-    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
-        return self.only
-
-    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
-        return None
-
-
-def carried(swarm: CorollaSwarm, act: Callable[[], object]) -> int:
-    before = swarm.bytes_carried
-    act()
-    return swarm.bytes_carried - before
-
-
-# Memory of a client.
-
-_BARE = "import hivemind, psutil; print(psutil.Process().memory_info().rss)"
-
-
-def memory(bench: Bench) -> None:
-    """`corolla generate --peers` as it is, looked at from outside every 10 ms; the most that it held counts."""
-    with bench.processes() as processes:
-        swarm = bench.swarm(processes, 3)
-        asked = ["-p", "The capital of France is", "--max-new-tokens", "64"]
-        command = [*COROLLA, "generate", str(bench.directory), "--peers", swarm.address, *asked]
-
-        def measure(_round: int) -> Mapping[str, float]:
-            bare = int(subprocess.run([sys.executable, "-c", _BARE], stdout=subprocess.PIPE, check=True).stdout)
-            client = processes.start(command)
-            own, others = peaks(client)
-            if "Paris" not in processes.log(client):
-                raise processes.fail(client, "`corolla generate` did not answer as it should")
-            return {"bare": bare / 1e6, "own": own / 1e6, "beyond": (own - bare) / 1e6, "others": others / 1e6}
-
-        figures = bench.rounds({"a client": measure})
-    table = bench.table
-    table.add("memory of a process after `import hivemind`", "MB", figures["bare"])
-    table.add("memory of `corolla generate --peers`, at most", "MB", figures["own"])
-    table.add("memory of its hivemind process and libp2p daemon, what is theirs alone", "MB", figures["others"])
-    table.add("client memory beyond `import hivemind`", "MB", figures["beyond"], reach=80.0, aim=40.0, at_most=True)
-
-
-def peaks(process: subprocess.Popen[str]) -> tuple[int, int]:
-    """The most bytes that a process held until it ended, and that its children held of their own together."""
-    own = others = 0
-    watched = psutil.Process(process.pid)
-    while process.poll() is None:
-        with contextlib.suppress(psutil.Error):
-            own = max(own, watched.memory_info().rss)
-            others = max(others, sum(child.memory_full_info().uss for child in watched.children(recursive=True)))
-        time.sleep(0.01)
-    return own, others
-
-
 # How cost grows.
 
 SERVERS = (1, 2, 3, 4, 6)
@@ -446,11 +148,11 @@ def growth(bench: Bench) -> None:
 
         def by_servers(servers: int, _round: int) -> Mapping[str, float]:
             answer = clients[servers].answer(bench.prompt(PROMPT), new_tokens)
-            return {f"time per token, {_plural(servers, 'server')}": median_gap_ms(answer)}
+            return {f"time per token, {plural(servers, 'server')}": median_gap_ms(answer)}
 
         def by_sessions(sessions: int, _round: int) -> Mapping[str, float]:
             answers = clients[3].answers([bench.prompt(PROMPT) for _ in range(sessions)], new_tokens)
-            return {f"3 servers, {_plural(sessions, 'session')}, all together": decode_rate(answers)}
+            return {f"3 servers, {plural(sessions, 'session')}, all together": decode_rate(answers)}
 
         def by_context(context: int, _round: int) -> Mapping[str, float]:
             """A session of each length stays; each round goes back to it and on from there."""
@@ -475,10 +177,6 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "memory": memory,
     "growth": growth,
 }
-
-
-def _plural(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def main() -> None:
