@@ -89,6 +89,10 @@ class TextTokenizer:
         """The text of `token_ids`; special tokens have none, incomplete characters are U+FFFD."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
+    def spelling(self, token_id: int) -> str:
+        """One token as text; a special one as it is written out."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
     @cached_property
     def _plain(self) -> Tokenizer:
         # A second one, because the switch is a state of the whole tokenizer and threads may share it.
