@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from contextlib import redirect_stdout
@@ -76,6 +77,8 @@ def tune(
     Example: `corolla tune smollm2 --data personachat.txt --samples 500 --out persona`
     """
     logs.set_up(log_level, swarm=bool(peers))
+    # accelerate imports it wherever it is installed; that it has no quick 4-bit kernel concerns nobody here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     import torch
     from rich.console import Console
