@@ -61,6 +61,14 @@ LogLevel = Annotated[
     Level,
     typer.Option(help="The least that is logged, on standard error: debug, info, warning or error.", show_choices=False, metavar="LEVEL"),
 ]
+SOFT_PROMPT = "The directory of a soft prompt for this model, as corolla tune and PEFT save it."
+Database = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|URL",
+        help="Where a gateway keeps keys and conversations: a file, or a URL as SQLAlchemy takes it; in your data directory by default.",
+    ),
+]
 BatchInvariant = Annotated[
     bool,
     typer.Option(

@@ -1,0 +1,144 @@
+"""The application: all routes behind the guard, errors as responses, the page's files."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp
+
+import corolla
+from corolla.errors import CorollaError, InvalidSetting
+from corolla.gateway import openai_chat, openai_completions, petals, petals_socket, playground, ui, ui_looks
+from corolla.gateway.guard import Guard
+from corolla.gateway.openai import router as openai
+from corolla.gateway.problems import BadRequest, documented, kind_of, response
+from corolla.gateway.service import Gateway, TheGateway
+from corolla.gateway.writing import Writings
+
+STATIC = Path(__file__).parent / "static"
+_NO_PAGE = (
+    "The page is not built in this checkout: run `npm ci && npm run build` in web/, or install a wheel. "
+    "The interfaces work: see docs/api.md.\n"
+)
+_API = ("api/", "v1/")
+log = logging.getLogger(__name__)
+__all__ = ["gateway_app", "openai_chat", "openai_completions"]  # the last two add their routes to OpenAI's as they are imported
+
+
+def gateway_app(gateway: Gateway, *, static: Path = STATIC) -> ASGIApp:
+    """The ASGI application of a gateway."""
+    gateway.writings = Writings(gateway)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await gateway.conversations.interrupt_all()
+        pruning = asyncio.create_task(_prune(gateway))
+        yield
+        pruning.cancel()
+        await gateway.close()
+        await gateway.writings.settle()
+
+    app = FastAPI(title="Corolla", version=corolla.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.gateway = gateway
+    for router in (openai, petals.router, petals_socket.router, ui.router, ui_looks.router, playground.router):
+        app.include_router(router)
+    _add_operations(app)
+    _add_errors(app, gateway)
+    _add_page(app, static)
+    guarded: ASGIApp = Guard(app, gateway.config.guard, gateway.keys, gateway.rates, gateway.metrics)
+    if gateway.config.guard.origins:
+        guarded = CORSMiddleware(
+            guarded, allow_origins=list(gateway.config.guard.origins), allow_methods=["*"], allow_headers=["Authorization", "Content-Type"]
+        )
+    return guarded
+
+
+async def _prune(gateway: Gateway) -> None:
+    while True:
+        await asyncio.sleep(30)
+        await asyncio.to_thread(gateway.writers.pool.prune)
+
+
+def _add_operations(app: FastAPI) -> None:
+    @app.get("/healthz", tags=["Operations"], response_class=PlainTextResponse)
+    async def alive() -> str:
+        """Whether the gateway lives."""
+        return "ok\n"
+
+    @app.get("/readyz", tags=["Operations"], responses=documented(503))
+    async def ready(gateway: TheGateway) -> Response:
+        """Whether every block of every model is held by a server that is ready."""
+        missing = {model.name: [str(span) for span in model.missing] for model in gateway.models if model.missing}
+        content: dict[str, Any] = {"ready": gateway.ready, "missing": missing, "ending": gateway.closing.is_set()}
+        return JSONResponse(content, status_code=200 if gateway.ready else 503)
+
+    @app.get("/metrics", tags=["Operations"], response_class=PlainTextResponse, responses=documented())
+    async def metrics(gateway: TheGateway) -> Response:
+        """For Prometheus."""
+        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_errors(app: FastAPI, gateway: Gateway) -> None:
+    def answer(request: Request, error: CorollaError) -> Response:
+        gateway.metrics.failed(kind_of(error))
+        return response(request.url.path, error, debug=gateway.config.debug)
+
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, CorollaError)
+        return answer(request, error)
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+        if first["type"] == "json_invalid":
+            return answer(request, BadRequest(400, "the body is no JSON"))
+        return answer(request, InvalidSetting(place or "body", first["msg"]))
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        given = answer(request, BadRequest(error.status_code, str(error.detail)))
+        given.headers.update(error.headers or {})
+        return given
+
+    async def fault(request: Request, error: Exception) -> Response:
+        log.error("a fault of the gateway", exc_info=error, extra={"path": request.url.path})
+        return answer(
+            request, BadRequest(500, repr(error) if gateway.config.debug else "a fault of the gateway; its log says more", "Fault")
+        )
+
+    for kind, handler in ((CorollaError, ours), (RequestValidationError, invalid), (HTTPException, http), (Exception, fault)):
+        app.add_exception_handler(kind, handler)
+
+
+def _add_page(app: FastAPI, static: Path) -> None:
+    root = static.resolve()
+
+    @app.get("/{path:path}", include_in_schema=False)
+    async def page(path: str) -> Response:
+        """The page's files; any other path is one of the page itself."""
+        if path.startswith(_API):
+            raise HTTPException(404, "there is no such route")
+        if not (root / "index.html").is_file():
+            if path:
+                raise HTTPException(404, "there is no such file")
+            return PlainTextResponse(_NO_PAGE)
+        file = (root / path).resolve()
+        if path and file.is_file() and file.is_relative_to(root):
+            lasting = "public, max-age=31536000, immutable" if path.startswith("assets/") else "no-cache"  # assets' names change with them
+            return FileResponse(file, headers={"Cache-Control": lasting})
+        if "." in path.rsplit("/", 1)[-1]:
+            raise HTTPException(404, "there is no such file")
+        return FileResponse(root / "index.html", headers={"Cache-Control": "no-cache"})

@@ -1,0 +1,336 @@
+"""Conversations kept in the database: trees of messages, in which nothing that is done is ever changed."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, delete, exists, insert, or_, select, update
+
+from corolla.errors import CallerError, Conflict
+from corolla.gateway.database import Database, conversations, messages
+
+SETTABLE = ("title", "model", "system", "template", "prompt", "settings", "leaf")
+ENDED = ("done", "stopped", "interrupted", "failed")
+MOST_MESSAGES = 10_000  # of an imported conversation
+_AROUND_A_HIT = 60  # characters before and after what was searched for
+_TITLE = 60  # characters
+
+
+class NotFound(CallerError):
+    """No such thing, or not the caller's."""
+
+    status = 404
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"there is no such {what}, or it is not yours")
+
+
+class Conversations:
+    """All of them; every operation names the `owner` whose they are. Raises `NotFound` for another's, and `StorageError`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def search(self, owner: str, query: str, limit: int, before: str | None) -> dict[str, Any]:
+        """Titles and messages that contain `query`, the latest first; `before` is the last answer's `next`."""
+        found = select(conversations).where(conversations.c.owner == owner)
+        if query:
+            inside = exists().where(messages.c.conversation == conversations.c.id, messages.c.text.icontains(query, autoescape=True))
+            found = found.where(or_(conversations.c.title.icontains(query, autoescape=True), inside))
+        if before:
+            when, _, last = before.partition("_")
+            try:
+                moment = float(when)
+            except ValueError:
+                raise CallerError(f"before: {before!r} is no answer's `next`") from None
+            later = and_(conversations.c.updated == moment, conversations.c.id < last)
+            found = found.where(or_(conversations.c.updated < moment, later))
+        found = found.order_by(conversations.c.updated.desc(), conversations.c.id.desc()).limit(limit + 1)
+
+        def work(connection: Connection) -> dict[str, Any]:
+            rows = connection.execute(found).all()
+            shown = rows[:limit]
+            entries = [
+                {
+                    "id": row.id,
+                    "title": row.title,
+                    "model": row.model,
+                    "created": iso(row.created),
+                    "updated": iso(row.updated),
+                    "found": None,
+                }
+                for row in shown
+            ]
+            for entry in entries if query else ():
+                hit = select(messages.c.text).where(
+                    messages.c.conversation == entry["id"], messages.c.text.icontains(query, autoescape=True)
+                )
+                text = connection.execute(hit.order_by(messages.c.number.desc()).limit(1)).scalar_one_or_none()
+                entry["found"] = None if text is None else _around(text, query)
+            more = len(rows) > limit
+            return {"conversations": entries, "next": f"{shown[-1].updated!r}_{shown[-1].id}" if more else None}
+
+        return await self._database.run(work)
+
+    async def create(self, owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A conversation without messages."""
+        now = time.time()
+        row = {
+            "id": uuid.uuid4().hex,
+            "owner": owner,
+            "title": "",
+            "settings": {},
+            "created": now,
+            "updated": now,
+            **{name: values[name] for name in SETTABLE if name in values and name != "leaf"},
+        }
+        await self._database.run(lambda connection: connection.execute(insert(conversations).values(row)))
+        return await self.get(owner, str(row["id"]))
+
+    async def get(self, owner: str, conversation: str, *, whole: bool = True) -> dict[str, Any]:
+        """A conversation as the page gets it, with its messages if it is to be `whole`."""
+
+        def work(connection: Connection) -> dict[str, Any]:
+            row = _row(connection, owner, conversation)
+            shown = _shown_conversation(row)
+            if whole:
+                found = connection.execute(select(messages).where(messages.c.conversation == conversation).order_by(messages.c.number))
+                shown["messages"] = [shown_message(message) for message in found]
+            return shown
+
+        return await self._database.run(work)
+
+    async def change(self, owner: str, conversation: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Change what is `SETTABLE`."""
+
+        def work(connection: Connection) -> None:
+            _row(connection, owner, conversation)
+            if values.get("leaf") is not None:
+                _message_of(connection, conversation, values["leaf"])
+            if values:
+                connection.execute(update(conversations).where(conversations.c.id == conversation).values(dict(values)))
+
+        await self._database.run(work)
+        return await self.get(owner, conversation, whole=False)
+
+    async def delete(self, owner: str, conversation: str) -> list[str]:
+        """Delete it with all its messages; returns their ids."""
+
+        def work(connection: Connection) -> list[str]:
+            _row(connection, owner, conversation)
+            ids = list(connection.execute(select(messages.c.id).where(messages.c.conversation == conversation)).scalars())
+            connection.execute(delete(messages).where(messages.c.conversation == conversation))
+            connection.execute(delete(conversations).where(conversations.c.id == conversation))
+            return ids
+
+        return await self._database.run(work)
+
+    async def import_one(self, owner: str, content: Mapping[str, Any]) -> dict[str, Any]:
+        """A conversation as `get` gives it, under new ids. Raises `CallerError` for what is none."""
+        given = content["messages"]
+        ids = {message["id"]: uuid.uuid4().hex for message in given}
+        if len(ids) != len(given) or len(given) > MOST_MESSAGES:
+            raise CallerError(f"messages: each needs an id of its own, and there are at most {MOST_MESSAGES}")
+        now = time.time()
+        rows = []
+        seen: set[str] = set()
+        for message in given:
+            parent = message.get("parent")
+            if parent is not None and parent not in seen:
+                raise CallerError(f"messages: the parent {parent!r} of {message['id']!r} does not come before it")
+            seen.add(message["id"])
+            state = message.get("state") or "done"
+            rows.append(
+                {
+                    "id": ids[message["id"]],
+                    "parent": None if parent is None else ids[parent],
+                    "role": message["role"],
+                    "text": message["text"],
+                    "state": state if state in ENDED else "interrupted",
+                    "finish": message.get("finish"),
+                    "stats": message.get("stats"),
+                    "error": message.get("error"),
+                    "notices": list(message.get("notices") or []),
+                    "created": now,
+                }
+            )
+        created = await self.create(owner, {name: content[name] for name in SETTABLE if content.get(name) is not None})
+        leaf = ids.get(content.get("leaf") or "", rows[-1]["id"] if rows else None)
+
+        def work(connection: Connection) -> None:
+            if rows:
+                connection.execute(insert(messages), [{**row, "conversation": created["id"]} for row in rows])
+            connection.execute(update(conversations).where(conversations.c.id == created["id"]).values(leaf=leaf))
+
+        await self._database.run(work)
+        return await self.get(owner, created["id"])
+
+    async def add_question(
+        self, owner: str, conversation: str, parent: str | None, text: str, *, at_leaf: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A question and the answer that is going to be written; `at_leaf` puts it where the conversation stands."""
+
+        def work(connection: Connection) -> tuple[dict[str, Any], dict[str, Any]]:
+            row = _row(connection, owner, conversation)
+            after = row.leaf if at_leaf else parent
+            if after is not None:
+                above = _message_of(connection, conversation, after)
+                if above.role != "assistant":
+                    raise Conflict("a question follows an answer: name an answer as its parent, or none")
+                if above.state == "writing":
+                    raise Conflict("the answer before it is still being written: wait for it, or stop it")
+            question = _add(connection, conversation, after, "user", text, "done")
+            answer = _add(connection, conversation, question["id"], "assistant", "", "writing")
+            title = row.title or _title(text)
+            connection.execute(
+                update(conversations).where(conversations.c.id == conversation).values(leaf=answer["id"], title=title, updated=time.time())
+            )
+            return question, answer
+
+        return await self._database.run(work)
+
+    async def add_answer(self, owner: str, message: str) -> tuple[str, dict[str, Any]]:
+        """Another answer to a question, or beside an answer; returns the conversation's id and the answer."""
+
+        def work(connection: Connection) -> tuple[str, dict[str, Any]]:
+            row = _message(connection, owner, message)
+            question = row.id if row.role == "user" else row.parent
+            if question is None:
+                raise Conflict("this answer stands at the beginning and answers no question")
+            answer = _add(connection, row.conversation, question, "assistant", "", "writing")
+            connection.execute(
+                update(conversations).where(conversations.c.id == row.conversation).values(leaf=answer["id"], updated=time.time())
+            )
+            return row.conversation, answer
+
+        return await self._database.run(work)
+
+    async def reopen(self, owner: str, message: str) -> tuple[str, dict[str, Any]]:
+        """An answer that ended before its end is being written again. Raises `Conflict` for another."""
+
+        def work(connection: Connection) -> tuple[str, dict[str, Any]]:
+            row = _message(connection, owner, message)
+            ended = ("interrupted", "stopped", "failed")
+            changed = connection.execute(
+                update(messages)
+                .where(messages.c.id == message, messages.c.role == "assistant", messages.c.state.in_(ended))
+                .values(state="writing", error=None)
+            )
+            if not changed.rowcount:
+                raise Conflict("only an answer that was interrupted, stopped or failed can go on")
+            connection.execute(
+                update(conversations).where(conversations.c.id == row.conversation).values(leaf=message, updated=time.time())
+            )
+            return row.conversation, {**shown_message(row), "state": "writing", "error": None}
+
+        return await self._database.run(work)
+
+    async def message(self, owner: str, message: str) -> dict[str, Any]:
+        """One message."""
+        return await self._database.run(lambda connection: shown_message(_message(connection, owner, message)))
+
+    async def branch(self, owner: str, conversation: str, message: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The conversation, and its messages from the beginning up to the one before `message`."""
+        whole = await self.get(owner, conversation)
+        by_id = {each["id"]: each for each in whole.pop("messages")}
+        if message not in by_id:
+            raise NotFound("message")
+        path: list[dict[str, Any]] = []
+        at = by_id[message]["parent"]
+        while at is not None and at in by_id:
+            path.append(by_id[at])
+            at = by_id[at]["parent"]
+        return whole, path[::-1]
+
+    async def write(self, message: str, **values: Any) -> None:
+        """What has come of an answer so far, or its end."""
+        await self._database.run(lambda connection: connection.execute(update(messages).where(messages.c.id == message).values(values)))
+
+    async def interrupt_all(self) -> None:
+        """No answer is being written by a gateway that has just begun."""
+        await self._database.run(
+            lambda connection: connection.execute(update(messages).where(messages.c.state == "writing").values(state="interrupted"))
+        )
+
+
+def iso(moment: float) -> str:
+    """A unix time in ISO 8601, UTC."""
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def shown_message(row: Row[Any]) -> dict[str, Any]:
+    """A message as docs/api.md describes it."""
+    return {
+        "id": row.id,
+        "parent": row.parent,
+        "role": row.role,
+        "text": row.text,
+        "state": row.state,
+        "created": iso(row.created),
+        "finish": row.finish,
+        "stats": row.stats,
+        "error": row.error,
+        "notices": row.notices,
+    }
+
+
+def _shown_conversation(row: Row[Any]) -> dict[str, Any]:
+    names = ("id", "title", "model", "system", "template", "prompt", "settings", "leaf")
+    return {**{name: getattr(row, name) for name in names}, "created": iso(row.created), "updated": iso(row.updated)}
+
+
+def _row(connection: Connection, owner: str, conversation: str) -> Row[Any]:
+    row = connection.execute(select(conversations).where(conversations.c.id == conversation, conversations.c.owner == owner)).one_or_none()
+    if row is None:
+        raise NotFound("conversation")
+    return row
+
+
+def _message(connection: Connection, owner: str, message: str) -> Row[Any]:
+    found = select(messages).join(conversations, conversations.c.id == messages.c.conversation)
+    row = connection.execute(found.where(messages.c.id == message, conversations.c.owner == owner)).one_or_none()
+    if row is None:
+        raise NotFound("message")
+    return row
+
+
+def _message_of(connection: Connection, conversation: str, message: str) -> Row[Any]:
+    row = connection.execute(select(messages).where(messages.c.id == message, messages.c.conversation == conversation)).one_or_none()
+    if row is None:
+        raise NotFound("message")
+    return row
+
+
+def _add(connection: Connection, conversation: str, parent: str | None, role: str, text: str, state: str) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": uuid.uuid4().hex,
+        "conversation": conversation,
+        "parent": parent,
+        "role": role,
+        "text": text,
+        "state": state,
+        "notices": [],
+        "created": time.time(),
+    }
+    connection.execute(insert(messages).values(row))
+    return shown_message(connection.execute(select(messages).where(messages.c.id == row["id"])).one())
+
+
+def _title(question: str) -> str:
+    words = " ".join(question.split())
+    return words if len(words) <= _TITLE else words[: _TITLE - 1].rsplit(" ", 1)[0] + "…"
+
+
+def _around(text: str, query: str) -> str:
+    at = max(0, text.lower().find(query.lower()))
+    first, last = max(0, at - _AROUND_A_HIT), at + len(query) + _AROUND_A_HIT
+    return ("…" if first else "") + text[first:last] + ("…" if last < len(text) else "")
+
+
+def turns(path: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(role, text) of a branch's messages, without answers that are empty."""
+    return [(message["role"], message["text"]) for message in path if message["role"] == "user" or message["text"]]

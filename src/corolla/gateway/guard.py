@@ -1,0 +1,196 @@
+"""What every request passes before a route sees it: whose it is, whether it may come from there, and how large and slow it may be."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from corolla.errors import CorollaError, Unauthorized
+from corolla.gateway.admission import Rates
+from corolla.gateway.keys import Caller, Keys
+from corolla.gateway.metrics import Metrics
+from corolla.gateway.problems import BadRequest, kind_of, response
+
+COOKIE = "corolla_login"
+_PROTECTED = ("/api/", "/v1/", "/metrics", "/openapi.json")
+_WITHOUT_KEY = ("/api/ui/state", "/api/ui/login")
+_IMPORT = "/api/ui/conversations/import"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_SAFE = ("GET", "HEAD", "OPTIONS")
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+        "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+access = logging.getLogger("corolla.access")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardConfig:
+    open: bool = True  # nobody needs a key
+    loopback: bool = True  # the gateway is for this machine alone: other names for it are another site's trick (DNS rebinding)
+    origins: tuple[str, ...] = ()  # other sites whose pages may call
+    body: int = 2 * 2**20  # bytes of a request
+    imported: int = 32 * 2**20  # bytes of a conversation that is imported
+    read: float = 30.0  # seconds for a request to come in
+    write: float = 60.0  # seconds for a client to take what it is sent
+
+
+class Guard:
+    """The middleware around all routes. It leaves the caller at `scope["state"]["caller"]`."""
+
+    def __init__(self, app: ASGIApp, config: GuardConfig, keys: Keys, rates: Rates, metrics: Metrics) -> None:
+        self._app, self._config, self._keys, self._rates, self._metrics = app, config, keys, rates, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        sent = _Sent(send, self._config.write)
+        caller = Caller()
+        try:
+            headers = Headers(scope=scope)
+            self._check_origin(scope, headers)
+            caller = await self._caller(scope, headers)
+            scope.setdefault("state", {})["caller"] = caller
+            if scope["type"] == "http" and scope["method"] not in _SAFE:
+                receive = await self._read(scope, headers, receive)
+            await self._app(scope, receive, sent)
+        except CorollaError as error:
+            self._metrics.failed(kind_of(error))
+            await self._refuse(scope, receive, sent, error)
+        finally:
+            if scope["path"] not in ("/healthz", "/readyz"):
+                access.info(
+                    "request",
+                    extra={
+                        "client": scope["client"][0] if scope.get("client") else "",
+                        "key": caller.name,
+                        "method": scope.get("method", "WEBSOCKET"),
+                        "path": scope["path"],
+                        "status": sent.status,
+                        "bytes": sent.nbytes,
+                        "ms": round((time.perf_counter() - began) * 1000, 1),
+                    },
+                )
+
+    def _check_origin(self, scope: Scope, headers: Headers) -> None:
+        host = headers.get("host", "")
+        if self._config.open and self._config.loopback and urlsplit(f"//{host}").hostname not in _LOOPBACK:
+            raise BadRequest(403, f"this gateway answers as localhost alone, not as {host!r}: give it keys, or --open", "Forbidden")
+        origin = headers.get("origin")
+        if origin is None or origin in self._config.origins or (scope["type"] == "http" and scope["method"] in _SAFE):
+            return
+        if urlsplit(origin).netloc != host:
+            raise BadRequest(403, "pages of other sites may not call this gateway", "Forbidden")
+
+    async def _caller(self, scope: Scope, headers: Headers) -> Caller:
+        path = scope["path"]
+        if scope["type"] == "http" and (not path.startswith(_PROTECTED) or scope["method"] == "OPTIONS"):
+            return Caller()
+        caller = Caller() if self._config.open else await self._proven(headers)
+        if caller is None:
+            if path not in _WITHOUT_KEY:
+                raise Unauthorized("give a key of this gateway: Authorization: Bearer ck-... (`corolla keys create` makes one)")
+            return Caller()
+        if scope["type"] == "websocket" or scope["method"] != "GET" or not path.startswith("/api/ui/"):
+            self._rates.check(caller.id, caller.rate)
+        return caller
+
+    async def _proven(self, headers: Headers) -> Caller | None:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            return await self._keys.caller(key.strip())
+        cookie = cookie_of(headers)
+        return None if cookie is None else await self._keys.logged_in(cookie)
+
+    async def _read(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
+        """All of the request's body, within its time; whoever calls `receive` then gets it at once."""
+        most = self._config.imported if scope["path"] == _IMPORT else self._config.body
+        too_large = BadRequest(413, f"a request has at most {most} bytes", "TooLarge")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > most:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._config.read):
+                while (message := await receive())["type"] == "http.request":
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise too_large
+                    if not message.get("more_body"):
+                        break
+        except TimeoutError:
+            raise BadRequest(408, f"the request did not come within {self._config.read:g} s", "TooSlow") from None
+        first: Message | None = (
+            {"type": "http.request", "body": bytes(body), "more_body": False} if message["type"] == "http.request" else message
+        )
+
+        async def replay() -> Message:
+            nonlocal first
+            if first is not None:
+                given, first = first, None
+                return given
+            return await receive()
+
+        return replay
+
+    async def _refuse(self, scope: Scope, receive: Receive, sent: _Sent, error: CorollaError) -> None:
+        if sent.status:
+            return
+        answer = response(scope["path"], error)
+        if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
+            await sent({"type": "websocket.close", "code": 1008})
+            return
+        if error.status in (408, 413):
+            answer.headers["Connection"] = "close"
+        await answer(scope, receive, sent)
+
+
+class _Sent:
+    """`send`, with the headers that every response has, and a limit to how long a reader may take."""
+
+    def __init__(self, send: Callable[[Message], Awaitable[None]], seconds: float) -> None:
+        self._send, self._seconds = send, seconds
+        self.status = 0
+        self.nbytes = 0
+
+    async def __call__(self, message: Message) -> None:
+        kind = message["type"]
+        if kind in ("http.response.start", "websocket.http.response.start"):
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            for name, value in _HEADERS.items():
+                headers.setdefault(name, value)
+        elif kind == "websocket.accept":
+            self.status = 101
+        elif kind == "websocket.close":
+            self.status = self.status or 403
+        self.nbytes += len(message.get("body") or b"")
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._send(message)
+        except TimeoutError:
+            raise BadRequest(408, "the client takes nothing more", "SlowReader") from None
+
+
+def cookie_of(headers: Headers) -> str | None:
+    """The login's cookie, if there is one."""
+    try:
+        morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+    except CookieError:
+        return None
+    return None if morsel is None else morsel.value

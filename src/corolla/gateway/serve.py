@@ -1,0 +1,113 @@
+"""A gateway as a process: uvicorn, its limits, and an end that lets answers finish."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from corolla.errors import InvalidSetting, NetworkError
+from corolla.gateway.app import gateway_app
+from corolla.gateway.database import Database
+from corolla.gateway.keys import Keys
+from corolla.gateway.protocol import PatientHTTP
+from corolla.gateway.served import Models
+from corolla.gateway.service import Gateway, GatewayConfig
+
+_KEEP_ALIVE = 30  # seconds that an idle connection stays open
+_CONNECTIONS = 1024  # at a time; one more is answered 503
+_SOCKET_MESSAGE = 2 * 2**20  # bytes
+log = logging.getLogger(__name__)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_access(host: str, keys: Keys, *, open_to_all: bool) -> bool:
+    """Whether nobody needs a key. Raises `InvalidSetting` where others could reach a gateway that has none."""
+    if open_to_all:
+        return True
+    if keys.any():
+        return False
+    if not is_loopback(host):
+        raise InvalidSetting(
+            "host", f"others reach {host}: make a key with `corolla keys create NAME`, or say that all may come with --open"
+        )
+    return True
+
+
+def run(models: Models, database: Database, config: GatewayConfig, host: str, port: int, ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C; a second one ends it at once. `ready` is told the page's address once it answers.
+
+    On the main thread. Raises `NetworkError` when the address cannot be listened at.
+    """
+    listening = _listen(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{listening.getsockname()[1]}"
+    gateway = Gateway(models, database, config)
+    settings = uvicorn.Config(
+        gateway_app(gateway),
+        http=PatientHTTP,
+        ws="websockets-sansio",
+        log_config=None,
+        access_log=False,  # guard.py writes a better one
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=max(1, round(config.drain)),
+        limit_concurrency=_CONNECTIONS,
+        ws_max_size=_SOCKET_MESSAGE,
+        lifespan="on",
+        proxy_headers=False,
+    )
+    server = _Server(settings, gateway, lambda: ready(url))
+    try:
+        asyncio.run(server.serve([listening]))
+    finally:
+        gateway.writers.interrupt()  # where a second signal left something
+        listening.close()
+
+
+class _Server(uvicorn.Server):
+    """Tells when it answers, and tells the gateway at once when it is to end."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._gateway, self._ready = gateway, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("ending: answers under way have %g s", self._gateway.config.drain)
+        self._gateway.begin_to_close()
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise NetworkError(f"{host}:{port} cannot be listened at ({error.strerror}): give another --host or --port") from None
+    return listening

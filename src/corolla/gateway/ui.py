@@ -1,0 +1,259 @@
+"""The page's own routes: state, login and conversations. docs/api.md describes them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+import corolla
+from corolla.chat.templates import TEMPLATES
+from corolla.errors import EmptyPrompt
+from corolla.gateway.guard import COOKIE, cookie_of
+from corolla.gateway.inference import SETTINGS
+from corolla.gateway.keys import LOGIN_SECONDS
+from corolla.gateway.problems import ANSWERING
+from corolla.gateway.served import ServedModel
+from corolla.gateway.service import Gateway, TheCaller, TheGateway
+from corolla.gateway.sse import EventStream, event
+from corolla.gateway.writing import chat_settings
+
+router = APIRouter(prefix="/api/ui", tags=["The page"], responses=ANSWERING)
+_EVENTS: dict[int | str, dict[str, Any]] = {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}}
+_NAME = Annotated[str, Field(max_length=200)]
+_TEXT = Annotated[str, Field(max_length=4_000_000)]
+_ID = Annotated[str, Field(max_length=64)]
+
+
+class Login(BaseModel):
+    key: Annotated[str, Field(max_length=256)]
+
+
+class Conversation(BaseModel):
+    """What can be said of a conversation; what is left out stays as it is, null is the model's own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: _NAME | None = None
+    model: _NAME | None = None
+    system: _TEXT | None = None
+    template: _NAME | None = None
+    prompt: _NAME | None = None
+    settings: dict[str, Any] | None = None
+    leaf: _ID | None = None
+
+
+class Question(BaseModel):
+    text: _TEXT
+    parent: _ID | None = None
+
+
+class ImportedMessage(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    id: _ID
+    parent: _ID | None = None
+    role: Literal["user", "assistant"]
+    text: _TEXT
+    state: Literal["done", "writing", "stopped", "interrupted", "failed"] | None = None
+    finish: Literal["stop", "length"] | None = None
+    stats: dict[str, Any] | None = None
+    error: _TEXT | None = None
+    notices: Annotated[list[str], Field(max_length=100)] | None = None
+
+
+class Imported(Conversation):
+    model_config = ConfigDict(extra="ignore")
+
+    messages: list[ImportedMessage]
+
+
+@router.get("/state")
+async def state(gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+    """What the page needs first."""
+    is_open = gateway.config.guard.open
+    login = "none" if is_open else "done" if caller.id else "needed"
+    shown = login != "needed"
+    return {
+        "version": corolla.__version__,
+        "login": login,
+        "name": caller.name or None,
+        "models": [_model(model) for model in gateway.models] if shown else [],
+        "templates": [{"name": each.name, "about": each.about, "system": each.system} for each in TEMPLATES.values()] if shown else [],
+        "prompts": await _prompts(gateway) if shown else [],
+        "settings": SETTINGS if shown else [],
+    }
+
+
+async def _prompts(gateway: Gateway) -> list[dict[str, Any]]:
+    return [
+        {"id": each.id, "name": each.id, "model": each.model, "tokens": each.tokens, "deep": each.deep}
+        for each in await asyncio.to_thread(gateway.prompts.found)
+        if each.tokens is not None
+    ]
+
+
+def _model(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "family": model.family,
+        "blocks": model.blocks,
+        "context": model.context_length,
+        "vocabulary": model.vocabulary,
+        "template": model.template.name,
+    }
+
+
+@router.post("/login", status_code=204)
+async def login(asked: Login, http: HttpRequest, gateway: TheGateway) -> Response:
+    """Exchange a key for a cookie."""
+    cookie = await gateway.keys.log_in(asked.key)
+    response = Response(status_code=204)
+    secure = http.url.scheme == "https"
+    response.set_cookie(COOKIE, cookie, max_age=LOGIN_SECONDS, httponly=True, samesite="strict", secure=secure, path="/")
+    return response
+
+
+@router.post("/logout", status_code=204)
+async def logout(http: HttpRequest, gateway: TheGateway) -> Response:
+    """The cookie is worth nothing any more."""
+    if (cookie := cookie_of(http.headers)) is not None:
+        await gateway.keys.log_out(cookie)
+    response = Response(status_code=204)
+    response.delete_cookie(COOKIE, path="/")
+    return response
+
+
+@router.get("/conversations")
+async def conversations(
+    gateway: TheGateway,
+    caller: TheCaller,
+    query: Annotated[str, Query(max_length=200)] = "",
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    before: Annotated[str | None, Query(max_length=100)] = None,
+) -> dict[str, Any]:
+    """The caller's conversations, the latest first."""
+    return await gateway.conversations.search(caller.id, query, limit, before)
+
+
+@router.post("/conversations", status_code=201)
+async def create(asked: Conversation, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+    """A new conversation."""
+    values = _checked(gateway, asked.model_dump(exclude_unset=True, exclude={"leaf"}))
+    return await gateway.conversations.create(caller.id, values)
+
+
+@router.post("/conversations/import", status_code=201)
+async def import_conversation(asked: Imported, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+    """A conversation that was exported, as a new one."""
+    values = asked.model_dump()
+    if values["model"] not in [model.name for model in gateway.models]:
+        values["model"] = None  # it is served elsewhere; here it goes on with what there is
+    return await gateway.conversations.import_one(
+        caller.id, {**values, **_checked(gateway, {"settings": values["settings"] or {}, "template": values["template"]})}
+    )
+
+
+@router.get("/conversations/{conversation}")
+async def get(conversation: str, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+    """A conversation with all its messages."""
+    whole = await gateway.conversations.get(caller.id, conversation)
+    for message in whole["messages"]:
+        if (writing := gateway.writings.get(message["id"])) is not None:
+            message["text"] = writing.text
+    return whole
+
+
+@router.patch("/conversations/{conversation}")
+async def change(conversation: str, asked: Conversation, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+    """Rename it, or change how it goes on."""
+    return await gateway.conversations.change(caller.id, conversation, _checked(gateway, asked.model_dump(exclude_unset=True)))
+
+
+@router.delete("/conversations/{conversation}", status_code=204)
+async def delete(conversation: str, gateway: TheGateway, caller: TheCaller) -> Response:
+    """Delete it; an answer that is being written stops."""
+    for message in await gateway.conversations.delete(caller.id, conversation):
+        gateway.writings.stop(message)
+    return Response(status_code=204)
+
+
+@router.get("/conversations/{conversation}/export")
+async def export(conversation: str, gateway: TheGateway, caller: TheCaller) -> Response:
+    """A conversation as a file."""
+    whole = await gateway.conversations.get(caller.id, conversation)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", whole["title"]).strip("-")[:60] or "conversation"
+    headers = {"Content-Disposition": f'attachment; filename="{name}.json"'}
+    return Response(json.dumps(whole, ensure_ascii=False, indent=2), media_type="application/json", headers=headers)
+
+
+@router.post("/conversations/{conversation}/messages", status_code=202)
+async def ask(conversation: str, asked: Question, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+    """Ask something: at the end of the branch that is looked at, or after `parent`."""
+    if not asked.text.strip():
+        raise EmptyPrompt
+    gateway.writings.check(caller.id)
+    at_leaf = "parent" not in asked.model_fields_set
+    question, answer = await gateway.conversations.add_question(caller.id, conversation, asked.parent, asked.text, at_leaf=at_leaf)
+    await gateway.writings.begin(caller.id, conversation, answer)
+    return {"user": question, "answer": answer}
+
+
+@router.post("/messages/{message}/regenerate", status_code=202)
+async def regenerate(message: str, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+    """Another answer to the same question, beside this one."""
+    gateway.writings.check(caller.id)
+    conversation, answer = await gateway.conversations.add_answer(caller.id, message)
+    await gateway.writings.begin(caller.id, conversation, answer)
+    return {"answer": answer}
+
+
+@router.post("/messages/{message}/resume", status_code=202)
+async def resume(message: str, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+    """Go on with an answer that ended before its end."""
+    gateway.writings.check(caller.id)
+    conversation, answer = await gateway.conversations.reopen(caller.id, message)
+    await gateway.writings.begin(caller.id, conversation, answer)
+    return {"answer": answer}
+
+
+@router.post("/messages/{message}/stop", status_code=204)
+async def stop(message: str, gateway: TheGateway, caller: TheCaller) -> Response:
+    """End an answer where it is."""
+    await gateway.conversations.message(caller.id, message)
+    gateway.writings.stop(message)
+    return Response(status_code=204)
+
+
+@router.get("/messages/{message}/events", response_class=Response, responses=_EVENTS)
+async def events(message: str, gateway: TheGateway, caller: TheCaller) -> Response:
+    """How an answer gets on."""
+    known = await gateway.conversations.message(caller.id, message)
+    writing = gateway.writings.get(message)
+    if writing is not None:
+        return EventStream(writing.watch(gateway.config.keep_alive, gateway.closing))
+    tokens = (known["stats"] or {}).get("tokens", 0)
+
+    async def ended():  # type: ignore[no-untyped-def]
+        yield event("snapshot", {"text": known["text"], "tokens": tokens, "state": known["state"]})
+        yield event("done", {"message": known})
+
+    return EventStream(ended())
+
+
+def _checked(gateway: Gateway, values: dict[str, Any]) -> dict[str, Any]:
+    """The same values, if a conversation can have them. Raises `ModelNotFound`, `InvalidSetting`."""
+    model = gateway.models.named(values.get("model"))
+    template = model.template_or_default(values.get("template"))
+    if "settings" in values:
+        values["settings"] = {name: value for name, value in (values["settings"] or {}).items() if value is not None}
+        chat_settings(values["settings"], template, model)
+    if values.get("title", "") is None:
+        values["title"] = ""
+    return values

@@ -1,0 +1,239 @@
+"""Answers in conversations: written whether or not a page looks on, and kept as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from corolla.chat.conversation import Conversation
+from corolla.chat.templates import Template
+from corolla.client.completion import CompletionResult, Piece
+from corolla.errors import CorollaError
+from corolla.gateway.answers import Answer, Notice, Request
+from corolla.gateway.conversations import turns
+from corolla.gateway.problems import kind_of
+from corolla.gateway.served import ServedModel
+from corolla.gateway.service import Gateway
+from corolla.gateway.sse import KEEP_ALIVE, event
+from corolla.types import GenerationSettings
+
+CHAT_DEFAULTS: Mapping[str, Any] = {"max_tokens_to_generate": 512, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+_SAVED_EVERY = 1.0  # seconds
+_TICK = 1.0
+
+
+class Stats:
+    """How quickly an answer comes, counted in tokens since this was made."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._began = time.perf_counter()
+        self._first = self._latest = 0.0
+
+    def count(self) -> None:
+        """A token has come."""
+        self._latest = time.perf_counter()
+        self._first = self._first or self._latest
+        self.tokens += 1
+
+    def shown(self, result: CompletionResult | None) -> dict[str, Any]:
+        """As in a message; `result` is known when the answer has ended."""
+        seconds = self._latest - self._first
+        return {
+            "ttft": self._first - self._began if self.tokens else None,
+            "tokens": self.tokens,
+            "tokens_per_second": (self.tokens - 1) / seconds if seconds > 0 else None,
+            "prompt_tokens": None if result is None else result.prompt_tokens,
+            "cached_tokens": None if result is None else result.cached_tokens,
+        }
+
+
+class Writing:
+    """One answer of a conversation while it is being written; `watch` tells how it gets on, from its beginning."""
+
+    def __init__(self, message: Mapping[str, Any], answer: Answer) -> None:
+        self.message: dict[str, Any] = {**message, "notices": list(message["notices"])}
+        self.answer = answer
+        self.stopped = False  # by its reader
+        self._before = str(message["text"])  # of an answer that goes on
+        self._pieces: list[str] = []
+        self._stats = Stats()
+        self._changed = asyncio.Event()
+        self._over = False
+
+    @property
+    def text(self) -> str:
+        return self._before + "".join(self._pieces)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """As in a message."""
+        return self._stats.shown(self.answer.result)
+
+    async def write(self, gateway: Gateway) -> None:
+        """Until the answer ends, whatever ends it."""
+        saved = time.monotonic()
+        error: CorollaError | None = None
+        try:
+            async for item in self.answer.items(_TICK):
+                self._take(item)
+                if time.monotonic() - saved > _SAVED_EVERY:
+                    saved = time.monotonic()
+                    await gateway.conversations.write(self.message["id"], text=self.text, stats=self.stats, notices=self.message["notices"])
+        except CorollaError as raised:
+            error = raised
+            gateway.metrics.failed(kind_of(raised))
+        await self.answer.ended.wait()
+        result = self.answer.result
+        finish = None if result is None or result.finish_reason is None else result.finish_reason.value
+        state = "failed" if error is not None else "done" if finish else "stopped" if self.stopped else "interrupted"
+        ending = {
+            "text": self.text,
+            "state": state,
+            "finish": finish,
+            "stats": self.stats,
+            "error": None if error is None else str(error),
+            "notices": self.message["notices"],
+        }
+        self.message |= ending
+        try:
+            await gateway.conversations.write(self.message["id"], **ending)
+        finally:
+            self._over = True
+            self._tell()
+
+    async def watch(self, keep_alive: float, closing: asyncio.Event) -> AsyncIterator[bytes]:
+        """Events as docs/api.md has them."""
+        pieces, notices = len(self._pieces), len(self.message["notices"])
+        yield event("snapshot", {"text": self.text, "tokens": self._stats.tokens, "state": self.message["state"]})
+        if self.answer.queued is None and not self._over:
+            yield event("waiting", {"position": self.answer.place})
+        while True:
+            changed = self._changed
+            if len(self._pieces) > pieces:
+                text = "".join(self._pieces[pieces:])
+                pieces = len(self._pieces)
+                if text:
+                    stats = self.stats
+                    yield event("delta", {"text": text, **{name: stats[name] for name in ("tokens", "tokens_per_second", "ttft")}})
+            for notice in self.message["notices"][notices:]:
+                notices += 1
+                yield event("notice", {"text": notice})
+            if self._over:
+                yield event("done", {"message": self.message})
+                return
+            if changed is not self._changed:
+                continue
+            try:
+                await asyncio.wait_for(changed.wait(), keep_alive)
+            except TimeoutError:
+                if closing.is_set():
+                    return
+                yield KEEP_ALIVE
+
+    def _take(self, item: Piece | Notice | None) -> None:
+        if isinstance(item, Piece):
+            if item.token is not None:
+                self._stats.count()
+            self._pieces.append(item.text)
+        elif isinstance(item, Notice):
+            self.message["notices"].append(item.text)
+        else:
+            return
+        self._tell()
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class Writings:
+    """The answers of conversations that are being written, by their message."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._by_message: dict[str, Writing] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def get(self, message: str) -> Writing | None:
+        """The answer if it is being written."""
+        return self._by_message.get(message)
+
+    def check(self, owner: str) -> None:
+        """Raises `Busy` where no answer could begin now: before a message for it is made."""
+        self._gateway.gate.check(owner)
+
+    async def begin(self, owner: str, conversation: str, message: Mapping[str, Any]) -> None:
+        """Write an answer, whose message stands already. What prevents it ends up in the message."""
+        try:
+            request = await self._request(owner, conversation, message)
+            answer = self._gateway.writers.begin(request)
+        except CorollaError as error:
+            await self._gateway.conversations.write(message["id"], state="failed", error=str(error))
+            raise
+        writing = self._by_message[message["id"]] = Writing(message, answer)
+        task = asyncio.create_task(writing.write(self._gateway))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: self._by_message.pop(message["id"], None))
+
+    def stop(self, message: str) -> None:
+        """End an answer where it is."""
+        if (writing := self._by_message.get(message)) is not None:
+            writing.stopped = True
+            writing.answer.stop()
+
+    async def settle(self) -> None:
+        """Wait until the last of them is kept."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _request(self, owner: str, conversation: str, message: Mapping[str, Any]) -> Request:
+        known, path = await self._gateway.conversations.branch(owner, conversation, message["id"])
+        model = self._gateway.models.named(known["model"])
+        template = model.template_or_default(known["template"])
+        settings = chat_settings(known["settings"], template, model)
+        soft = await self._gateway.soft_prompt(known["prompt"], model)
+        said = turns(path)
+        model.check_size(*(text for _, text in said[-1:]))
+        make = partial(
+            prompt_of,
+            model,
+            template,
+            known["system"],
+            said,
+            settings.max_tokens_to_generate,
+            message["text"],
+            0 if soft is None else len(soft),
+        )
+        prompt = await self._gateway.writers.prepare(make)
+        return Request(model=model, owner=owner, prompt=prompt, settings=settings, keep=True, soft=soft)
+
+
+def chat_settings(given: Mapping[str, Any], template: Template, model: ServedModel) -> GenerationSettings:
+    """A conversation's settings. Raises `InvalidSetting`."""
+    options = {**CHAT_DEFAULTS, **given}
+    stops = options.pop("stop_sequences", None) or ()
+    if options.get("seed") is None:
+        options["seed"] = secrets.randbelow(2**31)
+    return GenerationSettings.parse(
+        **{**options, "stop_sequences": (*template.stop_sequences, *((stops,) if isinstance(stops, str) else stops))},
+        stop_token_ids=model.stop_ids(template),
+    )
+
+
+def prompt_of(
+    model: ServedModel, template: Template, system: str | None, said: Sequence[tuple[str, str]], room: int, begun: str, soft: int
+) -> list[int]:
+    """The tokens up to the answer that begins with `begun`, beside `soft` ones; the oldest turns are left out where the context is full."""
+    conversation = Conversation(model.tokenizer, template, context_length=model.context_length - soft, system=system)
+    for role, text in said:
+        if role == "user":
+            conversation.ask(text)
+        else:
+            conversation.answer(text)
+    tokens = model.tokenizer.encode_plain(begun) if begun else []
+    return conversation.prompt(min(room, conversation.context_length // 2) + len(tokens)) + tokens
