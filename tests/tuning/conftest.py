@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import toy
 from rich.console import Console
+from transformers import TrainerCallback
 
 from corolla.tuning.dialogues import DataSettings
 from corolla.tuning.prompt_tuning import TuneSettings, tune
@@ -53,10 +54,15 @@ def tuning(models: dict[str, Path], dialogues: Path, tmp_path: Path, quiet: Cons
     """Tunes a prompt of four tokens for a tiny model into `tmp_path / out`; six steps, unless said otherwise."""
 
     def run(
-        out: str = "prompt", model: str = "llama", *, resume: bool = False, data: dict[str, Any] | None = None, **settings: Any
+        out: str = "prompt",
+        model: str = "llama",
+        *callbacks: TrainerCallback,
+        resume: bool = False,
+        data: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> Record:
         read = DataSettings(**{"data": str(dialogues), "max_length": 160, "held_out": 0.1, "held_out_samples": 3, **(data or {})})
         chosen = TuneSettings(**{"prompt_tokens": 4, "batch": 3, "steps": 6, "report_to": "none", **settings})
-        return tune(str(models[model]), tmp_path / out, read, chosen, quiet, resume=resume)
+        return tune(str(models[model]), tmp_path / out, read, chosen, quiet, resume=resume, callbacks=callbacks)
 
     return run

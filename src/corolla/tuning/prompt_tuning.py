@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from corolla.chat.templates import Template, default_template, template_named
 from corolla.data.problems import Problems
@@ -97,6 +97,7 @@ def tune(
     secret: str | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     **servers: Any,
 ) -> Record:
     """Tune a prompt for the model `name` and save it in `output`, with its record and, until it is done, its last checkpoint.
@@ -107,6 +108,7 @@ def tune(
         console: where progress is shown.
         peers, secret: of a swarm; without peers the blocks are in this process.
         resume: go on with the run in `output`, by the same settings.
+        callbacks: of the trainer, beside its own.
         servers: `remote.servers.RemoteConfig`'s.
 
     Raises:
@@ -140,7 +142,7 @@ def tune(
         name, initial_peers=peers, secret=secret, torch_dtype=settings.dtype, progress=progress, **servers
     )
     try:
-        run = _Run(model, dialogues, tokenizer, template, data.seed, settings, record, console)
+        run = _Run(model, dialogues, tokenizer, template, data.seed, settings, record, console, callbacks)
         record.update(status="running", error=None)
         run.go()
     except KeyboardInterrupt:
@@ -168,9 +170,11 @@ class _Run:
         settings: TuneSettings,
         record: Record,
         console: Console,
+        callbacks: Sequence[TrainerCallback],
     ) -> None:
         self._model, self._dialogues, self._tokenizer, self._template = model, dialogues, tokenizer, template
         self._seed, self._settings, self._record, self._console = seed, settings, record, console
+        self._callbacks = callbacks
         self._output = record.path.parent
         weights = model.get_input_embeddings().weight
         assert isinstance(weights, torch.Tensor)
@@ -215,20 +219,18 @@ class _Run:
         settings, record = self._settings, self._record
         steps, bar, interruption = record.steps["total"], TrainingBar(self._console), Interruption(self._console)
         articles = in_order(self._dialogues.training.articles, steps, settings.batch, self._seed)
-        callbacks = [Keeping(self._tuned, record, self._save), bar, interruption]
+        callbacks = [Keeping(self._tuned, record, self._save), bar, interruption, *self._callbacks]
         trainer = PromptTrainer(self._tuned, articles, self._measure, self._arguments(), callbacks)
         checkpoint = last_checkpoint(self._output)
         if checkpoint is not None:
             record.back_to(int(checkpoint.name.rpartition("-")[2]))
-        begun = False
         try:
             with interruption.listening():
-                begun = True
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except CallerError:
             raise
         except CorollaError:
-            if begun and trainer.state.global_step:
+            if trainer.state.global_step:
                 trainer.save_checkpoint()  # the servers failed, and what was trained is as good as before
                 self._save()
             raise

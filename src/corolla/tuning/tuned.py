@@ -100,6 +100,7 @@ class PromptTrainer(CheckpointingTrainer):
         measured = self._measure(self.state.global_step)
         metrics = {"eval_loss": measured.loss, "eval_perplexity": measured.perplexity}
         self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
