@@ -179,6 +179,33 @@ class Step:
     client: str = ""  # whose prompt that is
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A forward or a backward of whole sequences, without a session.
+
+    Args:
+        client, number: who asks, and the call's number there.
+        span: the blocks to compute, of those that the server holds.
+        lengths: the rows of each sequence, at least 1; they lie one behind another and each attends to itself only.
+        back: whether gradients are asked for.
+        prompt_rows: rows of a deep prompt that come with the call, behind the others, block by block.
+        prompt: a deep prompt that came before.
+        keep: whether to keep what the forward leaves for a backward.
+        kept: the number of the forward that was kept, for a backward that brings the gradients' rows only; 0 for one that brings
+            the rows that entered, and the gradients' behind them.
+    """
+
+    client: str
+    number: int
+    span: Span
+    lengths: tuple[int, ...]
+    back: bool
+    prompt_rows: int = 0
+    prompt: PromptName | None = None
+    keep: bool = False
+    kept: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Cancel:
     """Stop the answer that is being written; what is cached stays cached."""

@@ -15,6 +15,7 @@ import torch
 
 from corolla.engine.calls import backward, forward
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.engine.prompts import PromptStore
 from corolla.models.linear import PlainLinear
 from corolla.models.span import SpanModel, load_span
 from corolla.server.calls import Calls, CallsConfig
@@ -40,6 +41,7 @@ class Loop:
 
     def __init__(self, model: SpanModel) -> None:
         self.model = model
+        self.prompts = PromptStore(model)
         self.jobs: deque[Iterator[None]] = deque()
 
     def call(self, job: Iterator[None]) -> None:

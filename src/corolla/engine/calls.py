@@ -1,4 +1,4 @@
-"""Calls without a session: the rows of whole sequences through blocks, and gradients back. Nothing is cached or kept.
+"""Calls without a session: the rows of whole sequences through blocks, and gradients back. Nothing is kept here: see `kept`.
 
 They are generators that return their result: each `next` computes one block for some sequences, so that an engine's loop
 can decode for others in between. Of a backward the inputs of all blocks are kept and each block is computed again for its
@@ -17,7 +17,6 @@ from itertools import groupby
 import torch
 
 from corolla.engine.attention import alibi, attend
-from corolla.errors import InvalidSetting
 from corolla.models.architecture import Architecture
 from corolla.models.block import Block, Rotation, rotations
 from corolla.models.span import SpanModel
@@ -54,20 +53,20 @@ class Gradients:
 
 def forward(model: SpanModel, sequences: Sequences) -> Generator[None, None, torch.Tensor]:
     """Returns the rows [T, E] that leave the last block, in the model's dtype."""
-    pieces, prompts = _pieces(model, sequences.lengths), _Prompts(model, sequences)
+    pieces, prompts = pieces_of(model, sequences.lengths), AddedPrompts(model, sequences)
     hidden = sequences.hidden.to(model.device, model.dtype)
     for index, block in enumerate(model.blocks_of(sequences.span)):
-        hidden = yield from _through(block, prompts.added(hidden, index), pieces)
+        hidden = yield from through(block, prompts.added(hidden, index), pieces)
     return hidden
 
 
 def backward(model: SpanModel, sequences: Sequences, gradient_TxE: torch.Tensor) -> Generator[None, None, Gradients]:
     """Returns the gradients of what has the `gradient` [T, E] with respect to the rows that leave the last block."""
-    pieces, prompts = _pieces(model, sequences.lengths), _Prompts(model, sequences)
+    pieces, prompts = pieces_of(model, sequences.lengths), AddedPrompts(model, sequences)
     blocks = model.blocks_of(sequences.span)
     inputs = [prompts.added(sequences.hidden.to(model.device, model.dtype), 0)]
     for index, block in enumerate(blocks[:-1]):
-        hidden = yield from _through(block, inputs[-1], pieces)
+        hidden = yield from through(block, inputs[-1], pieces)
         inputs.append(prompts.added(hidden, index + 1))
     gradient = gradient_TxE.to(model.device, model.dtype)
     of_prompts = []
@@ -75,32 +74,6 @@ def backward(model: SpanModel, sequences: Sequences, gradient_TxE: torch.Tensor)
         gradient = yield from _back(block, inputs.pop(), gradient, pieces)
         of_prompts.append(prompts.summed(gradient))
     return Gradients(gradient, torch.stack(of_prompts[::-1]) if sequences.prompts is not None else None)
-
-
-def packed(
-    model: SpanModel, span: Span, lengths: tuple[int, ...], came: torch.Tensor, prompt_rows: int, *, back: bool
-) -> Generator[None, None, torch.Tensor]:
-    """A call as it travels, all rows in one tensor: those of the sequences, for a backward (`back`) the gradients' behind them, then
-    the prompts', block by block. Returns the rows that leave, or the gradients of the rows, then of the prompts.
-
-    Raises `InvalidSetting` for rows that are not finite, and for a result that overflows: another server would find the same.
-    """
-    if not bool(came.isfinite().all()):
-        raise InvalidSetting("hidden", "some of the values that came with the call are NaN or infinite")
-    rows, prompts = came[: len(came) - prompt_rows], came[len(came) - prompt_rows :]
-    count = sum(lengths)
-    sequences = Sequences(span, lengths, rows[:count], prompts.unflatten(0, (len(span), -1)) if prompt_rows else None)
-    if back:
-        gradients = yield from backward(model, sequences, rows[count:])
-        result = gradients.hidden
-        if gradients.prompts is not None:
-            result = torch.cat([result.float(), gradients.prompts.flatten(0, 1)])
-    else:
-        result = yield from forward(model, sequences)
-    if not bool(result.isfinite().all()):
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise InvalidSetting("hidden", f"the result overflows this server's {dtype}: send smaller values or gradients")
-    return result
 
 
 class SequenceAttention:
@@ -142,7 +115,7 @@ def _mask(arch: Architecture, length: int, window: int | None, dtype: torch.dtyp
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Piece:
+class Piece:
     """Some of the sequences, which go through a block together."""
 
     rows: slice
@@ -150,7 +123,7 @@ class _Piece:
     turns: tuple[Rotation, ...]
 
 
-def _pieces(model: SpanModel, lengths: tuple[int, ...]) -> list[_Piece]:
+def pieces_of(model: SpanModel, lengths: tuple[int, ...]) -> list[Piece]:
     together: list[list[int]] = [[]]
     for length in lengths:
         if together[-1] and sum(together[-1]) + length > TURN_ROWS:
@@ -162,12 +135,12 @@ def _pieces(model: SpanModel, lengths: tuple[int, ...]) -> list[_Piece]:
         if key not in alike:
             positions = torch.cat([torch.arange(length, device=model.device) for length in key])
             alike[key] = SequenceAttention(model.arch, key), rotations(model.arch, positions, model.dtype)
-        pieces.append(_Piece(slice(at, at + sum(key)), *alike[key]))
+        pieces.append(Piece(slice(at, at + sum(key)), *alike[key]))
         at += sum(key)
     return pieces
 
 
-class _Prompts:
+class AddedPrompts:
     """The soft tokens of a call, and the rows that they are added to."""
 
     def __init__(self, model: SpanModel, sequences: Sequences) -> None:
@@ -192,7 +165,7 @@ class _Prompts:
 # No yield lies within a `with`: the loop would go on in that mode.
 
 
-def _through(block: Block, hidden_TxE: torch.Tensor, pieces: list[_Piece]) -> Generator[None, None, torch.Tensor]:
+def through(block: Block, hidden_TxE: torch.Tensor, pieces: list[Piece]) -> Generator[None, None, torch.Tensor]:
     out = torch.empty_like(hidden_TxE)
     for piece in pieces:
         with torch.no_grad():
@@ -201,7 +174,7 @@ def _through(block: Block, hidden_TxE: torch.Tensor, pieces: list[_Piece]) -> Ge
     return out
 
 
-def _back(block: Block, hidden_TxE: torch.Tensor, gradient_TxE: torch.Tensor, pieces: list[_Piece]) -> Generator[None, None, torch.Tensor]:
+def _back(block: Block, hidden_TxE: torch.Tensor, gradient_TxE: torch.Tensor, pieces: list[Piece]) -> Generator[None, None, torch.Tensor]:
     out = torch.empty_like(gradient_TxE)
     differentiable = block.differentiable()
     for piece in pieces:

@@ -117,10 +117,16 @@ class Block:
         return self.down.added(inner, y_TxE)
 
     def differentiable(self) -> Block:
-        """This block with gradients with respect to its rows; it holds its weights unpacked, so drop it after the backward."""
+        """This block with gradients with respect to its rows; from a backward on it holds its weights widened, until `drop`."""
         gate = None if self.gate is None else Differentiable(self.gate)
         qkv, out, up, down = (Differentiable(linear) for linear in (self.qkv, self.out, self.up, self.down))
         return replace(self, qkv=qkv, out=out, up=up, gate=gate, down=down)
+
+    def drop(self) -> None:
+        """Let go of what a backward through a `differentiable` block has widened."""
+        for linear in self.linears:
+            if isinstance(linear, Differentiable):
+                linear.drop()
 
     def _qkv(self, normed_TxE: torch.Tensor, turns: tuple[Rotation, ...]) -> torch.Tensor:
         arch = self.arch

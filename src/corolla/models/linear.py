@@ -202,32 +202,39 @@ class Int4Linear(_Unfused):
 class Differentiable(_Unfused):
     """A layer with gradients with respect to its input; its weights are frozen. The product's values are those of `linear`.
 
-    Holds the widened weight: make it for the backward of a block, and drop it. Of 1024 x 4096, unpacking takes 2 to 3 ms on one
+    A gradient widens the weight, which is held until `drop`. Of 1024 x 4096, unpacking takes 2 to 3 ms on one
     core (int4: 133), and the product with a gradient of 256 rows 11 in bfloat16 and 23 in float32; a second copy kept packed
     would double a server's memory for these few percent.
     """
 
     def __init__(self, linear: Linear) -> None:
-        self._linear, self._weight = linear, linear.widened()
+        self._linear = linear
+        self._weight: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return _FrozenProduct.apply(x, self._linear, self._weight)
+        return _FrozenProduct.apply(x, self._linear, self)
 
     def widened(self) -> torch.Tensor:
+        if self._weight is None:
+            self._weight = self._linear.widened()
         return self._weight
+
+    def drop(self) -> None:
+        """Let go of the widened weight."""
+        self._weight = None
 
 
 class _FrozenProduct(torch.autograd.Function):
     """The operators of the packed formats have no derivative of their own. Nothing of the input is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, linear: Linear, weight: torch.Tensor) -> torch.Tensor:
-        ctx.weight = weight
+    def forward(ctx: Any, x: torch.Tensor, linear: Linear, layer: Differentiable) -> torch.Tensor:
+        ctx.layer = layer
         return linear(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradients[0] @ ctx.weight, None, None
+        return gradients[0] @ ctx.layer.widened(), None, None
 
 
 def can_pack(dtype: torch.dtype) -> bool:

@@ -1,7 +1,8 @@
-"""Forward and backward of whole sequences through remote blocks, without a session: servers keep nothing between two calls.
+"""Forward and backward of whole sequences through remote blocks, without a session.
 
 The client keeps what entered each server, so that a backward goes from server to server in reverse, and any of them may be
-another than in the forward.
+another than in the forward. A server may keep what it computed in the forward for a while: then the backward brings the gradients
+only, and is computed without a second forward.
 
 Legend: T rows of all sequences, E hidden, B blocks, P soft tokens.
 """
@@ -10,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
-from corolla.errors import CapacityError, InvalidSetting, NetworkError, ProtocolError, ServerFault
-from corolla.remote.servers import Fault, Servers
+from corolla.errors import CapacityError, InvalidSetting, NetworkError, PromptNeeded, ProtocolError, ServerFault
+from corolla.remote.given import DeepPrompt
+from corolla.remote.mailbox import Fault, Forgot
+from corolla.remote.servers import Servers
 from corolla.swarm.arrays import from_array, to_array
-from corolla.swarm.wire import MAX_STEP_TOKENS, Array, BackwardFrame, ForwardFrame, Hop, ResultFrame, WireDtype
+from corolla.swarm.wire import MAX_STEP_TOKENS, Array, BackwardFrame, ForwardFrame, Hop, PromptNameFrame, ResultFrame, WireDtype
 from corolla.types import Span
 
 _Done = TypeVar("_Done")
@@ -27,10 +30,12 @@ _WIRE_DTYPES: dict[torch.dtype, WireDtype] = {torch.float32: "float32", torch.bf
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """One server's share of a forward, and the rows [T, E] that entered it."""
+    """One server's share of a forward, and the rows [T, E] that entered it; `call` is the forward's number where the server was asked
+    to keep it, else 0."""
 
     hop: Hop
     entered: torch.Tensor
+    call: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,13 +61,20 @@ class Calls:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def forward(
-        self, span: Span, lengths: Sequence[int], hidden_TxE: torch.Tensor, prompts_BxPxE: torch.Tensor | None = None
+        self,
+        span: Span,
+        lengths: Sequence[int],
+        hidden_TxE: torch.Tensor,
+        prompts_BxPxE: torch.Tensor | None = None,
+        *,
+        keep: bool = False,
     ) -> tuple[torch.Tensor, list[Trail]]:
         """The rows [T, E] that leave the last block of `span`, and what `backward` needs.
 
         Args:
             lengths: the rows of each sequence, which lie one behind another and attend to themselves only.
             prompts: added to the first P rows of every sequence at each block's input.
+            keep: ask servers to keep what a backward needs.
 
         Raises:
             NoRoute: no servers hold the blocks, and none came in time.
@@ -71,9 +83,10 @@ class Calls:
         """
         if max(lengths) > MAX_STEP_TOKENS:
             raise InvalidSetting("lengths", f"a sequence of {max(lengths)} rows; one call carries {MAX_STEP_TOKENS}")
+        prompt = None if prompts_BxPxE is None else DeepPrompt(prompts_BxPxE, span.start)
         groups = _grouped(lengths, self.servers.config.call_rows)
         pieces = hidden_TxE.detach().split([sum(group) for group in groups])
-        done = self._each(lambda index: self._forward(span, groups[index], pieces[index], prompts_BxPxE), len(groups))
+        done = self._each(lambda index: self._forward(span, groups[index], pieces[index], prompt, keep), len(groups))
         return torch.cat([out for out, _ in done]), [trail for _, trail in done]
 
     def backward(
@@ -81,93 +94,125 @@ class Calls:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradients with respect to the rows [T, E] and to the prompts [B, P, E], of what has this gradient with respect to
         the rows that left the last block. Raises what `forward` raises."""
+        start = trails[0].parts[0].hop.start
+        prompt = None if prompts_BxPxE is None else DeepPrompt(prompts_BxPxE, start)
         pieces = gradient_TxE.detach().split([sum(trail.lengths) for trail in trails])
-        done = self._each(lambda index: self._backward(trails[index], pieces[index], prompts_BxPxE), len(trails))
-        of_prompts = None if prompts_BxPxE is None else torch.stack([soft for _, soft in done if soft is not None]).sum(0)
-        return torch.cat([rows for rows, _ in done]), of_prompts
+        done = self._each(lambda index: self._backward(trails[index], pieces[index], prompt), len(trails))
+        if prompts_BxPxE is None:
+            return torch.cat([rows for rows, _ in done]), None
+        of_prompts = torch.stack([soft for _, soft in done if soft is not None]).sum(0)
+        return torch.cat([rows for rows, _ in done]), of_prompts.to(prompts_BxPxE)
 
     def _each(self, work: Callable[[int], _Done], count: int) -> list[_Done]:
         return [work(0)] if count == 1 else list(self._threads.map(work, range(count)))
 
     def _forward(
-        self, span: Span, lengths: tuple[int, ...], hidden_TxE: torch.Tensor, prompts_BxPxE: torch.Tensor | None
+        self, span: Span, lengths: tuple[int, ...], hidden_TxE: torch.Tensor, prompt: DeepPrompt | None, keep: bool
     ) -> tuple[torch.Tensor, Trail]:
-        parts: list[Part] = []
-        hops: list[Hop] = []
-        retries = self.servers.retries()
+        servers, parts = self.servers, list[Part]()
+        retries = servers.retries()
         at = span.start
         while at < span.end:
-            hops = hops or list(self.servers.hops(Span(at, span.end)))
-            hop = hops.pop(0)
+            taken = servers.take(Span(at, span.end))
             try:
-                left = self._ask(hop, ForwardFrame, lengths, hidden_TxE, _of(prompts_BxPxE, span.start, hop))
+                for hop in taken:
+                    call = servers.number()
+                    frame = _Call(call, hop, lengths, prompt)
+                    left = self._ask(frame.forward(self._array(hidden_TxE), keep=keep), frame, sum(lengths), hidden_TxE)
+                    parts.append(Part(hop, hidden_TxE, call if keep else 0))
+                    hidden_TxE, at = left, hop.end
             except (Fault, CapacityError) as error:
                 retries.bear(error)
-                hops = []
-                continue
-            parts.append(Part(hop, hidden_TxE))
-            hidden_TxE, at = left, hop.end
+            finally:
+                servers.give_back(taken)
         return hidden_TxE, Trail(lengths, tuple(parts))
 
-    def _backward(
-        self, trail: Trail, gradient_TxE: torch.Tensor, prompts_BxPxE: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        parts = list(trail.parts)
-        start, rows = parts[0].hop.start, sum(trail.lengths)
+    def _backward(self, trail: Trail, gradient_TxE: torch.Tensor, prompt: DeepPrompt | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        servers, parts = self.servers, list(trail.parts)
         of_prompts: list[torch.Tensor] = []
-        retries = self.servers.retries()
+        retries = servers.retries()
         while parts:
-            hop, entered = parts[-1].hop, parts[-1].entered
-            soft = _of(prompts_BxPxE, start, hop)
+            part = parts[-1]
+            call = _Call(servers.number(), part.hop, trail.lengths, prompt)
+            gradient_TxE = gradient_TxE.to(part.entered)
+            rows, of_prompt = sum(trail.lengths), 0 if prompt is None else prompt.tokens * (part.hop.end - part.hop.start)
+            sent = gradient_TxE if part.call else torch.cat([part.entered, gradient_TxE])
             try:
-                gradients = self._ask(hop, BackwardFrame, trail.lengths, torch.cat([entered, gradient_TxE.to(entered)]), soft)
+                gradients = self._ask(call.backward(self._array(sent), kept=part.call), call, rows + of_prompt, part.entered)
+            except Forgot:
+                parts[-1] = replace(part, call=0)
+                continue
             except (Fault, CapacityError) as error:
                 retries.bear(error)
-                parts[-1:] = self._again(parts[-1], trail.lengths, soft)
+                if isinstance(error, Fault):
+                    parts[-1:] = self._again(part, trail.lengths, prompt)
                 continue
             gradient_TxE = gradients[:rows]
-            if soft is not None:
-                of_prompts.append(gradients[rows:].view(soft.shape))
+            if prompt is not None:
+                of_prompts.append(gradients[rows:].float().view(-1, prompt.tokens, gradients.shape[1]))
             parts.pop()
         return gradient_TxE, torch.cat(of_prompts[::-1]) if of_prompts else None
 
-    def _again(self, part: Part, lengths: tuple[int, ...], soft: torch.Tensor | None) -> Sequence[Part]:
+    def _again(self, part: Part, lengths: tuple[int, ...], prompt: DeepPrompt | None) -> Sequence[Part]:
         """The same blocks at the servers that are to be taken now; where these are several, what enters each is computed."""
         span = Span(part.hop.start, part.hop.end)
         hops = self.servers.hops(span)
         if len(hops) == 1:
             return [Part(hops[0], part.entered)]
-        return self._forward(span, lengths, part.entered, soft)[1].parts
+        return self._forward(span, lengths, part.entered, prompt, True)[1].parts
 
-    def _ask(
-        self,
-        hop: Hop,
-        kind: type[ForwardFrame] | type[BackwardFrame],
-        lengths: tuple[int, ...],
-        rows: torch.Tensor,
-        soft_BxPxE: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """What the server answers. Raises `Fault`, `CallerError`, `CapacityError`."""
-        servers, width = self.servers, 0 if soft_BxPxE is None else soft_BxPxE.shape[1]
-        call = servers.number()
-        dtype = servers.config.wire_dtype or wire_dtype_of(rows.dtype)
-        sent = rows if soft_BxPxE is None else torch.cat([rows, soft_BxPxE.detach().flatten(0, 1).to(rows)])
-        frame = kind(call, hop.start, hop.end, lengths, to_array(sent, dtype), width)
-        expected = sum(lengths) + (frame.prompt_rows if kind is BackwardFrame else 0)
-        with servers.mailbox(str(call)) as mailbox:
-            servers.network.send(hop.peer, frame)
-            try:
-                _, answer = mailbox.wait((hop.peer,))
-            except InvalidSetting as error:
-                if error.setting != "blocks":
-                    raise
-                # The route is right by the server's record: it has moved since.
-                raise Fault(hop.peer, NetworkError("it holds other blocks than its record says")) from error
-        if not isinstance(answer, ResultFrame):
-            raise Fault(hop.peer, ProtocolError("it answered a call as if it were a session"))
-        result = checked(answer.hidden, (expected, rows.shape[1]), hop.peer)
-        servers.bans.forgive(hop.peer)
-        return result.to(rows)
+    def _array(self, rows: torch.Tensor) -> Array:
+        return to_array(rows, self.servers.config.wire_dtype or wire_dtype_of(rows.dtype))
+
+    def _ask(self, frame: ForwardFrame | BackwardFrame, call: _Call, expected: int, like: torch.Tensor) -> torch.Tensor:
+        """The rows that the server answers, as many as are expected, in the dtype and on the device of others.
+
+        Raises `Fault`, `CallerError`, `CapacityError`, and `Forgot` for activations that it keeps no more.
+        """
+        servers, hop = self.servers, call.hop
+        for given_again in (False, True):
+            if call.prompt is not None:
+                servers.given.give(call.prompt, (hop,))
+            with servers.mailbox(str(call.number)) as mailbox:
+                servers.network.send(hop.peer, frame)
+                try:
+                    _, answer = mailbox.wait((hop.peer,))
+                except Forgot as error:
+                    if not isinstance(error.error, PromptNeeded):
+                        raise
+                    servers.given.lose(hop.peer)
+                    if given_again:
+                        raise Fault(hop.peer, ProtocolError("it was sent the soft prompt twice, and says that it lacks it")) from error
+                    continue
+                except InvalidSetting as error:
+                    if error.setting != "blocks":
+                        raise
+                    # The route is right by the server's record: it has moved since.
+                    raise Fault(hop.peer, NetworkError("it holds other blocks than its record says")) from error
+            if not isinstance(answer, ResultFrame):
+                raise Fault(hop.peer, ProtocolError("it answered a call as if it were a session"))
+            result = checked(answer.hidden, (expected, like.shape[1]), hop.peer)
+            servers.bans.forgive(hop.peer)
+            return result.to(like)
+        raise AssertionError("the second time returns or raises")
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    number: int
+    hop: Hop
+    lengths: tuple[int, ...]
+    prompt: DeepPrompt | None
+
+    def forward(self, rows: Array, *, keep: bool) -> ForwardFrame:
+        return ForwardFrame(self.number, self.hop.start, self.hop.end, self.lengths, rows, prompt=self._name, keep=keep)
+
+    def backward(self, rows: Array, *, kept: int) -> BackwardFrame:
+        return BackwardFrame(self.number, self.hop.start, self.hop.end, self.lengths, rows, prompt=self._name, kept=kept)
+
+    @property
+    def _name(self) -> PromptNameFrame | None:
+        return None if self.prompt is None else self.prompt.frame
 
 
 def wire_dtype_of(dtype: torch.dtype) -> WireDtype:
@@ -195,8 +240,3 @@ def _grouped(lengths: Sequence[int], most: int) -> list[tuple[int, ...]]:
             groups.append([])
         groups[-1].append(length)
     return [tuple(group) for group in groups]
-
-
-def _of(prompts_BxPxE: torch.Tensor | None, start: int, hop: Hop) -> torch.Tensor | None:
-    """The prompts of one server's blocks, of those from block `start` on."""
-    return None if prompts_BxPxE is None else prompts_BxPxE[hop.start - start : hop.end - start]

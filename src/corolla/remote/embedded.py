@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from corolla.engine.calls import packed
+from corolla.engine.answering import Answering
 from corolla.engine.engine import Engine
 from corolla.errors import CorollaError, InvalidSetting, NetworkError, ServerFault
 from corolla.swarm.arrays import from_array, to_array
-from corolla.swarm.convert import failed_of, from_reply, to_message, to_step
+from corolla.swarm.convert import failed_of, from_reply, to_call, to_message, to_prompt_part, to_step
 from corolla.swarm.network import OnLost, OnMessage
 from corolla.swarm.routing import Hop, Route
 from corolla.swarm.wire import (
@@ -24,6 +24,7 @@ from corolla.swarm.wire import (
     ForwardFrame,
     Ping,
     Pong,
+    PromptFrame,
     ResultFrame,
     StepFrame,
     WireDtype,
@@ -41,6 +42,7 @@ class EmbeddedNetwork:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._answering = Answering(engine.model, engine.prompts)
         self._on_message: OnMessage | None = None
         self._closed = False
 
@@ -60,6 +62,8 @@ class EmbeddedNetwork:
             self._engine.call(self._steps(message))
         elif isinstance(message, StepFrame):
             self._step(message)
+        elif isinstance(message, PromptFrame):
+            self._engine.prompts.put(self.me, to_prompt_part(message))
         elif isinstance(message, CloseFrame):
             self._engine.receive(to_message(message))
         elif isinstance(message, Ping) and self._engine.alive:
@@ -88,7 +92,7 @@ class EmbeddedNetwork:
         assert frame.hidden is not None, "sessions of the PyTorch client are on hidden states"
         here = frame.route[frame.hop]
         try:
-            step = replace(to_step(frame), span=Span(here.start, here.end))
+            step = replace(to_step(frame), span=Span(here.start, here.end), client=self.me)
             _check(step.payload, self._engine.model.arch.hidden)
             self._engine.receive(step, lambda reply: self._deliver(reply, frame.hidden.dtype))  # type: ignore[union-attr]
         except CorollaError as error:
@@ -112,11 +116,9 @@ class EmbeddedNetwork:
             self._answer(ResultFrame(frame.call, result))
 
     def _compute(self, frame: ForwardFrame | BackwardFrame) -> Generator[None, None, Array]:
-        model, span = self._engine.model, Span(frame.start, frame.end)
         came = from_array(frame.hidden)
-        _check(came, model.arch.hidden)
-        back = isinstance(frame, BackwardFrame)
-        result = yield from packed(model, span, frame.lengths, came, frame.prompt_rows, back=back)
+        _check(came, self._engine.model.arch.hidden)
+        result = yield from self._answering.answer(to_call(frame, self.me), came)
         return to_array(result, frame.hidden.dtype)
 
 

@@ -55,7 +55,7 @@ class RemoteSequential(nn.Module):
         if prompts is not None and prompts.shape[1] > min(lengths):
             raise InvalidSetting("prompts", f"{prompts.shape[1]} soft tokens are added to sequences of at least {min(lengths)} rows")
         packed_TxE = hidden_SxNxE.flatten(0, 1) if kept is None else hidden_SxNxE[kept]
-        out_TxE: torch.Tensor = _Through.apply(packed_TxE, prompts, self.calls, self.span, lengths)
+        out_TxE: torch.Tensor = _Through.apply(packed_TxE, prompts, self.calls, self.span, lengths, torch.is_grad_enabled())
         if kept is None:
             return out_TxE.view_as(hidden_SxNxE)
         return torch.zeros_like(hidden_SxNxE).masked_scatter(kept[:, :, None], out_TxE)
@@ -90,11 +90,11 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, packed_TxE: torch.Tensor, prompts: torch.Tensor | None, calls: Calls, span: Span, lengths: tuple[int, ...]
+        ctx: Any, packed_TxE: torch.Tensor, prompts: torch.Tensor | None, calls: Calls, span: Span, lengths: tuple[int, ...], grad: bool
     ) -> torch.Tensor:
-        out, trails = calls.forward(span, lengths, packed_TxE, prompts)
+        out, trails = calls.forward(span, lengths, packed_TxE, prompts, keep=grad and any(ctx.needs_input_grad))
         ctx.calls = calls
-        ctx.trails = [(trail.lengths, [part.hop for part in trail.parts]) for trail in trails]
+        ctx.trails = [(trail.lengths, [(part.hop, part.call) for part in trail.parts]) for trail in trails]
         ctx.save_for_backward(prompts, *(part.entered for trail in trails for part in trail.parts))
         return out
 
@@ -103,6 +103,6 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, gradient_TxE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         prompts, *entered = ctx.saved_tensors
         rows = iter(entered)
-        trails = [Trail(lengths, tuple(Part(hop, next(rows)) for hop in hops)) for lengths, hops in ctx.trails]
+        trails = [Trail(lengths, tuple(Part(hop, next(rows), call) for hop, call in hops)) for lengths, hops in ctx.trails]
         hidden, of_prompts = ctx.calls.backward(trails, gradient_TxE, prompts)
-        return hidden, of_prompts, None, None, None
+        return hidden, of_prompts, None, None, None, None

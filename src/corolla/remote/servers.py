@@ -6,25 +6,39 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from corolla.errors import CapacityError, CorollaError, DeadlineExceeded, InvalidSetting, NetworkError, NoRoute
-from corolla.swarm.bans import Bans, blameworthy
-from corolla.swarm.convert import error_of
+from corolla.errors import CapacityError, InvalidSetting, NoRoute
+from corolla.remote.given import GivenPrompts
+from corolla.remote.mailbox import Fault, Incoming, Lost, Mailbox
+from corolla.swarm.bans import Bans
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
+from corolla.swarm.routing import Hop as RouteHop
 from corolla.swarm.routing import Route
-from corolla.swarm.wire import FailedFrame, GapFrame, HiddenFrame, Hop, Ping, Pong, ResultFrame, WireDtype, WireMessage
+from corolla.swarm.wire import (
+    FailedFrame,
+    GapFrame,
+    HiddenFrame,
+    Hop,
+    Leaving,
+    Ping,
+    Pong,
+    ResultFrame,
+    Whereabouts,
+    WireDtype,
+    WireMessage,
+)
 from corolla.types import Span
 
 log = logging.getLogger(__name__)
 _LOOK_AGAIN = 0.25  # seconds between two searches for a route, while there is none
-
-Answer = ResultFrame | HiddenFrame | GapFrame
+_TRIED = 8  # of the busiest servers, to go around
+_AS_QUICK = 2.0  # another route may take so many times as long, for a call that would wait on the best one
 
 
 class Router(Protocol):
@@ -49,6 +63,8 @@ class RemoteConfig:
         parallel: calls under way at once; a server takes four of one client.
         silence: seconds without an answer, until servers are asked whether they live.
         answer: seconds for them to say so; who does not is as good as dead.
+        lost: seconds without an answer in a session, until its servers are asked how it is getting on.
+        leaving: seconds for which a server that said it leaves is avoided.
     """
 
     request_timeout: float = 180.0
@@ -60,9 +76,11 @@ class RemoteConfig:
     parallel: int = 3
     silence: float = 2.0
     answer: float = 1.0
+    lost: float = 20.0
+    leaving: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("request_timeout", "call_rows", "parallel", "silence", "answer"):
+        for name in ("request_timeout", "call_rows", "parallel", "silence", "answer", "lost", "leaving"):
             if not getattr(self, name) > 0:
                 raise InvalidSetting(name, f"{getattr(self, name)!r} is not more than 0")
         if self.max_retries < 0:
@@ -70,73 +88,6 @@ class RemoteConfig:
         for name in ("allowed_servers", "blocked_servers"):
             if isinstance(getattr(self, name), str):
                 raise InvalidSetting(name, "give a list of peer ids")
-
-
-class Fault(Exception):
-    """The server `peer` failed with `error`: another one may be asked."""
-
-    def __init__(self, peer: str, error: CorollaError) -> None:
-        super().__init__(f"{peer}: {error}")
-        self.peer, self.error = peer, error
-
-
-@dataclass(frozen=True, slots=True)
-class _Lost:
-    peer: str
-
-
-class Mailbox:
-    """What servers answer to one call, or in one session. One thread waits at a time."""
-
-    def __init__(self, servers: Servers) -> None:
-        self._servers = servers
-        self._inbox: SimpleQueue[tuple[str, Answer | FailedFrame | _Lost]] = SimpleQueue()
-
-    def put(self, sender: str, message: Answer | FailedFrame | _Lost) -> None:
-        """For the network's thread."""
-        self._inbox.put((sender, message))
-
-    def wait(self, peers: Collection[str], generation: int = 0) -> tuple[str, Answer]:
-        """The next answer of one of `peers`, and whose it is; those of another generation are dropped.
-
-        Raises `Fault` when one of them fails, is gone, does not live or does not answer in time; a `CallerError` or a
-        `CapacityError` that one of them answers.
-        """
-        config, servers = self._servers.config, self._servers
-        deadline = time.monotonic() + config.request_timeout
-        since, asked = time.monotonic(), None
-        while True:
-            until = since + config.silence if asked is None else asked + config.answer
-            try:
-                sender, message = self._inbox.get(timeout=max(0.0, min(until, deadline) - time.monotonic()))
-            except Empty:
-                now = time.monotonic()
-                if now >= deadline:
-                    raise Fault(
-                        min(peers, key=servers.heard), DeadlineExceeded(f"no answer came for {config.request_timeout:g} s")
-                    ) from None
-                if asked is None:
-                    asked = now
-                    servers.round_trips.ask(peers)
-                    continue
-                silent = [peer for peer in peers if servers.heard(peer) < asked]
-                if silent:
-                    silence = NetworkError(f"it did not answer for {config.silence + config.answer:g} s")
-                    raise Fault(silent[0], silence) from None
-                since, asked = now, None
-                continue
-            if sender not in peers:
-                continue
-            if isinstance(message, _Lost):
-                raise Fault(sender, NetworkError(f"the connection to {sender} broke"))
-            if not isinstance(message, ResultFrame) and message.generation != generation:
-                continue
-            if isinstance(message, FailedFrame):
-                error = error_of(message)
-                if blameworthy(error):
-                    raise Fault(message.peer if message.peer in peers else sender, error)
-                raise error
-            return sender, message
 
 
 class Servers:
@@ -151,10 +102,13 @@ class Servers:
         self.bans = bans or Bans()
         self.config = config or RemoteConfig()
         self.round_trips = RoundTrips(network.send)
+        self.given = GivenPrompts(network.send)
         self._router = router
         self._numbers = itertools.count(1)
         self._mailboxes: dict[str, Mailbox] = {}
         self._heard: dict[str, float] = {}
+        self._leaving: dict[str, float] = {}  # when a peer said that it leaves
+        self._taken: Counter[str] = Counter()  # calls of ours under way
         self._lock = threading.Lock()
         self._closed = threading.Event()
         network.listen(self._receive, self._lose)
@@ -180,13 +134,59 @@ class Servers:
         deadline = time.monotonic() + self.config.request_timeout
         while True:
             try:
-                route = self._router.route(_Avoided(self.config, self.bans.banned()), needed_tokens)
-                break
+                return _inside(self._route(needed_tokens).hops, span)
             except NoRoute:
                 if time.monotonic() >= deadline or self._closed.wait(_LOOK_AGAIN):
                     raise
-        inside = [hop for hop in route.hops if hop.start < span.end and span.start < hop.end]
-        return tuple(Hop(hop.peer, max(hop.start, span.start), min(hop.end, span.end)) for hop in inside)
+
+    def take(self, span: Span) -> tuple[Hop, ...]:
+        """`hops` for a call, past servers that compute for this client already where others are about as quick: calls that are under
+        way together go along several routes. `give_back` them when it is done."""
+        hops = self.hops(span)
+        with self._lock:
+            route, avoided = None, frozenset[str]()
+            for peer, calls in self._taken.most_common(_TRIED):
+                if calls < 1:
+                    break
+                try:
+                    route = route or self._route(0)
+                    other = self._route(0, avoided | {peer})
+                except NoRoute:
+                    continue
+                if other.seconds <= route.seconds * _AS_QUICK:
+                    hops, avoided = _inside(other.hops, span), avoided | {peer}
+            self._taken.update(hop.peer for hop in hops)
+        return hops
+
+    def give_back(self, hops: Collection[Hop]) -> None:
+        """See `take`."""
+        with self._lock:
+            self._taken.subtract(hop.peer for hop in hops)
+
+    def elsewhere(self, hops: Collection[Hop], span: Span, needed_tokens: int) -> tuple[Hop, ...] | None:
+        """Where to go on in the place of these hops, one of which leaves; None while none does, or there is no other way."""
+        leaving = self._leavers()
+        if not any(hop.peer in leaving for hop in hops):
+            return None
+        try:
+            return _inside(self._route(needed_tokens, leaving, stay=False).hops, span)
+        except NoRoute:
+            return None
+
+    def _leavers(self) -> frozenset[str]:
+        since = time.monotonic() - self.config.leaving
+        return frozenset(peer for peer, said in list(self._leaving.items()) if said > since)
+
+    def _route(self, needed_tokens: int, avoid: Collection[str] = (), *, stay: bool = True) -> Route:
+        """Around the peers of `avoid`; around those that leave too, unless there is no other way and one may `stay` with them."""
+        banned = self.bans.banned() | frozenset(avoid)
+        leaving = self._leavers()
+        try:
+            return self._router.route(_Avoided(self.config, banned | leaving), needed_tokens)
+        except NoRoute:
+            if not stay or not leaving:
+                raise
+            return self._router.route(_Avoided(self.config, banned), needed_tokens)
 
     @contextmanager
     def mailbox(self, key: str) -> Iterator[Mailbox]:
@@ -209,14 +209,16 @@ class Servers:
         self._heard[sender] = time.monotonic()
         if isinstance(message, ResultFrame):
             self._deliver(str(message.call), sender, message)
-        elif isinstance(message, (HiddenFrame, GapFrame, FailedFrame)):
+        elif isinstance(message, (HiddenFrame, GapFrame, FailedFrame, Whereabouts)):
             self._deliver(message.session, sender, message)
+        elif isinstance(message, Leaving):
+            self._leaving[sender] = time.monotonic()
         elif isinstance(message, Ping):
             self.network.send(sender, Pong(message.nonce))
         elif isinstance(message, Pong):
             self.round_trips.answered(sender, message)
 
-    def _deliver(self, key: str, sender: str, message: Answer | FailedFrame) -> None:
+    def _deliver(self, key: str, sender: str, message: Incoming) -> None:
         with self._lock:
             mailbox = self._mailboxes.get(key)
         if mailbox is not None:
@@ -224,10 +226,11 @@ class Servers:
 
     def _lose(self, peer: str) -> None:
         self.round_trips.forget(peer)
+        self.given.lose(peer)
         with self._lock:
             mailboxes = list(self._mailboxes.values())
         for mailbox in mailboxes:
-            mailbox.put(peer, _Lost(peer))
+            mailbox.put(peer, Lost(peer))
 
 
 class Retries:
@@ -255,6 +258,12 @@ class Retries:
         if now - self._full_since >= most:
             raise error
         time.sleep(min(error.retry_after, most))
+
+
+def _inside(hops: Collection[RouteHop], span: Span) -> tuple[Hop, ...]:
+    """What of a route lies in `span`."""
+    inside = [hop for hop in hops if hop.start < span.end and span.start < hop.end]
+    return tuple(Hop(hop.peer, max(hop.start, span.start), min(hop.end, span.end)) for hop in inside)
 
 
 class _Avoided(Collection[str]):

@@ -18,7 +18,9 @@ import torch
 
 from corolla.errors import CapacityError, InvalidSetting, NetworkError, PromptTooLong, ProtocolError
 from corolla.remote.calls import Calls, checked, wire_dtype_of
-from corolla.remote.servers import Fault, Mailbox, Servers
+from corolla.remote.given import DeepPrompt
+from corolla.remote.mailbox import Fault, Forgot, Mailbox, StandsStill
+from corolla.remote.servers import Servers
 from corolla.swarm.arrays import to_array
 from corolla.swarm.wire import MAX_STEP_TOKENS, CloseFrame, GapFrame, HiddenFrame, Hop, StepFrame
 from corolla.types import Span
@@ -31,8 +33,7 @@ class InferenceSession:
 
     Args:
         max_length: columns that the session may come to, padding among them.
-        prompts: soft tokens [B, P, E], added to the first P rows of every sequence at each block's input. Servers keep no
-            caches of such sequences: every step computes all their rows again.
+        prompts: soft tokens [B, P, E], added to the first P rows of every sequence at each block's input; as they are now.
         prefix: how many of the first columns are soft tokens, for `generate`.
 
     Attributes:
@@ -42,7 +43,8 @@ class InferenceSession:
     def __init__(self, calls: Calls, span: Span, *, max_length: int, prompts: torch.Tensor | None = None, prefix: int = 0) -> None:
         self.span, self.max_length, self.prefix = span, max_length, prefix
         self.output_ids: torch.Tensor | None = None
-        self._calls, self._prompts = calls, prompts
+        self._calls = calls
+        self._prompt = None if prompts is None else DeepPrompt(prompts, span.start)
         self._sequences: list[_Sequence] = []
         self._mask = torch.zeros(0, 0, dtype=torch.bool)
         self._closed = False
@@ -108,12 +110,12 @@ class InferenceSession:
         """
         new = self._checked(hidden_SxNxE, attention_mask)
         if not self._sequences:
-            self._sequences = [_Sequence(self._calls.servers, self.span) for _ in hidden_SxNxE]
+            self._sequences = [self._new() for _ in hidden_SxNxE]
             self._mask = new[:, :0]
         rows = [hidden[kept].detach() for hidden, kept in zip(hidden_SxNxE, new.to(hidden_SxNxE.device), strict=True)]
-        computed = self._computed(rows) if self._prompts is None else self._recomputed(rows, self._prompts)
+        computed = self._computed(rows)
         for sequence, added in zip(self._sequences, rows, strict=True):
-            sequence.add(added, cached=self._prompts is None)
+            sequence.add(added)
         self._mask = torch.cat([self._mask, new], 1)
         out = torch.zeros_like(hidden_SxNxE, requires_grad=False)
         out[new.to(out.device)] = torch.cat(computed)
@@ -136,12 +138,15 @@ class InferenceSession:
                 taken.add(index)
                 after.append(before[index])
             else:
-                sequence = left.pop() if left else _Sequence(self._calls.servers, self.span)
+                sequence = left.pop() if left else self._new()
                 sequence.become(histories[index])
                 after.append(sequence)
         for sequence in left:
             sequence.leave()
         self._sequences, self._mask = after, self._mask[list(indices)]
+
+    def _new(self) -> _Sequence:
+        return _Sequence(self._calls.servers, self.span, self._prompt)
 
     def _checked(self, hidden_SxNxE: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Which of the new columns are rows [S, N]."""
@@ -171,21 +176,13 @@ class InferenceSession:
             servers.network.send_all([message for turn in turns for message in turn.messages()])
             return [turn.finish() for turn in turns]
 
-    def _recomputed(self, new: list[torch.Tensor], prompts: torch.Tensor) -> list[torch.Tensor]:
-        whole = [
-            torch.cat([sequence.rows(0), rows]) if sequence.length else rows for sequence, rows in zip(self._sequences, new, strict=True)
-        ]
-        lengths = tuple(map(len, whole))
-        out, _ = self._calls.forward(self.span, lengths, torch.cat(whole), prompts)
-        return [rows[len(rows) - len(added) :] for rows, added in zip(out.split(lengths), new, strict=True)]
-
 
 class _Sequence:
     """One sequence: a session at servers, and every row that went in. Servers have the first `cached` of them, as far as is known."""
 
-    def __init__(self, servers: Servers, span: Span) -> None:
+    def __init__(self, servers: Servers, span: Span, prompt: DeepPrompt | None) -> None:
         self.name = uuid.uuid4().hex
-        self.span = span
+        self.span, self.prompt = span, prompt
         self.generation = 0
         self.hops: tuple[Hop, ...] = ()
         self.cached = 0
@@ -201,10 +198,11 @@ class _Sequence:
         self._pieces = [torch.cat(self._pieces)] if self._pieces else []
         return self._pieces[0][start:] if self._pieces else torch.empty(0)
 
-    def add(self, rows_TxE: torch.Tensor, *, cached: bool) -> None:
+    def add(self, rows_TxE: torch.Tensor) -> None:
+        """Rows that the servers have computed."""
         if len(rows_TxE):
             self._pieces.append(rows_TxE.clone())
-        self.cached = self.length if cached else 0
+        self.cached = self.length
 
     def cut(self, length: int) -> None:
         """Go back to so many rows."""
@@ -245,8 +243,13 @@ class _Turn:
     def messages(self) -> list[tuple[str, StepFrame]]:
         """What is to be sent, by peer: a new generation, along a new route where there is none."""
         sequence, servers = self._sequence, self._servers
+        if (other := servers.elsewhere(sequence.hops, sequence.span, self._end)) is not None:
+            sequence.leave()
+            sequence.hops = other
         sequence.hops = sequence.hops or servers.hops(sequence.span, self._end)
         sequence.generation += 1
+        if sequence.prompt is not None:
+            servers.given.give(sequence.prompt, sequence.hops)
         self._start = start = sequence.cached
         rows = self._new if start == sequence.length else torch.cat([sequence.rows(start), self._new])
         dtype = servers.config.wire_dtype or wire_dtype_of(rows.dtype)
@@ -265,6 +268,7 @@ class _Turn:
                 asked=asked,
                 more=first + len(piece) < len(rows),
                 output="hidden",
+                prompt=None if sequence.prompt is None else sequence.prompt.frame,
             )
             frames.append((sequence.hops[0].peer, frame))
         return frames
@@ -273,7 +277,13 @@ class _Turn:
         """What leaves the last block [T, E] of the new rows."""
         while True:
             try:
-                return self._collect()
+                try:
+                    return self._collect()
+                except Forgot as error:
+                    self._servers.given.lose(error.peer)
+                    self._bear_gap(error.peer)
+                except StandsStill:
+                    self._bear_gap(self._sequence.hops[-1].peer)
             except (Fault, CapacityError) as error:
                 self._sequence.leave()
                 self._retries.bear(error)
@@ -283,15 +293,21 @@ class _Turn:
     def _end(self) -> int:
         return self._sequence.length + len(self._new)
 
+    def _bear_gap(self, peer: str) -> None:
+        """What was sent once has to be sent again. Raises `Fault` when that happens again and again."""
+        self._gaps += 1
+        if self._gaps > _MOST_GAPS:
+            raise Fault(peer, ProtocolError("it asks for the same rows again and again"))
+
     def _collect(self) -> torch.Tensor:
         sequence, came = self._sequence, list[torch.Tensor]()
         at = self._start
         while at < self._end:
             peers = [hop.peer for hop in sequence.hops]
-            sender, answer = self._mailbox.wait(peers, sequence.generation)
+            sender, answer = self._mailbox.wait(peers, sequence.generation, sequence.name)
             if isinstance(answer, GapFrame):
-                self._gaps += 1
-                if answer.have >= self._start or self._gaps > _MOST_GAPS:
+                self._bear_gap(sender)
+                if answer.have >= self._start:
                     raise Fault(sender, ProtocolError(f"it says that it has {answer.have} rows where {self._start} go before"))
                 sequence.cached = answer.have
                 self._servers.network.send_all(self.messages())

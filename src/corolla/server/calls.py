@@ -10,14 +10,12 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
-from corolla.engine.calls import packed
+from corolla.engine.answering import Answering
 from corolla.engine.engine import Engine
 from corolla.errors import Busy, CorollaError, InvalidSetting, PromptTooLong, ServerFault
-from corolla.models.span import SpanModel
 from corolla.swarm.arrays import from_array, to_array
-from corolla.swarm.convert import failed_of
+from corolla.swarm.convert import failed_of, to_call
 from corolla.swarm.wire import Array, BackwardFrame, FailedFrame, ForwardFrame, ResultFrame, TimingFrame, WireMessage
-from corolla.types import Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +44,7 @@ class Calls:
     def __init__(self, engine: Engine, send: Callable[[str, WireMessage], None], *, me: str, config: CallsConfig | None = None) -> None:
         self._engine, self._send, self._me = engine, send, me
         self.config = config or CallsConfig()
+        self._answering = Answering(engine.model, engine.prompts)
         self._lock = threading.Lock()
         self._waiting: list[_Call] = []
 
@@ -60,6 +59,7 @@ class Calls:
         - `Busy`: too many calls wait, of this peer or of all.
         - `InvalidSetting`, `PromptTooLong`: the call can never be computed here, or not with these values.
         - `ServerFault`: computing it failed.
+        - `PromptNeeded`, `ActivationsGone`: more has to be sent.
         """
         call = _Call(sender, frame)
         try:
@@ -71,7 +71,8 @@ class Calls:
         self._engine.call(self._steps(call))
 
     def lose(self, peer: str) -> None:
-        """The peer is gone: its calls are dropped, the one that is computed at its next piece."""
+        """The peer is gone: its calls are dropped, the one that is computed at its next piece, and what was kept for it."""
+        self._answering.kept.lose(peer)
         with self._lock:
             for call in self._waiting:
                 call.dropped |= call.sender == peer
@@ -102,7 +103,7 @@ class Calls:
     def _steps(self, call: _Call) -> Iterator[None]:
         """What `Engine.call` takes."""
         queued, computed = time.perf_counter() - call.arrived, 0.0
-        work = _compute(self._engine.model, call.frame)
+        work = self._compute(call)
         while not call.dropped:
             began = time.perf_counter()
             try:
@@ -120,6 +121,12 @@ class Calls:
             computed += time.perf_counter() - began
             yield
 
+    def _compute(self, call: _Call) -> Generator[None, None, Array]:
+        """What a call is answered with, in the dtype in which it came."""
+        frame = call.frame
+        result = yield from self._answering.answer(to_call(frame, call.sender), from_array(frame.hidden))
+        return to_array(result, frame.hidden.dtype)
+
     def _answer(self, call: _Call, answer: ResultFrame | FailedFrame) -> None:
         with self._lock:
             if call.dropped:
@@ -129,10 +136,3 @@ class Calls:
 
     def _failed(self, call: _Call, error: CorollaError) -> FailedFrame:
         return failed_of(error, str(call.frame.call), 0, peer=self._me)
-
-
-def _compute(model: SpanModel, frame: ForwardFrame | BackwardFrame) -> Generator[None, None, Array]:
-    """What a call is answered with, in the dtype in which it came."""
-    span, back = Span(frame.start, frame.end), isinstance(frame, BackwardFrame)
-    result = yield from packed(model, span, frame.lengths, from_array(frame.hidden), frame.prompt_rows, back=back)
-    return to_array(result, frame.hidden.dtype)

@@ -11,10 +11,12 @@ from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.wire import (
     MAX_TEXT,
     Answer,
+    BackwardFrame,
     CachedFrame,
     CancelFrame,
     CloseFrame,
     FailedFrame,
+    ForwardFrame,
     GapFrame,
     HiddenFrame,
     Hop,
@@ -30,6 +32,7 @@ from corolla.swarm.wire import (
 )
 from corolla.types import (
     Cached,
+    Call,
     Cancel,
     Close,
     Failed,
@@ -120,6 +123,21 @@ def from_step(
         timed=timed,
         output="hidden" if step.wants_hidden else "token",
         prompt=from_prompt_name(step.prompt) if route else None,
+    )
+
+
+def to_call(frame: ForwardFrame | BackwardFrame, client: str) -> Call:
+    """What the frame of `client` asks for."""
+    return Call(
+        client=client,
+        number=frame.call,
+        span=Span(frame.start, frame.end),
+        lengths=frame.lengths,
+        back=isinstance(frame, BackwardFrame),
+        prompt_rows=frame.prompt_rows,
+        prompt=to_prompt_name(frame.prompt),
+        keep=isinstance(frame, ForwardFrame) and frame.keep,
+        kept=frame.kept if isinstance(frame, BackwardFrame) else 0,
     )
 
 

@@ -1,0 +1,73 @@
+"""A call as it travels, all rows in one tensor, and its answer: for servers, and for the model in the client's own process.
+
+Legend: T rows of all sequences, E hidden, B blocks, P soft tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+
+from corolla.engine import calls, kept
+from corolla.engine.calls import Gradients, Sequences
+from corolla.engine.kept import KeptForwards
+from corolla.engine.prompts import PromptStore
+from corolla.errors import ActivationsGone, InvalidSetting, PromptNeeded
+from corolla.models.span import SpanModel
+from corolla.types import Call
+
+
+class Answering:
+    """Computes calls with what one server keeps for its clients. Calls are computed on one thread, the rest is for any."""
+
+    def __init__(self, model: SpanModel, prompts: PromptStore) -> None:
+        self._model, self._prompts = model, prompts
+        self.kept = KeptForwards()
+
+    def answer(self, call: Call, came: torch.Tensor) -> Generator[None, None, torch.Tensor]:
+        """Returns the rows that leave, or the gradients of the rows, then, in float32, of the prompts, block by block.
+
+        Raises:
+            InvalidSetting: rows that are not finite, or a result that overflows: another server would find the same.
+            PromptNeeded, ActivationsGone: the client has to send more.
+        """
+        if not bool(came.isfinite().all()):
+            raise InvalidSetting("hidden", "some of the values that came with the call are NaN or infinite")
+        if call.back:
+            gradients = yield from self._backward(call, came)
+            result = gradients.hidden
+            if gradients.prompts is not None:
+                result = torch.cat([result.float(), gradients.prompts.flatten(0, 1)])
+        else:
+            result = yield from self._forward(call, came)
+        if not bool(result.isfinite().all()):
+            dtype = str(self._model.dtype).removeprefix("torch.")
+            raise InvalidSetting("hidden", f"the result overflows this server's {dtype}: send smaller values or gradients")
+        return result
+
+    def _forward(self, call: Call, came: torch.Tensor) -> Generator[None, None, torch.Tensor]:
+        sequences = self._sequences(call, came)
+        if not call.keep:
+            return (yield from calls.forward(self._model, sequences))
+        out, activations = yield from kept.forward(self._model, sequences, self.kept.most(call.client))
+        if activations is not None:
+            self.kept.put(call.client, call.number, activations)
+        return out
+
+    def _backward(self, call: Call, came: torch.Tensor) -> Generator[None, None, Gradients]:
+        if not call.kept:
+            return (yield from calls.backward(self._model, self._sequences(call, came), came[sum(call.lengths) :][: sum(call.lengths)]))
+        activations = self.kept.take(call.client, call.kept)
+        if activations.lengths != call.lengths or len(activations.blocks) != len(call.span):
+            raise ActivationsGone  # of another call than the client thinks
+        return (yield from kept.backward(self._model, activations, came))
+
+    def _sequences(self, call: Call, came: torch.Tensor) -> Sequences:
+        prompts = came[len(came) - call.prompt_rows :].unflatten(0, (len(call.span), -1)) if call.prompt_rows else None
+        if call.prompt is not None:
+            part = self._prompts.find(call.client, call.prompt, call.span, with_input=False)
+            if part is None:
+                raise PromptNeeded
+            prompts = part.deep
+        return Sequences(call.span, call.lengths, came[: sum(call.lengths)], prompts)

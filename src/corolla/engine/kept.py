@@ -1,0 +1,144 @@
+"""What a forward call leaves for its backward: the operations and values of every block, so that none is computed again.
+
+They are kept for a while, as far as there is room, for the client that sent the call. Where they are gone, the client sends what
+entered the blocks again, and the backward computes the forward first (`calls.backward`).
+
+Legend: T rows of all sequences, E hidden, B blocks, P soft tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+import torch
+
+from corolla.engine.calls import AddedPrompts, Gradients, Piece, Sequences, pieces_of, through
+from corolla.errors import ActivationsGone
+from corolla.models.block import Block
+from corolla.models.span import SpanModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptLimits:
+    size: int = 2 * 2**30  # bytes of all that is kept; a client may have half of it
+    seconds: float = 120.0  # for which a backward is waited for
+
+
+@dataclass(slots=True, eq=False)
+class Kept:
+    """One forward. Each block's part is what entered it and what left it, for each piece of the rows."""
+
+    lengths: tuple[int, ...]
+    pieces: list[Piece]
+    prompts: AddedPrompts
+    prompted: bool
+    blocks: list[tuple[Block, list[tuple[torch.Tensor, torch.Tensor]]]] = field(default_factory=list)
+    size: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+
+def forward(model: SpanModel, sequences: Sequences, most: int) -> Generator[None, None, tuple[torch.Tensor, Kept | None]]:
+    """`calls.forward`, which also returns what a backward needs; None where that would take more than `most` bytes."""
+    pieces, prompts = pieces_of(model, sequences.lengths), AddedPrompts(model, sequences)
+    kept: Kept | None = Kept(sequences.lengths, pieces, prompts, sequences.prompts is not None)
+    hidden = sequences.hidden.to(model.device, model.dtype)
+    for index, block in enumerate(model.blocks_of(sequences.span)):
+        hidden = prompts.added(hidden, index)
+        if kept is None:
+            hidden = yield from through(block, hidden, pieces)
+            continue
+        hidden = yield from _recorded(block.differentiable(), hidden, kept)
+        if kept.size > most:
+            kept = None
+    return hidden, kept
+
+
+def backward(model: SpanModel, kept: Kept, gradient_TxE: torch.Tensor) -> Generator[None, None, Gradients]:
+    """`calls.backward` from a forward that was kept, which is used up by it."""
+    gradient = gradient_TxE.to(model.device, model.dtype)
+    of_prompts = []
+    while kept.blocks:
+        block, passed = kept.blocks.pop()
+        out = torch.empty_like(gradient)
+        for piece, (entered, left) in zip(kept.pieces, passed, strict=True):
+            (out[piece.rows],) = torch.autograd.grad(left, entered, gradient[piece.rows])
+            yield
+        block.drop()
+        gradient = out
+        of_prompts.append(kept.prompts.summed(gradient))
+    return Gradients(gradient, torch.stack(of_prompts[::-1]) if kept.prompted else None)
+
+
+def _recorded(block: Block, hidden_TxE: torch.Tensor, kept: Kept) -> Generator[None, None, torch.Tensor]:
+    out, passed, counted = torch.empty_like(hidden_TxE), list[tuple[torch.Tensor, torch.Tensor]](), set[int]()
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            kept.size += storage.nbytes()
+        return tensor.detach()  # with its history it would keep itself alive
+
+    for piece in kept.pieces:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            entered = hidden_TxE[piece.rows].detach().requires_grad_()
+            left = block(entered, piece.attention, piece.turns)
+        out[piece.rows] = left.detach()
+        passed.append((entered, left))
+        kept.size += entered.nbytes
+        yield
+    kept.blocks.append((block, passed))
+    return out
+
+
+class KeptForwards:
+    """Those of one server, by client and call. For any thread."""
+
+    def __init__(self, limits: KeptLimits | None = None) -> None:
+        self.limits = limits or KeptLimits()
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, int], Kept] = OrderedDict()  # the oldest first
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(kept.size for kept in self._kept.values())
+
+    def most(self, client: str) -> int:
+        """Bytes that a client's next forward may take, beside its others."""
+        with self._lock:
+            self._forget_old()
+            own = sum(kept.size for key, kept in self._kept.items() if key[0] == client)
+            return min(self.limits.size // 2 - own, self.limits.size - self.size)
+
+    def put(self, client: str, call: int, kept: Kept) -> None:
+        """Until it is taken, for as long as the limits say."""
+        with self._lock:
+            self._kept[client, call] = kept
+
+    def take(self, client: str, call: int) -> Kept:
+        """Raises `ActivationsGone`."""
+        with self._lock:
+            self._forget_old()
+            kept = self._kept.pop((client, call), None)
+        if kept is None:
+            raise ActivationsGone
+        return kept
+
+    def lose(self, client: str) -> None:
+        """Forget a client's."""
+        with self._lock:
+            for key in [key for key in self._kept if key[0] == client]:
+                del self._kept[key]
+
+    def _forget_old(self) -> None:
+        since = time.monotonic() - self.limits.seconds
+        while self._kept and next(iter(self._kept.values())).since < since:
+            self._kept.popitem(last=False)
