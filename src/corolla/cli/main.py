@@ -14,8 +14,13 @@ from corolla.cli.batch import batch
 from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
 from corolla.cli.doctor import doctor
+from corolla.cli.finetune import finetune
+from corolla.cli.gateway import gateway
 from corolla.cli.generate import generate
+from corolla.cli.init import init
+from corolla.cli.keys import keys
 from corolla.cli.models import models
+from corolla.cli.prepare import prepare
 from corolla.cli.serve import serve
 from corolla.cli.status import status
 from corolla.cli.tune import tune
@@ -62,5 +67,6 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
             stream.reconfigure(errors=errors)
 
 
-for command in (chat, generate, batch, up, serve, bootstrap, status, models, doctor, tune):
+for command in (chat, generate, batch, up, gateway, serve, bootstrap, status, models, doctor, prepare, tune, finetune, init):
     app.command()(command)
+app.add_typer(keys, name="keys")

@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
@@ -13,13 +17,16 @@ from typing import Any, Self
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
+import numpy.typing as npt
 
 from corolla.data.saving import replacing
 from corolla.data.tokens import Ids, Kind, Tokens
-from corolla.errors import DataError
+from corolla.errors import DataError, StorageError
 
 FIELDS = ("input_ids", "token_type_ids", "category_ids")  # the order of `Tokens.columns`
-_CHUNK_BYTES = 2**20  # of one field, unpacked: what is compressed and read at once
+_LEVEL = 4  # of gzip, as h5py has it
+_ROWS = 64  # that are gathered from an iteration at once
+_AHEAD = 4  # chunks of a file that wait for being compressed
 
 
 def write_sequences(path: Path, sequences: Iterable[Tokens], max_length: int) -> int:
@@ -27,22 +34,85 @@ def write_sequences(path: Path, sequences: Iterable[Tokens], max_length: int) ->
 
     `path` is there whole or not at all. Raises `StorageError` when the disk refuses, `ValueError` for a sequence of another length.
     """
-    chunk = max(1, _CHUNK_BYTES // (4 * max_length))
     stream = iter(sequences)
-    rows = list(islice(stream, chunk))
+    rows = list(islice(stream, _ROWS))
     fields = FIELDS if rows and rows[0].category_ids is not None else FIELDS[:2]
-    total = 0
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-        shape, largest = (0, max_length), (None, max_length)
-        options = {"dtype": "i4", "chunks": (chunk, max_length), "compression": "gzip", "track_times": False}
-        datasets = [file.create_dataset(name, shape=shape, maxshape=largest, **options) for name in fields]
+    with ThreadPoolExecutor(1) as threads, writing(path, max_length, fields, threads) as writer:
         while rows:
-            total += len(rows)
-            for index, dataset in enumerate(datasets):
-                dataset.resize(total, axis=0)
-                dataset[-len(rows) :] = np.stack([_column(row, index, max_length) for row in rows])
-            rows = list(islice(stream, chunk))
-    return total
+            writer.add([np.stack([_column(row, index, max_length) for row in rows]) for index in range(len(fields))])
+            rows = list(islice(stream, _ROWS))
+    return writer.count
+
+
+@contextmanager
+def writing(
+    path: Path, max_length: int, fields: Sequence[str], threads: ThreadPoolExecutor, *, chunk_bytes: int = 2**20
+) -> Iterator[SequenceWriter]:
+    """A writer of sequences of `max_length` tokens into `path`, which is there after a good end only.
+
+    `fields` are the first two or all of `FIELDS`, `chunk_bytes` what is compressed at once of each, by `threads`. The same sequences
+    make the same bytes, however they are divided among calls and whatever the threads. Raises `StorageError` when the disk refuses.
+    """
+    with replacing(path) as temporary:
+        try:
+            with h5py.File(temporary, "w") as file:
+                rows = max(1, chunk_bytes // (4 * max_length))
+                options = {"dtype": "i4", "chunks": (rows, max_length), "compression": "gzip", "compression_opts": _LEVEL}
+                shape = {"shape": (0, max_length), "maxshape": (None, max_length)}
+                writer = SequenceWriter([file.create_dataset(name, **shape, **options, track_times=False) for name in fields], threads)
+                yield writer
+                writer.finish()
+        except RuntimeError as error:
+            if "errno" not in str(error):  # with it, h5py tells so what the system refused on closing
+                raise
+            raise StorageError(f"{path} cannot be written: {error}") from None
+
+
+class SequenceWriter:
+    """Writes sequences as they come; see `writing`."""
+
+    def __init__(self, datasets: Sequence[Any], threads: ThreadPoolExecutor) -> None:
+        self.count = 0
+        self._datasets = datasets
+        self._threads = threads
+        self._buffers = [np.zeros(dataset.chunks, "<i4") for dataset in datasets]
+        self._rows = 0  # in the buffers
+        self._compressed: deque[tuple[int, list[Future[bytes]]]] = deque()  # how many rows, and each field's chunk
+
+    def add(self, columns: Sequence[npt.NDArray[np.integer[Any]]]) -> None:
+        """Write some sequences: for each field its integers, `[N, max_length]`."""
+        start, total = 0, len(columns[0])
+        while start < total:
+            taken = min(total - start, len(self._buffers[0]) - self._rows)
+            for buffer, column in zip(self._buffers, columns, strict=True):
+                buffer[self._rows : self._rows + taken] = column[start : start + taken]
+            self._rows += taken
+            start += taken
+            if self._rows == len(self._buffers[0]):
+                self._compress()
+
+    def finish(self) -> None:
+        """Write what is left."""
+        if self._rows:
+            self._compress()
+        while self._compressed:
+            self._write()
+
+    def _compress(self) -> None:
+        # The unused rows of the last chunk are never read, and zeros.
+        chunks = [np.concatenate([buffer[: self._rows], np.zeros_like(buffer[self._rows :])]).tobytes() for buffer in self._buffers]
+        self._compressed.append((self._rows, [self._threads.submit(zlib.compress, chunk, _LEVEL) for chunk in chunks]))
+        self.count += self._rows
+        self._rows = 0
+        while len(self._compressed) > _AHEAD:
+            self._write()
+
+    def _write(self) -> None:
+        rows, chunks = self._compressed.popleft()
+        for dataset, chunk in zip(self._datasets, chunks, strict=True):
+            start = dataset.shape[0]
+            dataset.resize(start + rows, axis=0)
+            dataset.id.write_direct_chunk((start, 0), chunk.result())
 
 
 class SequenceFile:

@@ -27,7 +27,9 @@ class RenderSettings:
     `max_length` is that of an article in tokens, `None` for any; `truncation` says which end of a longer one goes, or that it is
     dropped. `loss` is on the assistant's answers with their ends, or on everything. With `history` each answer is an article of its own,
     trained on this answer only, after as many turns before it; with `None` a dialogue is one article. `boundary`: whether a raw list
-    of pairs is one article to attend within, or each pair is. Raises `InvalidSetting` for a value outside its range.
+    of pairs is one article to attend within, or each pair is. Articles of fewer than `shortest` or more than `longest` tokens are left
+    out, whatever `truncation` says; with `keep_untrained` those are kept of which nothing is trained on.
+    Raises `InvalidSetting` for a value outside its range.
     """
 
     max_length: int | None = None
@@ -35,12 +37,17 @@ class RenderSettings:
     loss: Loss = "answers"
     history: int | None = None
     boundary: Boundary = "article"
+    shortest: int = 0
+    longest: int | None = None
+    keep_untrained: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
             raise InvalidSetting("max_length", f"{self.max_length} tokens hold no question and answer; give at least 2")
         if self.history is not None and self.history < 0:
             raise InvalidSetting("history", f"{self.history} turns are less than none")
+        if self.shortest < 0 or (self.longest is not None and self.longest < max(1, self.shortest)):
+            raise InvalidSetting("longest", f"no article has from {self.shortest} to {self.longest} tokens; give a larger range")
         for name, values in (("truncation", Truncation), ("loss", Loss), ("boundary", Boundary)):
             if getattr(self, name) not in get_args(values):
                 raise InvalidSetting(name, f"there is no {getattr(self, name)!r}; there are {', '.join(get_args(values))}")
@@ -55,6 +62,8 @@ class RenderCounts:
     completion_tokens: int = 0  # ends included
     truncated_articles: int = 0
     truncated_tokens: int = 0
+    too_short_articles: int = 0  # dropped
+    too_short_tokens: int = 0
     too_long_articles: int = 0  # dropped
     too_long_tokens: int = 0
     untrained_articles: int = 0  # dropped: no token of them would be trained on
@@ -152,15 +161,20 @@ class Renderer:
         ids, kinds = spelled
         if self.settings.loss == "all":
             kinds = kinds.replace(PROMPT, COMPLETION)
-        if limit is not None and length > limit:
-            if self.settings.truncation == "drop":
-                counts.too_long_articles += 1
-                counts.too_long_tokens += length
-                return None
+        if length < self.settings.shortest:
+            counts.too_short_articles += 1
+            counts.too_short_tokens += length
+            return None
+        is_cut = limit is not None and length > limit
+        if (is_cut and self.settings.truncation == "drop") or (self.settings.longest is not None and length > self.settings.longest):
+            counts.too_long_articles += 1
+            counts.too_long_tokens += length
+            return None
+        if limit is not None and is_cut:
             kept = slice(limit) if self.settings.truncation == "right" else slice(length - limit, None)
             ids, kinds = ids[kept], kinds[kept]
         # A lone end token teaches nothing.
-        if not kinds.count(Kind.COMPLETION):
+        if not kinds.count(Kind.COMPLETION) and not self.settings.keep_untrained:
             counts.untrained_articles += 1
             counts.untrained_tokens += length
             return None

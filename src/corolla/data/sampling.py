@@ -30,6 +30,11 @@ def sampled(items: Iterable[T], count: int, seed: int) -> list[T]:
     return [item for _, item in sorted(kept, key=lambda entry: entry[0])]
 
 
+def fingerprint(example: Example) -> bytes:
+    """The SHA-256 of what is said in the example, by whom: 32 bytes."""
+    return hashlib.sha256(repr([(turn.role, turn.content) for turn in example.turns]).encode(errors="surrogatepass")).digest()
+
+
 def is_held_out(example: Example, share: float, seed: int) -> bool:
     """Whether the example is of the held-out part, which is about `share` (0 to 1) of all.
 
@@ -38,5 +43,10 @@ def is_held_out(example: Example, share: float, seed: int) -> bool:
     """
     if not 0 <= share <= 1:
         raise InvalidSetting("held-out", f"{share:g} is no share; give one from 0 to 1")
-    said = repr((seed, [(turn.role, turn.content) for turn in example.turns])).encode()
-    return int.from_bytes(hashlib.sha256(said).digest()[:8], "big") < share * 2**64
+    return drawn(example, seed) < share
+
+
+def drawn(example: Example, seed: int) -> float:
+    """A number from 0 to below 1 that the seed and what is said in the example decide."""
+    digest = hashlib.sha256(fingerprint(example) + seed.to_bytes(16, "big", signed=True)).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48

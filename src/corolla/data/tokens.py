@@ -93,6 +93,15 @@ class TrainingTokenizer(TextTokenizer):
             raise CallerError(f"the tokenizer in {self.directory} has no end token: name one as eos_token in tokenizer_config.json")
         return self.end_ids[0]
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are, added ones included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def spelled(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids` with special tokens written out."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
     def encode_located(self, text: str, *, plain: bool) -> tuple[list[int], list[int]]:
         """The tokens of `text`, and where in it each begins (in characters).
 

@@ -71,11 +71,22 @@ def read(source: str | Path, problems: Problems, *, format: str | None = None, s
     return _records(hub.rows(str(source), split), problems, format, str(source))
 
 
-def _directory(path: Path, problems: Problems, format: str | None, split: str) -> Iterator[Example]:
+def files_of(source: str | Path) -> list[Path]:
+    """The files that `read` reads for `source`, in their order; none for a dataset of the hub.
+
+    Raises `DataError` for a directory without any.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        return [path] if path.exists() else []
     files = sorted(file for file in path.rglob("*") if file.is_file() and _plain_name(file).endswith(_SUFFIXES))
     if not files:
         raise DataError(f"{path} has no files that end in {', '.join(_SUFFIXES)}")
-    for file in files:
+    return files
+
+
+def _directory(path: Path, problems: Problems, format: str | None, split: str) -> Iterator[Example]:
+    for file in files_of(path):
         yield from _file(file, problems, format, split)
 
 

@@ -1,0 +1,159 @@
+"""Examples as chunks of articles on disk, by all cores: what comes out does not depend on how many they are."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import numpy as np
+
+from corolla.chat.templates import TEMPLATES
+from corolla.data.blocks import EMPTY, Articles
+from corolla.data.examples import Example
+from corolla.data.layout import PARTS
+from corolla.data.render import Renderer, RenderSettings
+from corolla.data.sampling import drawn
+from corolla.data.spool import Summary, chunk_path, read_summary, write_chunk
+from corolla.data.tokens import TrainingTokenizer
+from corolla.errors import CallerError, StorageError
+
+_CHUNK_CHARACTERS = 2**20  # about 250,000 tokens: half a second of work
+_CHUNK_EXAMPLES = 4096
+_AHEAD = 3  # chunks given out for each worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendering:
+    """How examples become articles, and by what share (0 to 1) those of `dev` and `test` are held out, by the seed."""
+
+    tokenizer: Path
+    template: str
+    settings: RenderSettings
+    dev: float = 0.0
+    test: float = 0.0
+    seed: int = 0
+
+
+def chunked(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """The examples in lists of about a megabyte of text."""
+    chunk: list[Example] = []
+    characters = 0
+    for example in examples:
+        chunk.append(example)
+        characters += sum(len(turn.content) for turn in example.turns)
+        if characters >= _CHUNK_CHARACTERS or len(chunk) == _CHUNK_EXAMPLES:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def tokenize(examples: Iterable[Example], rendering: Rendering, directory: Path, workers: int, told: Callable[[Summary], None]) -> int:
+    """Write the articles of the examples into chunks in `directory`, and return how many there are; those that are there stay.
+
+    `told` hears of each, in their order. With one worker all is done in this process. Raises what reading the examples raises,
+    `StorageError` when the disk refuses or a worker's process ends.
+    """
+    waiting: deque[Future[Summary] | Summary] = deque()
+
+    def finish() -> None:
+        result = waiting.popleft()
+        told(result.result() if isinstance(result, Future) else result)
+
+    count = 0
+    with _pool(workers) as pool:
+        try:
+            for count, chunk in enumerate(chunked(examples), 1):
+                path = chunk_path(directory, count - 1)
+                if path.exists():
+                    result: Future[Summary] | Summary = read_summary(path)
+                elif pool is None:
+                    result = render_chunk(chunk, rendering, path)
+                else:
+                    result = pool.submit(render_chunk, chunk, rendering, path)
+                waiting.append(result)
+                while len(waiting) > (_AHEAD * workers if pool else 0):
+                    finish()
+            while waiting:
+                finish()
+        except BrokenProcessPool:
+            raise StorageError(
+                "a worker ended before its time, perhaps for want of memory: run the same again with fewer workers"
+            ) from None
+    return count
+
+
+def render_chunk(chunk: list[Example], rendering: Rendering, path: Path) -> Summary:
+    """Write the articles of a chunk, and return what else there is to tell. Raises `StorageError`."""
+    renderer = _renderer(rendering)
+    renderer.counts = type(renderer.counts)()
+    summary = Summary(counts=renderer.counts)
+    numbers: dict[str, int] = {}
+    rendered, parts, categories = [], [], []
+    for example in chunk:
+        try:
+            articles = list(renderer.render(example))
+        except CallerError as error:
+            summary.problems.append((example.place, str(error)))
+            continue
+        rendered += articles
+        parts += [_part(example, rendering)] * len(articles)
+        category = -1 if example.category is None else numbers.setdefault(example.category, len(numbers))
+        categories += [category] * len(articles)
+    summary.categories.extend(numbers)
+    lengths = np.array([len(article) for article in rendered], np.int32)
+    ids = np.concatenate([EMPTY.ids, *(article.input_ids for article in rendered)])
+    kinds = np.concatenate([EMPTY.kinds, *(article.token_type_ids.astype(np.uint8) for article in rendered)])
+    of_part = np.array(parts, np.uint8)
+    for part in range(len(PARTS)):
+        summary.articles.append(int((of_part == part).sum()))
+        summary.tokens.append(int(lengths[of_part == part].sum(dtype=np.int64)))
+    write_chunk(path, Articles(ids, kinds, lengths, np.array(categories, np.int32)), of_part, summary)
+    return summary
+
+
+def _part(example: Example, rendering: Rendering) -> int:
+    if not rendering.dev and not rendering.test:
+        return PARTS.index("train")
+    number = drawn(example, rendering.seed)
+    return PARTS.index("test" if number < rendering.test else "dev" if number < rendering.test + rendering.dev else "train")
+
+
+@cache  # one of a kind: a worker has one rendering to do
+def _renderer(rendering: Rendering) -> Renderer:
+    return Renderer(TrainingTokenizer(rendering.tokenizer), TEMPLATES[rendering.template], rendering.settings)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    if workers == 1:
+        yield None
+        return
+    # Fresh processes, not forks: this one has threads.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the parent to end
+    parent = parent_process()
+    assert parent is not None, "a worker is a child"
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)  # a parent that was killed never says so, and its workers would wait for ever
+
+    threading.Thread(target=follow, daemon=True).start()
