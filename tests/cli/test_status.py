@@ -16,6 +16,7 @@ def record(start: int, end: int, **changes: Any) -> ServerRecord:
         "peer": f"12D3KooWpeer{start}",
         "name": "",
         "model": "m" * 32,
+        "checkpoint": "c",
         "start": start,
         "end": end,
         "blocks": 30,

@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from corolla.errors import CheckpointError, UnsupportedModel
 from corolla.models.checkpoint import CHECKSUMS, INDEX, SINGLE, Checkpoint, verify, write_checksums
+from tests.models import tiny
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
@@ -176,3 +177,18 @@ def test_verify_refuses_a_bad_list(sharded: Path, line: str) -> None:
     (sharded / CHECKSUMS).write_text(line)
     with pytest.raises(CheckpointError, match=f"{CHECKSUMS} is damaged"):
         verify(sharded)
+
+
+def test_a_digest_tells_the_weights_of_one_configuration_apart(tmp_path: Path) -> None:
+    first, copy = tiny.save("llama", tmp_path / "first"), tiny.save("llama", tmp_path / "copy")
+    digests = []
+    for directory in (first, copy):
+        with Checkpoint(directory) as checkpoint:
+            digests.append(checkpoint.digest())
+            assert not checkpoint.bytes_read
+    assert digests[0] == digests[1]
+    tensors = load_file(first / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with Checkpoint(copy) as checkpoint:
+        assert checkpoint.digest() != digests[0]

@@ -18,6 +18,7 @@ from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Route, find_route
 from corolla.swarm.wire import WireMessage
 from corolla.types import Span
+from tests.swarm.simulation import make_record
 
 BLOCKS = 4
 
@@ -82,24 +83,7 @@ class _Watched:
 
 
 def record(peer: str, start: int, end: int, *, quick: int = 1) -> ServerRecord:
-    return ServerRecord(
-        peer=peer,
-        name=peer,
-        model="m",
-        start=start,
-        end=end,
-        blocks=BLOCKS,
-        dtype="float32",
-        weights="packed",
-        throughput=1000.0 * 4**quick,
-        free_tokens=512,
-        active=0,
-        round_trips={},
-        addresses=(),
-        version="0",
-        state="ready",
-        expires=time.time() + 600,
-    )
+    return make_record(peer, start, end, blocks=BLOCKS, throughput=1000.0 * 4**quick, free_tokens=512, expires=time.time() + 600)
 
 
 def killing(local: Local, kind: type | Sequence[type], victim: str, *, nth: int = 1) -> list[str]:

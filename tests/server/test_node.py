@@ -19,10 +19,11 @@ from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.network import LocalHub
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.routing import Route, find_route, seconds_along
+from corolla.swarm.routing import Quality, Route, find_route, seconds_along
 from corolla.swarm.wire import CloseFrame
 from corolla.types import FinishReason, GenerationSettings, Span
 from tests.models import tiny
+from tests.swarm.simulation import make_record
 
 SETTINGS = GenerationSettings(max_tokens_to_generate=30)
 SAMPLED = GenerationSettings(max_tokens_to_generate=30, do_sample=True, temperature=0.9, seed=5, repetition_penalty=1.3)
@@ -53,18 +54,15 @@ class Swarm:
         engine.start()
         self.engines[name] = engine
         self.servers[name] = SpanServer(engine, self.hub.join(name), SpanServerConfig(wire_dtype="float32"))
-        self.records[name] = ServerRecord(
-            peer=name, name=name, model="m", start=start, end=end, blocks=4, dtype="float32", weights="packed", throughput=throughput,
-            free_tokens=2048, active=0, round_trips={}, addresses=(), version="0", state="ready", expires=time.time() + 1e6,
-        )  # fmt: skip
+        self.records[name] = make_record(name, start, end, blocks=4, throughput=throughput, expires=time.time() + 1e6)
 
     def kill(self, name: str) -> None:
         """The process is gone at once; the directory still lists it."""
         self.hub.kill(name)
         self.engines[name].stop()
 
-    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
-        route = find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
+    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
+        route = find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens, like=like)
         self.routes.append(route)
         return route
 

@@ -23,7 +23,7 @@ from corolla.swarm.directory import LocalDirectory
 from corolla.swarm.network import LocalHub
 from corolla.swarm.placement import MovePolicy
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.routing import Route, find_route
+from corolla.swarm.routing import Quality, Route, find_route
 from corolla.types import GenerationSettings, Span
 from tests.models import tiny
 from tests.server.local_peer import LocalPeer
@@ -75,9 +75,9 @@ class Swarm:
 
     def announce(self, peer: str, start: int, end: int) -> None:
         """A server that is nothing but a record."""
-        model = settle_terms(self.model, ServeConfig(**QUICK)).model_id
-        quick = {"dtype": "float32", "weights": "plain", "throughput": 1e9}
-        record = make_record(peer, start, end, model=model, blocks=4, expires=time.time() + 1000, **quick)
+        terms = settle_terms(self.model, ServeConfig(**QUICK))
+        same = {**terms.offer.quality._asdict(), "model": terms.model_id, "blocks": terms.blocks}
+        record = make_record(peer, start, end, throughput=1e9, expires=time.time() + 1000, **same)
         asyncio.run(self.directory.publish(record))
 
     def records(self) -> dict[str, ServerRecord]:
@@ -91,9 +91,9 @@ class Swarm:
         """Of the servers that are ready."""
         return {peer: record.span for peer, record in self.records().items() if record.state == "ready"}
 
-    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
+    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
         records = self.records().values()
-        return find_route(records, blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
+        return find_route(records, blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens, like=like)
 
     def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
         return None

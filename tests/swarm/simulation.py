@@ -31,6 +31,7 @@ def make_record(peer: str, start: int, end: int, **changes: object) -> ServerRec
         "peer": peer,
         "name": peer,
         "model": "m",
+        "checkpoint": "c",
         "start": start,
         "end": end,
         "blocks": 12,

@@ -33,6 +33,7 @@ def record(peer: str = "QmA", **fields: Any) -> ServerRecord:
         "peer": peer,
         "name": "",
         "model": "0123456789abcdef",
+        "checkpoint": "fedcba9876543210",
         "start": 0,
         "end": 4,
         "blocks": 8,

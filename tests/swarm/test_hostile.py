@@ -32,7 +32,7 @@ from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.network import LocalHub, LocalNetwork, OnLost, OnMessage
 from corolla.swarm.p2p import P2PConfig, P2PNetwork
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.routing import Route, find_route
+from corolla.swarm.routing import Quality, Route, find_route
 from corolla.swarm.wire import (
     Array,
     CloseFrame,
@@ -50,6 +50,7 @@ from corolla.swarm.wire import (
 from corolla.types import GenerationSettings, Span
 from tests.models import tiny
 from tests.swarm.daemons import Daemon, Hostile
+from tests.swarm.simulation import make_record
 
 COUNT = 12  # tokens of an answer
 PROMPT = [5 + i * 11 % 180 for i in range(40)]
@@ -131,7 +132,7 @@ class Swarm:
         self.transports.append(transport)
         return transport
 
-    def route(self, avoid: Any, needed_tokens: int) -> Route:
+    def route(self, avoid: Any, needed_tokens: int, like: Quality | None = None) -> Route:
         return find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
 
     def quicker(self, route: Route, avoid: Any, needed_tokens: int) -> Route | None:
@@ -154,10 +155,7 @@ class Swarm:
 
 
 def record(peer: str, start: int, end: int, throughput: float = 100.0) -> ServerRecord:
-    return ServerRecord(
-        peer=peer, name="", model="m", start=start, end=end, blocks=4, dtype="float32", weights="packed", throughput=throughput,
-        free_tokens=2048, active=0, round_trips={}, addresses=(), version="0", state="ready", expires=time.time() + 1e6,
-    )  # fmt: skip
+    return make_record(peer, start, end, blocks=4, throughput=throughput, expires=time.time() + 1e6)
 
 
 def eventually(happened: Callable[[], bool]) -> None:

@@ -16,6 +16,7 @@ RECORD = ServerRecord(
     peer="QmServer",
     name="the machine under the desk",
     model="0123456789abcdef",
+    checkpoint="fedcba9876543210",
     start=0,
     end=12,
     blocks=30,

@@ -9,7 +9,7 @@ import pytest
 
 from corolla.errors import CapacityError, NoRoute
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.routing import UNKNOWN_ROUND_TRIP, Hop, Route, coverage, find_route, gaps
+from corolla.swarm.routing import UNKNOWN_ROUND_TRIP, Hop, Route, coverage, find_route, gaps, quality
 from corolla.types import Span
 from tests.swarm.simulation import make_record
 
@@ -28,7 +28,8 @@ def test_coverage_and_gaps() -> None:
 
 
 def test_one_server_of_everything() -> None:
-    assert route([make_record("a", 0, 12, throughput=1200.0)]) == Route((Hop("a", 0, 12),), pytest.approx(0.01))
+    record = make_record("a", 0, 12, throughput=1200.0)
+    assert route([record]) == Route((Hop("a", 0, 12),), pytest.approx(0.01), quality(record))
 
 
 def test_a_server_is_entered_and_left_inside_its_span() -> None:
@@ -108,10 +109,17 @@ def test_qualities_do_not_mix_unless_allowed() -> None:
 
 def test_a_certain_quality_can_be_asked_for() -> None:
     records = [make_record("a", 0, 12, throughput=9.0), make_record("b", 0, 12, weights="int8")]
-    assert route(records).peers == ("b",)
-    assert route(records, weights="plain").peers == ("a",)
-    with pytest.raises(NoRoute):
-        route(records, weights="plain", dtype="bfloat16")
+    quickest, other = route(records), quality(records[0])
+    assert (quickest.peers, quickest.quality) == (("b",), quality(records[1]))
+    assert route(records, like=other).peers == ("a",)
+    assert route(records[1:], like=other).peers == ("b",)  # better another one than none
+
+
+def test_two_fine_tunes_of_one_configuration_never_mix() -> None:
+    records = [make_record("a", 0, 6), make_record("b", 6, 12, checkpoint="another")]
+    for mixed in (False, True):
+        with pytest.raises(NoRoute):
+            route(records, mixed=mixed)
 
 
 def test_ties_go_to_the_lowest_peers_in_any_order_of_the_records() -> None:

@@ -17,7 +17,7 @@ from corolla.errors import CorollaError, NetworkError, NoRoute
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.records import ServerRecord, fingerprint
-from corolla.swarm.routing import Route, find_route, seconds_along
+from corolla.swarm.routing import Quality, Route, find_route, quality, seconds_along
 
 _REFRESH = 2.0  # seconds between two looks into the directory
 _FIRST_LOOK = 15.0  # seconds for the first servers to appear
@@ -63,26 +63,29 @@ class KnownServers:
         """From now on measure this client's round trips too, to those servers that its tokens go to and come from."""
         self._round_trips = round_trips
 
-    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
+    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
         """See `client.swarm.Router`."""
-        return self._route(self._records, avoid, needed_tokens)
+        return self._route(self._records, avoid, needed_tokens, like)
 
     def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
         """See `client.swarm.Router`. Load is left out: the session itself is part of it, and would flee from its own shadow."""
-        idle = [msgspec.structs.replace(record, active=0) for record in self._records]
+        same = [record for record in self._records if route.quality in (None, quality(record))]
+        idle = [msgspec.structs.replace(record, active=0) for record in same]
         try:
-            best = self._route(idle, avoid, needed_tokens)
+            best = self._route(idle, avoid, needed_tokens, route.quality)
         except (NoRoute, NetworkError):
             return None
         seconds = seconds_along(idle, route, blocks=self._blocks, prefer=self._prefer)
         return best if seconds is not None and best.seconds * _WORTH_MOVING < seconds else None
 
-    def _route(self, records: list[ServerRecord], avoid: Collection[str], needed_tokens: int) -> Route:
+    def _route(self, records: list[ServerRecord], avoid: Collection[str], needed_tokens: int, like: Quality | None) -> Route:
         if records:
             self._blocks = records[0].blocks
         if not self._blocks:
             raise NetworkError("no server of this swarm serves this model; `corolla status` shows which it serves")
-        return find_route(records, blocks=self._blocks, now=time.time(), banned=avoid, needed_tokens=needed_tokens, prefer=self._prefer)
+        return find_route(
+            records, blocks=self._blocks, now=time.time(), banned=avoid, needed_tokens=needed_tokens, prefer=self._prefer, like=like
+        )
 
     @property
     def _prefer(self) -> Mapping[str, float] | None:
@@ -118,10 +121,10 @@ def join_swarm(directory: Path, config: PeerConfig, *, timed: bool = False) -> I
     peer = SwarmPeer(config)
     try:
         known = KnownServers(peer, fingerprint(described))
-        transport = SwarmTransport(peer.network, known, vocabulary=_vocabulary(described), timed=timed)
+        transport = SwarmTransport(peer.network, known, vocabulary=vocabulary_of(described), timed=timed)
         known.measure(transport.round_trips)
         try:
-            yield Joined(transport, "swarm", directory, _context_length(described))
+            yield Joined(transport, "swarm", directory, context_length_of(described))
         finally:
             known.close()
             transport.close()
@@ -129,12 +132,14 @@ def join_swarm(directory: Path, config: PeerConfig, *, timed: bool = False) -> I
         peer.close()
 
 
-def _vocabulary(described: dict[str, object]) -> int | None:
+def vocabulary_of(described: dict[str, object]) -> int | None:
+    """How many tokens a config.json says that its model knows."""
     value = described.get("vocab_size")
     return value if isinstance(value, int) else None
 
 
-def _context_length(described: dict[str, object]) -> int:
+def context_length_of(described: dict[str, object]) -> int:
+    """How many tokens its sessions hold."""
     for key in ("max_position_embeddings", "seq_length", "n_positions"):
         value = described.get(key)
         if isinstance(value, int):

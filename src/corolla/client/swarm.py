@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
-from corolla.errors import NetworkError, NoRoute, ProtocolError
+from corolla.errors import NetworkError, NoRoute, PromptNeeded, ProtocolError
 from corolla.swarm.bans import Bans, blameworthy
-from corolla.swarm.convert import error_of, from_message, from_settings, to_reply
+from corolla.swarm.convert import error_of, from_message, from_prompt_name, from_prompt_part, from_settings, to_reply
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
-from corolla.swarm.routing import Route
+from corolla.swarm.routing import Quality, Route
 from corolla.swarm.transport import Deliver
 from corolla.swarm.wire import (
     MAX_STEP_TOKENS,
@@ -38,7 +38,7 @@ from corolla.swarm.wire import (
     Whereabouts,
     WireMessage,
 )
-from corolla.types import Close, Gap, Message, Step
+from corolla.types import Close, Gap, Give, Message, PromptPart, Span, Step
 
 log = logging.getLogger(__name__)
 _MOST_GAPS = 16  # without a token between: a server that is short of room evicts a session now and then, not again and again
@@ -47,8 +47,10 @@ _MOST_GAPS = 16  # without a token between: a server that is short of room evict
 class Router(Protocol):
     """Chooses routes for sessions."""
 
-    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
-        """The route to take, around the peers of `avoid`, with room for so many tokens. Raises `NoRoute`."""
+    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
+        """The route to take, around the peers of `avoid`, with room for so many tokens, of the quality `like` if there is one.
+        Raises `NoRoute`.
+        """
         ...
 
     def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
@@ -106,6 +108,7 @@ class SwarmTransport:
         self._heard: dict[str, float] = {}  # when a peer last sent anything
         self._leaving: dict[str, float] = {}  # when a peer said that it leaves
         self._silent: dict[str, float] = {}  # when a peer was given up because nothing came from it
+        self._given: dict[str, set[tuple[str, Span]]] = {}  # soft prompts by name, for which blocks, that a peer should have
         self._lock = threading.Lock()
         self._closed = threading.Event()
         network.listen(self._receive, self._lose)
@@ -133,6 +136,17 @@ class SwarmTransport:
     def silent(self, peer: str) -> None:
         """Nothing came from `peer`: it is avoided until something does, or long enough for its record to expire."""
         self._silent[peer] = time.monotonic()
+
+    def give(self, peer: str, part: PromptPart) -> None:
+        """Send a soft prompt to `peer`, unless it should have it."""
+        given = self._given.setdefault(peer, set())
+        if (part.name.name, part.span) not in given:
+            given.add((part.name.name, part.span))
+            self.network.send(peer, from_prompt_part(part))
+
+    def lacks_prompts(self, peer: str) -> None:
+        """`peer` has forgotten what it was given."""
+        self._given.pop(peer, None)
 
     def enter(self, session: str, link: SwarmLink) -> None:
         with self._lock:
@@ -166,6 +180,7 @@ class SwarmTransport:
 
     def _lose(self, peer: str) -> None:
         self.round_trips.forget(peer)
+        self.lacks_prompts(peer)
         for link in self._all():
             link.lost(peer, NetworkError(f"the connection to {peer} broke"))
 
@@ -196,6 +211,7 @@ class SwarmLink:
         self._session, self._generation = "", 0
         self._route: Route | None = None
         self._taken = 0.0  # when the route was, or was last compared with others
+        self._quality: Quality | None = None  # of the route before this one
         self._cold = True  # nobody on the route has anything of the session yet
         self._step: Step | None = None  # under way
         self._position = 0  # of the next token to come
@@ -220,6 +236,9 @@ class SwarmLink:
                 self._transport.enter(message.session, self)
                 self._send_step(message)
                 return
+            if isinstance(message, Give):
+                self._give(message.part)
+                return
             self._step = None
             for peer in self._route.peers if self._route is not None else ():
                 self._transport.network.send(peer, from_message(message))
@@ -243,6 +262,8 @@ class SwarmLink:
             if isinstance(frame, FailedFrame) and blameworthy(error := error_of(frame)):
                 self.lost(frame.peer if frame.peer in route.peers else sender, error)
                 return
+            if isinstance(frame, FailedFrame) and isinstance(error_of(frame), PromptNeeded):
+                self._transport.lacks_prompts(frame.peer if frame.peer in route.peers else sender)
             if isinstance(frame, TokenFrame) and frame.position < self._position:
                 return
             if problem := self._problem(sender, frame):
@@ -300,7 +321,7 @@ class SwarmLink:
             if self._route is None or peer not in self._route.peers:
                 return
             try:
-                route = self._transport.router.route(self._transport.avoided, self._needed)
+                route = self._transport.router.route(self._transport.avoided, self._needed, self._quality)
             except (NoRoute, NetworkError) as error:
                 log.info("server %s wants to leave and must stay: %s", peer, error, extra={"session": self._session, "peer": peer})
                 return
@@ -397,12 +418,13 @@ class SwarmLink:
 
     def _take(self, route: Route) -> None:
         self._route, self._taken, self._cold = route, time.monotonic(), True
+        self._quality = route.quality
         self._gaps = self._stood_still = 0
 
     def _send_step(self, step: Step) -> None:
         tokens = tuple(step.payload)
         if self._route is None:
-            self._take(self._transport.router.route(self._transport.avoided, step.start + len(tokens)))
+            self._take(self._transport.router.route(self._transport.avoided, step.start + len(tokens), self._quality))
         if self._cold and step.start:
             self._deliver(Gap(step.session, step.generation, 0))
             return
@@ -425,11 +447,20 @@ class SwarmLink:
                 route=hops,
                 client=self._transport.network.me,
                 adapter=step.adapter,
+                prompt=from_prompt_name(step.prompt),
                 asked=step.asked,
                 more=not last,
                 timed=self._transport.timed,
             )
             self._transport.network.send(hops[0].peer, frame)
+
+    def _give(self, part: PromptPart) -> None:
+        """To all servers of the route at once: they were started, or chosen, together. Each gets what its own blocks need."""
+        for hop in self._route.hops if self._route is not None else ():
+            rows = part.input if hop.start == 0 else None
+            deep = None if part.deep is None else part.deep[hop.start : hop.end]
+            if rows is not None or deep is not None:
+                self._transport.give(hop.peer, PromptPart(part.name, Span(hop.start, hop.end), rows, deep))
 
     def _abandon(self) -> None:
         """Let go of the route: its servers are told, as far as they hear."""

@@ -27,6 +27,7 @@ Progress = Callable[[str, int, int | None], None]
 CHECKSUMS = "SHA256SUMS"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_LOOKED_AT = 16  # values at each end of a tensor
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -65,7 +66,7 @@ class Checkpoint:
     def config(self) -> PretrainedConfig:
         """The model's configuration. Raises `CheckpointError` or, for a family unknown to transformers, `UnsupportedModel`."""
         if self._config is None:
-            self._config = _config(self.directory)
+            self._config = read_config(self.directory)
         return self._config
 
     @property
@@ -97,6 +98,23 @@ class Checkpoint:
         found: torch.Tensor = self._handles[entry.shard].get_tensor(name)
         self.bytes_read += entry.nbytes
         return found if dtype is None else found.to(dtype)
+
+    def digest(self) -> str:
+        """Sixteen hex digits that tell these weights from others of the same configuration, a fine-tune's for example.
+
+        Of each tensor its name, shape, dtype, and first and last values are looked at, so that gigabytes need not be read.
+        """
+        import torch
+
+        whole = hashlib.blake2b(digest_size=8, person=b"corolla-weights")
+        for name in sorted(self._entries):
+            read = self.bytes_read
+            values = self.tensor(name).flatten()
+            self.bytes_read = read
+            whole.update(f"{name} {list(self.shape(name))} {values.dtype}\n".encode())
+            for part in (values[:_LOOKED_AT], values[-_LOOKED_AT:]):
+                whole.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+        return whole.hexdigest()
 
     def _entry(self, name: str) -> _Entry:
         try:
@@ -239,7 +257,8 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _config(directory: Path) -> PretrainedConfig:
+def read_config(directory: Path) -> PretrainedConfig:
+    """The configuration of the model in a directory, as `Checkpoint.config` gives it; the weights need not be there."""
     path = directory / "config.json"
     family = _json_object(path).get("model_type")
     if not isinstance(family, str):

@@ -20,6 +20,7 @@ from corolla.server.measuring import Meter, measure_throughput
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.convert import failed_of
 from corolla.swarm.network import Network
+from corolla.swarm.routing import Quality
 from corolla.swarm.wire import AskCounters, BackwardFrame, Counters, ForwardFrame, Ping, Pong, StepFrame, WireDtype, WireMessage
 from corolla.types import Span
 
@@ -33,11 +34,16 @@ class Offer:
     """What stays the same in a server's life: which model it serves, and how it computes."""
 
     directory: Path
+    checkpoint: str  # see `Checkpoint.digest`
     dtype: str
     weights: WeightFormat
     device: str
     wire_dtype: WireDtype
     engine: EngineConfig
+
+    @property
+    def quality(self) -> Quality:
+        return Quality(self.dtype, self.weights, self.checkpoint)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -147,7 +147,7 @@ class RunningServer:
         """The records of the servers that this one may share a route with."""
         offer, me = self._terms.offer, self._peer.network.me
         records = self._peer.servers(self._terms.model_id)
-        return [record for record in records if record.peer != me and quality(record) == (offer.dtype, offer.weights)]
+        return [record for record in records if record.peer != me and quality(record) == offer.quality]
 
     def _choose(self, others: list[ServerRecord]) -> Span:
         return choose_span(others, blocks=self._terms.blocks, capacity=self._terms.capacity, throughput=self._throughput)
@@ -226,6 +226,7 @@ class RunningServer:
             peer=self._peer.network.me,
             name=self._config.name,
             model=self._terms.model_id,
+            checkpoint=offer.checkpoint,
             start=self._span.start,
             end=self._span.end,
             blocks=self._terms.blocks,
@@ -283,8 +284,11 @@ def settle_terms(directory: Path, config: ServeConfig) -> Terms:
     with Checkpoint(directory) as checkpoint:
         arch = architecture(checkpoint.config)
         takes = footprint(checkpoint, arch, dtype=DTYPES[dtype], weights=weights, cache_tokens=config.engine.cache_tokens)
+        digest = checkpoint.digest()
     wire_dtype: WireDtype = config.wire_dtype or dtype  # type: ignore[assignment]
-    offer = Offer(directory=directory, dtype=dtype, weights=weights, device=device, wire_dtype=wire_dtype, engine=config.engine)
+    offer = Offer(
+        directory=directory, checkpoint=digest, dtype=dtype, weights=weights, device=device, wire_dtype=wire_dtype, engine=config.engine
+    )
     return Terms(offer=offer, model_id=model_fingerprint(directory), blocks=arch.blocks, capacity=_capacity(takes, device, config))
 
 

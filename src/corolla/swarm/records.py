@@ -35,6 +35,7 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     peer: str  # libp2p id, base58
     name: str  # for people; at most `MAX_NAME` printable characters
     model: str  # `fingerprint` of the checkpoint's config
+    checkpoint: str  # `Checkpoint.digest` of its weights
     start: int
     end: int  # the span [start, end)
     blocks: int  # of the whole model
@@ -97,7 +98,8 @@ def fingerprint(config: dict[str, Any]) -> str:
     """Sixteen hex digits that name the mathematics a model's config.json describes.
 
     Equal for two copies of one checkpoint, wherever they lie and in whatever dtype they are loaded: paths, versions, dtypes and
-    quantization are left out, as are keys that are null, and 10000 equals 10000.0. Weights are not looked at.
+    quantization are left out, as are keys that are null, and 10000 equals 10000.0. Weights are not looked at, so that a client
+    without any can name the model: a record's `checkpoint` tells those of one configuration apart.
     """
     described = json.dumps(_mathematics(config), sort_keys=True, separators=(",", ":"), allow_nan=True)
     return hashlib.blake2b(described.encode(), digest_size=8, person=b"corolla-model").hexdigest()
@@ -140,7 +142,7 @@ def is_word(text: str) -> bool:
 
 def _problem(record: ServerRecord) -> str | None:
     """Why the record is not to be believed, or None. The types hold already."""
-    for field in ("peer", "model", "dtype", "weights"):
+    for field in ("peer", "model", "checkpoint", "dtype", "weights"):
         if not is_word(getattr(record, field)):
             return f"{field} is not 1 to 64 letters, digits, dots, dashes and underscores"
     # A terminal prints these, so no control characters; a version may carry a "+local" part.

@@ -10,8 +10,9 @@ What a step costs on its way round the ring, in seconds:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
 
 from corolla.errors import NoRoute
 from corolla.swarm.records import ServerRecord
@@ -25,6 +26,14 @@ _SAME = 1 - 1e-9  # sums of the same numbers in another order differ by less
 _AT_MOST = 1e9  # seconds; what strangers claim may not add up to infinity
 
 
+class Quality(NamedTuple):
+    """What the servers of a route have in common: the dtype they compute in, the format of their weights, and the weights."""
+
+    dtype: str
+    weights: str
+    checkpoint: str
+
+
 @dataclass(frozen=True, slots=True)
 class Hop:
     """A server and the blocks `[start, end)` that it computes: its span or a part of it."""
@@ -36,10 +45,13 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Hops that cover every block once, in order, each at a server of its own; `seconds` is what a step should take."""
+    """Hops that cover every block once, in order, each at a server of its own; `seconds` is what a step should take.
+    `quality` is that of all its servers, or None where they differ.
+    """
 
     hops: tuple[Hop, ...]
     seconds: float
+    quality: Quality | None = None
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -65,9 +77,8 @@ def gaps(records: Iterable[ServerRecord], blocks: int) -> tuple[Span, ...]:
     return tuple(Span(run[0], run[-1] + 1) for run in runs)
 
 
-def quality(record: ServerRecord) -> tuple[str, str]:
-    """What the servers of a route have in common: the dtype they compute in and the format of their weights."""
-    return record.dtype, record.weights
+def quality(record: ServerRecord) -> Quality:
+    return Quality(record.dtype, record.weights, record.checkpoint)
 
 
 def find_route(
@@ -79,8 +90,7 @@ def find_route(
     needed_tokens: int,
     prefer: Mapping[str, float] | None = None,
     rows: int = 1,
-    weights: str | None = None,
-    dtype: str | None = None,
+    like: Quality | None = None,
     mixed: bool = False,
     holding: Collection[str] = (),
 ) -> Route:
@@ -90,33 +100,34 @@ def find_route(
     positions. `holding` names the servers that hold the session already: they may be draining or full.
     `prefer` is the client's own round trip to each peer in seconds, `rows` the tokens of a step.
 
-    All servers of a route keep their weights in one format and compute in one dtype, unless `mixed` is set; `weights` and
-    `dtype` ask for a certain one, as a session must that goes on elsewhere.
+    All servers of a route have the same weights, always, and unless `mixed` is set keep them in one format and compute in one
+    dtype. A session that goes on elsewhere is of the quality `like`: others count only where servers of it leave gaps.
 
     A server is entered and left at any block of its span, but never twice. The search is exact: for each server that could
     be the first, costs are followed back from the last block, over boundaries of blocks, to the closing of the ring; first
     servers are left out whose bound from below exceeds the best ring found. Where the quickest way returns to a
     server, that server computes the blocks in between too, which is then not always the very best.
 
-    Raises `NoRoute` with the blocks that no such server holds (of the format and dtype that lack the fewest).
+    Raises `NoRoute` with the blocks that no such server holds (of the quality that lacks the fewest).
     """
-    qualities: dict[tuple[str, str], list[ServerRecord]] = {}
+    qualities: dict[Quality, list[ServerRecord]] = {}
     for record in sorted(records, key=lambda record: record.peer):
         known = record.peer in holding
         able = record.state == "ready" or (known and record.state == "draining")
         roomy = known or record.free_tokens >= needed_tokens
         sound = record.blocks == blocks and record.throughput > 0
-        wanted = weights in (None, record.weights) and dtype in (None, record.dtype)
-        if able and roomy and sound and wanted and record.expires > now and record.peer not in banned:
-            qualities.setdefault(("", "") if mixed else quality(record), []).append(record)
+        if able and roomy and sound and record.expires > now and record.peer not in banned:
+            qualities.setdefault(Quality("", "", record.checkpoint) if mixed else quality(record), []).append(record)
+    if like in qualities and not gaps(qualities[like], blocks):
+        qualities = {like: qualities[like]}
     routes = []
     lacking: list[tuple[Span, ...]] = [(Span(0, blocks),)]
-    for _, servers in sorted(qualities.items()):
+    for same, servers in sorted(qualities.items()):
         missing = gaps(servers, blocks)
         if missing:
             lacking.append(missing)
         else:
-            routes.append(_Ring(servers, blocks, rows, prefer).quickest())
+            routes.append(replace(_Ring(servers, blocks, rows, prefer).quickest(), quality=None if mixed else same))
     if not routes:
         raise NoRoute(min(lacking, key=lambda spans: sum(map(len, spans))))
     return min(routes, key=_order)
