@@ -29,12 +29,17 @@ class App {
   loginNeeded = $state(false)
   route = $state<Route>(routeOf(location))
   theme = $state<Theme>(storedTheme())
+  narrow = $state(false) // a phone's width
   drawer = $state(false) // the list of conversations on a narrow screen
   toast = $state<{ text: string; bad: boolean } | null>(null)
   private toastTimer: ReturnType<typeof setTimeout> | undefined
 
   constructor() {
     window.addEventListener('popstate', () => (this.route = routeOf(location)))
+    const phone = matchMedia('(max-width: 760px)')
+    const measure = (): boolean => (this.narrow = phone.matches)
+    phone.addEventListener('change', measure)
+    measure()
     whenLoginIsNeeded(() => (this.loginNeeded = true))
   }
 
