@@ -23,6 +23,7 @@ from corolla.client.joined import join_swarm
 from corolla.client.session import Session
 from corolla.client.swarm import SwarmLink, SwarmTransport
 from corolla.errors import NetworkError, NoRoute
+from corolla.models.prompts import SoftPrompt
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.transport import Deliver, Link
@@ -256,8 +257,8 @@ class Client:
     def close(self) -> None:
         self._stack.close()
 
-    def chat(self, *, patience: float = PATIENCE) -> Chat:
-        return Chat(self.transport, patience)
+    def chat(self, *, patience: float = PATIENCE, prompt: SoftPrompt | None = None) -> Chat:
+        return Chat(self.transport, patience, prompt)
 
     def wait_until_known(self, *servers: Server) -> None:
         """Return when the client would take any of these servers that hold the same blocks as others."""
@@ -279,10 +280,10 @@ class Client:
 class Chat:
     """One session through the swarm that tells its route and times its tokens."""
 
-    def __init__(self, transport: SwarmTransport, patience: float) -> None:
+    def __init__(self, transport: SwarmTransport, patience: float, prompt: SoftPrompt | None = None) -> None:
         self._seam = _Seam(transport)
         self._patience = patience
-        self.session = Session(self._seam, "")
+        self.session = Session(self._seam, "", prompt)
 
     def __enter__(self) -> Chat:
         return self

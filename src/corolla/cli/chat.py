@@ -10,7 +10,7 @@ import typer
 
 from corolla.cli import logs, options
 from corolla.cli.logs import LogLevel
-from corolla.cli.opening import opened
+from corolla.cli.opening import opened, soft_prompt
 from corolla.types import GenerationSettings
 
 
@@ -25,6 +25,7 @@ def chat(
         Path | None,
         typer.Option(help='Example turns before the conversation: a JSON list of {"role": "user" or "assistant", "content": "..."}.'),
     ] = None,
+    prompt: Annotated[Path | None, typer.Option("--prompt", "--soft-prompt", metavar="DIR", help=options.SOFT_PROMPT)] = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.7,
     top_p: options.TopP = 0.9,
@@ -43,6 +44,8 @@ def chat(
 
     In a terminal, /help lists what else there is besides talking; Ctrl-C stops an answer, Ctrl-D leaves. When standard
     input is no terminal, each line is one turn and the answers alone go to standard output.
+
+    With --prompt the model answers as its soft prompt was tuned to: corolla chat smollm2 --prompt tuned/
     """
     sampling = {
         "max_new_tokens": max_new_tokens,
@@ -69,14 +72,15 @@ def chat(
         model, peers=peers, secret=secret, dtype=dtype, threads=threads, weights=weights, batch_invariant=batch_invariant
     ) as embedded:
         tokenizer = TextTokenizer(embedded.directory)
+        tuned = soft_prompt(prompt, embedded.directory)
         conversation = Conversation(
             tokenizer,
             chosen or default_template(tokenizer, model),
-            context_length=embedded.context_length,
+            context_length=embedded.context_length - (0 if tuned is None else len(tuned)),
             system=system,
             few_shot=examples,
         )
-        with Session(embedded.transport, embedded.peer) as session:
+        with Session(embedded.transport, embedded.peer, tuned) as session:
             dialogue = Dialogue(conversation, session, sampling, timeout=options.ANSWER_TIMEOUT)
             if sys.stdin.isatty():
                 Repl(dialogue, model).run()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corolla.cli.progress import showing_progress
 
 if TYPE_CHECKING:
     from corolla.client.joined import Joined
+    from corolla.models.prompts import SoftPrompt
     from corolla.server.embedded import Embedded
 
 SECRET_VARIABLE = "COROLLA_SECRET"  # of the environment, which other users of a machine cannot see
@@ -41,6 +43,20 @@ def opened(
 
                 entered = stack.enter_context(open_model(model, progress=progress, **machine))
         yield entered
+
+
+def soft_prompt(directory: Path | None, model: Path) -> SoftPrompt | None:
+    """The soft prompt in `directory`, if one is named, for the model whose config lies in `model`.
+
+    Raises `PromptError` for one that is damaged, or another model's.
+    """
+    if directory is None:
+        return None
+    from corolla.models.checkpoint import read_config
+    from corolla.models.families import architecture
+    from corolla.models.prompts import load_prompt
+
+    return load_prompt(directory, architecture(read_config(model)))
 
 
 def secret_bytes(secret: str | None) -> bytes | None:

@@ -76,6 +76,7 @@ class Completion:
         self._texts: list[str] = []
         self._finish: FinishReason | None = None
         self._cached = 0
+        self._began = 0  # the position of the answer's first token
         self._arrivals: list[float] = []
         self._pieces = self._run()
         self.result: CompletionResult | None = None
@@ -96,8 +97,10 @@ class Completion:
 
     def _run(self) -> Generator[Piece, None, None]:
         began = time.perf_counter()
-        self._cached = self._session.common_prefix(self._prompt)
-        self._session.rollback(self._cached)
+        whole, soft = [*self._session.prefix, *self._prompt], len(self._session.prefix)
+        shared = self._session.common_prefix(whole)
+        self._cached, self._began = shared - soft, len(whole)
+        self._session.rollback(shared)
         tokens = self._session.generate(self._prompt[self._cached :], self._settings, timeout=self._timeout)
         try:
             with closing(tokens):
@@ -137,8 +140,8 @@ class Completion:
         length = sum(map(len, self._texts))
         kept = max(tokens for tokens, characters in self._ends if characters <= length)
         del self._tokens[kept:]
-        if self._session.position > len(self._prompt) + kept:
-            self._session.rollback(len(self._prompt) + kept)
+        if self._session.position > self._began + kept:
+            self._session.rollback(self._began + kept)
 
     def _conclude(self, began: float) -> CompletionResult:
         ended = time.perf_counter()

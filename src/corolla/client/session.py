@@ -8,10 +8,32 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
-from corolla.errors import CallerError, CapacityError, DeadlineExceeded, EmptyPrompt, NetworkError, ServerFault
+from corolla.errors import CallerError, CapacityError, DeadlineExceeded, EmptyPrompt, NetworkError, PromptNeeded, ServerFault
 from corolla.swarm.transport import Transport
-from corolla.types import Cancel, Close, Failed, Gap, GenerationSettings, Reply, Score, Scores, Step, Token
+from corolla.types import (
+    Cancel,
+    Close,
+    Failed,
+    Gap,
+    GenerationSettings,
+    Give,
+    PromptName,
+    PromptPart,
+    Reply,
+    Score,
+    Scores,
+    Span,
+    Step,
+    Token,
+)
+
+if TYPE_CHECKING:
+    from corolla.models.prompts import SoftPrompt
+
+_PLACEHOLDER = 0  # a token for each position that a soft prompt takes; which one is of no matter
+_MOST_GIVEN = 8  # a route may change several times before a token comes
 
 
 class Session:
@@ -19,15 +41,19 @@ class Session:
 
     `tokens` holds every token in order: prompts and answers, sampled end tokens included. The server's cache is only a
     copy of its beginning, so a server that forgot (evicted, restarted, replaced) is sent what it lacks.
+    With a soft `prompt` the history begins with a placeholder for each of its tokens: `prefix`.
     Not for several threads at once. Raises `NetworkError` when `peer` cannot be reached.
     """
 
-    def __init__(self, transport: Transport, peer: str) -> None:
+    def __init__(self, transport: Transport, peer: str, prompt: SoftPrompt | None = None) -> None:
         self.name = uuid.uuid4().hex
-        self.tokens: list[int] = []
+        self.prompt = prompt
+        self.prefix = [] if prompt is None else [_PLACEHOLDER] * len(prompt)
+        self.tokens = list(self.prefix)
         self.scores: dict[int, Score] = {}  # of the tokens that the last answer continued, by position, where they were asked for
         self._cached = 0  # how many tokens the server is known to have
         self._generation = 0
+        self._given = 0  # times that servers were sent the soft prompt, since the last token
         self._asked = 0  # when the answer under way was, in unix milliseconds
         self._replies: SimpleQueue[Reply] = SimpleQueue()
         self._link = transport.connect(peer, self._replies.put)
@@ -52,8 +78,8 @@ class Session:
 
     def rollback(self, position: int) -> None:
         """Forget every token from `position` on; the next step tells the server. Raises `ValueError` outside the history."""
-        if not 0 <= position <= len(self.tokens):
-            raise ValueError(f"position {position} lies outside a history of {len(self.tokens)} tokens")
+        if not len(self.prefix) <= position <= len(self.tokens):
+            raise ValueError(f"position {position} lies outside a history of {len(self.prefix)} to {len(self.tokens)} tokens")
         del self.tokens[position:]
         self._cached = min(self._cached, position)
 
@@ -87,6 +113,7 @@ class Session:
                     if reply.position != self.position:
                         continue  # a repetition
                     self.tokens.append(reply.token_id)
+                    self._given = 0
                     self._cached = reply.position
                     deadline = time.monotonic() + timeout
                     finished = reply.finish is not None
@@ -98,6 +125,10 @@ class Session:
                     self._close_gap(reply.have)
                     self._step(self._remaining(settings, expected), deadline)
                 elif isinstance(reply, Failed):
+                    if isinstance(reply.error, PromptNeeded):
+                        self._give(reply.error)
+                        self._step(self._remaining(settings, expected), deadline)
+                        continue
                     if not isinstance(reply.error, CapacityError):
                         finished = True  # nothing runs that could be cancelled
                         raise reply.error
@@ -124,11 +155,38 @@ class Session:
             self._generation += 1
             start = min(self._cached, self.position - 1)
             try:
-                self._link.send(Step(self.name, start, tuple(self.tokens[start:]), self._generation, settings, asked=self._asked))
+                self._link.send(
+                    Step(
+                        self.name,
+                        start,
+                        tuple(self.tokens[start:]),
+                        self._generation,
+                        settings,
+                        asked=self._asked,
+                        prompt=self._prompt_name,
+                    )
+                )
             except CapacityError as full:
                 self._sleep(full, deadline)
+            except PromptNeeded as lacking:
+                self._give(lacking)
             else:
                 return
+
+    @property
+    def _prompt_name(self) -> PromptName | None:
+        prompt = self.prompt
+        return None if prompt is None else PromptName(prompt.digest, len(prompt), deep=prompt.deep is not None)
+
+    def _give(self, lacking: PromptNeeded) -> None:
+        """Send the soft prompt to servers that do not have it, again and again as they forget it or are replaced. Raises `lacking`
+        when they ask for it too often."""
+        prompt, name = self.prompt, self._prompt_name
+        self._given += 1
+        if prompt is None or name is None or self._given > _MOST_GIVEN:
+            raise lacking
+        span = Span(0, 1 if prompt.deep is None else len(prompt.deep))
+        self._link.send(Give(self.name, PromptPart(name, span, prompt.input, prompt.deep)))
 
     def _close_gap(self, have: int) -> None:
         start = min(self._cached, self.position - 1)

@@ -10,21 +10,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
 
 from corolla.engine.cache import KVCache
 from corolla.engine.executor import INVARIANT_ROWS, Executor
 from corolla.engine.pages import PagePool
+from corolla.engine.prompts import PromptStore, page_seed, rows_of
 from corolla.engine.sampler import Sampled, SampleRequest, check_vocabulary, sample
 from corolla.engine.scheduler import Scheduler
 from corolla.engine.scores import scores_of
 from corolla.engine.sequence import Conversation, Deliver
 from corolla.engine.work import Computed, Work
-from corolla.errors import Busy, CapacityError, CorollaError, EmptyPrompt, InvalidSetting, PromptTooLong, ServerFault
+from corolla.errors import Busy, CapacityError, CorollaError, EmptyPrompt, InvalidSetting, PromptNeeded, PromptTooLong, ServerFault
 from corolla.models.span import SpanModel
-from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, Hidden, Message, Reply, Span, Step, Token
+from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, Give, Hidden, Message, Reply, Span, Step, Token
 
 _LIGHT_ROWS = 32
 _LINGER = 0.1  # of the last forward's time, until sessions that are expected back are waited for no longer
@@ -53,6 +55,8 @@ class Counters:
     gaps: int = 0
     evicted_idle: int = 0
     evicted_running: int = 0
+    call_pieces: int = 0  # of forward and backward calls
+    call_pieces_put_off: int = 0  # because sessions had steps to compute
     # Of forwards of few rows, which take about as long as one row does: how many, and the seconds that one block of them took.
     light_steps: int = 0
     light_seconds: float = 0.0
@@ -71,6 +75,7 @@ class Engine:
         pages = math.ceil(config.cache_tokens / config.page_size)
         self.pool = PagePool(pages, config.page_size)
         self.cache = KVCache(model.arch, model.span, pages * config.page_size, config.page_size, model.dtype, model.device)
+        self.prompts = PromptStore(model)
         self._executor = Executor(model, self.cache, batch_invariant=config.batch_invariant)
         rows = INVARIANT_ROWS if config.batch_invariant else config.step_rows
         self._scheduler = Scheduler(self.pool, rows)
@@ -79,7 +84,8 @@ class Engine:
         self.after_turn: Callable[[], None] = lambda: None
         self.forward_seconds = 0.0  # of the forward whose replies are being delivered
         self._inbox: deque[tuple[Message, Deliver | None]] = deque()
-        self._calls: deque[Iterator[None]] = deque()
+        self._calls: deque[tuple[Iterator[None], Callable[[], None]]] = deque()
+        self._owed = 0.0  # seconds of sessions' steps until the next piece of a call
         self._arrivals = 0
         self._awake = threading.Event()
         self._stopping = False
@@ -127,20 +133,31 @@ class Engine:
         Raises:
             Busy: too many sessions have a step under way.
             EmptyPrompt, PromptTooLong, InvalidSetting: the step can never be computed.
+            PromptNeeded: the step's soft prompt has to be given first.
         """
         if isinstance(message, Step):
             self._check(message)
             known = self._conversations.get(message.session)
             if (known is None or known.idle) and self._computing >= self.config.max_active:
                 raise Busy(self.config.retry_after)
+        elif isinstance(message, Give):
+            self.prompts.put("", message.part)
+            return
         self._inbox.append((message, deliver))
         self._awake.set()
 
-    def call(self, job: Iterator[None]) -> None:
+    def call(self, job: Iterator[None], on_stop: Callable[[], None] = lambda: None) -> None:
         """Work for the engine's thread beside the sessions, from any thread: one `next` after each step, so that nobody's
-        tokens wait for all of it. The job must not raise."""
-        self._calls.append(job)
+        tokens wait for all of it. The job must not raise. `on_stop` is called if the engine ends before the job does."""
+        self._calls.append((job, on_stop))
+        if self._stopping and not self.alive:
+            self._end_calls()
         self._awake.set()
+
+    def _end_calls(self) -> None:
+        with suppress(IndexError):  # of a deque that another thread has just emptied
+            while True:
+                self._calls.popleft()[1]()
 
     def _check(self, step: Step) -> None:
         arch, count = self.model.arch, len(step.payload)
@@ -167,6 +184,7 @@ class Engine:
             raise InvalidSetting("payload", f"block {span.start} takes hidden states of shape [tokens, {arch.hidden}]")
         if step.settings is not None:
             check_vocabulary(step.settings, arch.vocabulary)
+        self.prompts.check(step, span)
 
     def _take(self, message: Message, deliver: Deliver | None) -> None:
         known = self._conversations.get(message.session)
@@ -176,7 +194,7 @@ class Engine:
         elif isinstance(message, Cancel):
             if known is not None and known.generation == message.generation:
                 self._rest(known)
-        else:
+        elif isinstance(message, Step):
             assert deliver is not None, "a step needs somewhere to send its replies"
             self._begin(message, deliver)
 
@@ -186,7 +204,8 @@ class Engine:
             return
         span = step.span or self.model.span
         takes_hidden = isinstance(step.payload, torch.Tensor)
-        kind = step.adapter, span, takes_hidden
+        adapter = page_seed(step)
+        kind = adapter, span, takes_hidden
         if conversation is not None and (conversation.table.adapter, conversation.span, conversation.takes_hidden) != kind:
             self._forget(conversation)
             conversation = None
@@ -200,8 +219,15 @@ class Engine:
         if conversation is None:
             # In a row of several servers each would find another length of a prefix: only a whole model shares them.
             whole = len(span) == self.model.arch.blocks and not takes_hidden
-            table = self.pool.open(step.adapter)
-            conversation = Conversation(step.session, table, span, takes_hidden=takes_hidden, shares_prefixes=whole)
+            conversation = Conversation(
+                step.session,
+                self.pool.open(adapter),
+                span,
+                takes_hidden=takes_hidden,
+                shares_prefixes=whole,
+                prompt=step.prompt,
+                client=step.client,
+            )
             self._conversations[step.session] = conversation
         self.cache.copy_pages(self.pool.truncate(conversation.table, step.start))
         # A page that could not be copied is cut off: its tokens are still known, and are computed again.
@@ -255,23 +281,32 @@ class Engine:
         """One turn: receive, schedule, forward, reply, and a piece of the calls. False when there was nothing to compute."""
         while self._inbox:
             self._take(*self._inbox.popleft())
-        scheduled = self._schedule()
+        scheduled = self._prompted(self._schedule())
         if scheduled:
             self.counters.steps += 1
+        began = time.perf_counter()
         for span in sorted({conversation.span for conversation, _ in scheduled}):
             self._forward(span, [(conversation, work) for conversation, work in scheduled if conversation.span == span])
-        called = self._advance_call()
+        called = self._advance_call(time.perf_counter() - began if scheduled else None)
         busy = bool(scheduled) or called or self._fail_stuck()
         self.after_turn()
         return busy
 
-    def _advance_call(self) -> bool:
-        """A piece of the oldest call."""
+    def _advance_call(self, step_seconds: float | None) -> bool:
+        """A piece of the oldest call, unless sessions have steps to compute (this turn's took so long) and the last piece took longer
+        than their steps since: beside sessions, calls get half of the time."""
         if not self._calls:
             return False
-        ended = object()
-        if next(self._calls[0], ended) is ended:
+        if step_seconds is not None:
+            self._owed -= step_seconds
+            if self._owed > 0:
+                self.counters.call_pieces_put_off += 1
+                return False
+        began, ended = time.perf_counter(), object()
+        if next(self._calls[0][0], ended) is ended:
             self._calls.popleft()
+        self.counters.call_pieces += 1
+        self._owed = time.perf_counter() - began
         return True
 
     def _forward(self, span: Span, scheduled: list[tuple[Conversation, Work]]) -> None:
@@ -315,6 +350,21 @@ class Engine:
                 deliver(Gap(conversation.session, conversation.generation, 0))
         return schedule.work
 
+    def _prompted(self, scheduled: list[tuple[Conversation, Work]]) -> list[tuple[Conversation, Work]]:
+        """With what their soft prompts put in; those whose prompt was forgotten meanwhile are told."""
+        ready = []
+        for conversation, work in scheduled:
+            name = conversation.prompt
+            if name is None or not conversation.needs_prompt:
+                ready.append((conversation, work))
+                continue
+            part = self.prompts.find(conversation.client, name, conversation.span, with_input=conversation.puts_in)
+            if part is None:
+                self._fail([conversation], PromptNeeded())
+                continue
+            ready.append((conversation, replace(work, prompt=rows_of(part, work.rows.start, work.rows.count))))
+        return ready
+
     def _score(self, scheduled: list[tuple[Conversation, Work]], computed: Computed) -> None:
         """Tell those that asked what their prompts' tokens score, before any token that is sampled after them."""
         at = 0
@@ -329,7 +379,7 @@ class Engine:
         if computed.logits is None:
             return []
         requests = [
-            SampleRequest(settings=c.settings, position=work.rows.end, history=c.tokens)
+            SampleRequest(settings=c.settings, position=work.rows.end, history=c.history)
             for c, work in scheduled
             if work.wants_logits and c.settings is not None
         ]
@@ -441,6 +491,7 @@ class Engine:
                 if deliver is not None:
                     deliver(Failed(message.session, getattr(message, "generation", 0), ServerFault(str(reason))))
             self._fail([c for c in self._conversations.values() if not c.idle], reason)
+            self._end_calls()
             self.after_turn()
 
     def _linger(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from corolla.engine.attention import PagedAttention
 from corolla.engine.cache import KVCache
 from corolla.engine.graphs import DecodeGraphs, fits
+from corolla.engine.prompts import deep_rows, put_in
 from corolla.engine.work import Computed, Work
 from corolla.models.span import SpanModel
 from corolla.types import Span
@@ -50,7 +51,8 @@ class Executor:
         positions = [position for work in works for position in range(work.rows.start, work.rows.end)] + [0] * (padded - count)
         hidden = self._inputs(works, padded, part)
         attention = PagedAttention.of(model.arch, self.cache, [w.rows for w in works], padded, model.device, invariant=self._invariant)
-        hidden = model.forward(hidden, torch.tensor(positions, device=model.device), attention, part)
+        entering = deep_rows(works, part.start)
+        hidden = model.forward(hidden, torch.tensor(positions, device=model.device), attention, part, entering)
         return Computed(hidden[:count], self._logits(works, hidden, part))
 
     @torch.inference_mode()
@@ -72,14 +74,18 @@ class Executor:
         model = self.model
         if part.start == 0 and not any(isinstance(work.payload, torch.Tensor) for work in works):
             ids = [token for work in works for token in work.payload]
-            return model.embed(torch.tensor(ids + [0] * (padded - len(ids))))
+            embedded = model.embed(torch.tensor(ids + [0] * (padded - len(ids))))
+            put_in(model, works, embedded)
+            return embedded
         rows = torch.cat([self._rows(work) for work in works])
         return torch.nn.functional.pad(rows, (0, 0, 0, padded - rows.shape[0]))
 
     def _rows(self, work: Work) -> torch.Tensor:
         if isinstance(work.payload, torch.Tensor):
             return work.payload.to(self.model.device, self.model.dtype)
-        return self.model.embed(torch.tensor(work.payload))
+        embedded = self.model.embed(torch.tensor(work.payload))
+        put_in(self.model, (work,), embedded)
+        return embedded
 
     def _logits(self, works: Sequence[Work], hidden: torch.Tensor, part: Span) -> torch.Tensor | None:
         if part.end != self.model.arch.blocks:

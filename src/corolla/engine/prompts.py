@@ -12,12 +12,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 
 from corolla.engine.work import PromptRows, Work
-from corolla.errors import InvalidSetting
+from corolla.errors import InvalidSetting, PromptNeeded
 from corolla.models.span import SpanModel
 from corolla.types import PromptName, PromptPart, Span, Step
 
@@ -72,11 +72,21 @@ class PromptStore:
         """The prompt for the blocks `span`, or None where it has to be sent."""
         with self._lock:
             for key, part in self._parts.items():
-                if key[:2] == (client, name) and key[2].start <= span.start and span.end <= key[2].end and key[3] >= with_input:
+                covers = not name.deep or (part.span.start <= span.start and span.end <= part.span.end)
+                if key[:2] == (client, name) and covers and (part.input is not None or not with_input):
                     self._parts.move_to_end(key)
                     deep = None if part.deep is None else part.deep[span.start - part.span.start : span.end - part.span.start]
-                    return PromptPart(name, span, part.input, deep)
+                    return PromptPart(name, span, part.input if with_input else None, deep)
         return None
+
+    def check(self, step: Step, span: Span) -> None:
+        """Raises `PromptNeeded` where the step cannot be computed without a prompt that is not here."""
+        name = step.prompt
+        if name is None or step.start >= name.tokens:
+            return
+        puts_in = span.start == 0 and not isinstance(step.payload, torch.Tensor)
+        if (name.deep or puts_in) and self.find(step.client, name, span, with_input=puts_in) is None:
+            raise PromptNeeded
 
     def lose(self, client: str) -> None:
         """Forget a client's."""
@@ -106,15 +116,9 @@ class PromptStore:
             raise InvalidSetting("prompt", f"what it adds at the blocks has not the shape {list(shape)}, or is not named as deep")
 
 
-def needed(step: Step, span: Span) -> bool:
-    """Whether a step's rows can only be computed with the content of its prompt."""
-    name = step.prompt
-    return name is not None and step.start < name.tokens and (name.deep or puts_in(step, span))
-
-
-def puts_in(step: Step, span: Span) -> bool:
-    """Whether the prompt stands in place of embeddings here: where hidden states come in, their sender has put it in."""
-    return span.start == 0 and not isinstance(step.payload, torch.Tensor)
+def page_seed(step: Step) -> str:
+    """What the step's pages are found by beside its tokens: whoever has another prompt, or is another client, must not find them."""
+    return step.adapter if step.prompt is None else "\n".join((step.adapter, step.client, step.prompt.name))
 
 
 def put_in(model: SpanModel, works: Sequence[Work], hidden_TxE: torch.Tensor) -> None:
@@ -132,8 +136,8 @@ class DeepRows:
 
     def __init__(self, works: Sequence[Work], start: int) -> None:
         """`start` is the first block that the step goes through."""
-        begins = [at for at in _starts(works)]
-        deep = [(at, work.prompt.deep) for at, work in zip(begins, works, strict=True) if work.prompt and work.prompt.deep is not None]
+        begins = accumulate((work.rows.count for work in works), initial=0)
+        deep = [(at, work.prompt.deep) for at, work in zip(begins, works, strict=False) if work.prompt and work.prompt.deep is not None]
         self._start = start
         self._added_NxRxE = torch.cat([rows for _, rows in deep], 1)
         places = chain.from_iterable(range(at, at + rows.shape[1]) for at, rows in deep)
@@ -155,14 +159,6 @@ def rows_of(part: PromptPart, start: int, count: int) -> PromptRows:
         None if part.input is None else part.input[start:end],
         None if part.deep is None else part.deep[:, start:end],
     )
-
-
-def _starts(works: Sequence[Work]) -> list[int]:
-    starts, at = [], 0
-    for work in works:
-        starts.append(at)
-        at += work.rows.count
-    return starts
 
 
 def _size(part: PromptPart) -> int:

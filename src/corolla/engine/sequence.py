@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from corolla.engine.pages import PageTable
-from corolla.types import GenerationSettings, Reply, Span
+from corolla.types import GenerationSettings, PromptName, Reply, Span
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,8 @@ class Conversation:
     settings: GenerationSettings | None = None
     gives_hidden: bool = False  # hidden states go out, rather than tokens
     more: bool = False  # further rows of the step are on their way
+    prompt: PromptName | None = None
+    client: str = ""  # whose prompt that is
     unscored: torch.Tensor | None = None  # the last row [1, hidden] whose next token was not known when prompt tokens were scored
     generation: int = 0
     sampled: int = 0  # tokens of the answer under way
@@ -73,6 +75,22 @@ class Conversation:
     def waiting(self) -> bool:
         """Under way, with nothing to compute until the next token comes round."""
         return not self.idle and not self.pending
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether the next row to compute is one that its prompt changes here."""
+        name = self.prompt
+        return name is not None and self.position < name.tokens and (name.deep or self.puts_in)
+
+    @property
+    def puts_in(self) -> bool:
+        """Whether its prompt stands in place of embeddings here: where hidden states come in, their sender has put it in."""
+        return self.span.start == 0 and not self.takes_hidden
+
+    @property
+    def history(self) -> Sequence[int]:
+        """Its tokens without the prompt's placeholders."""
+        return self.tokens if self.prompt is None else self.tokens[self.prompt.tokens :]
 
     def payload(self, count: int) -> Sequence[int] | torch.Tensor:
         """The next `count` rows to compute."""

@@ -11,12 +11,21 @@ from corolla.engine.attention import Rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PromptRows:
+    """What a soft prompt does to the first rows of a work, R of them: stands in place of their embeddings, and is added at each block."""
+
+    input: torch.Tensor | None  # [R, hidden]
+    deep: torch.Tensor | None  # [blocks, R, hidden]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Work:
     """One session's rows in a step: token ids for a span that embeds, else hidden states [count, hidden]."""
 
     rows: Rows
     payload: Sequence[int] | torch.Tensor
     wants_logits: bool
+    prompt: PromptRows | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

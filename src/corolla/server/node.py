@@ -19,7 +19,17 @@ import torch
 from corolla.engine.engine import Engine
 from corolla.errors import Busy, CallerError, CorollaError, InvalidSetting, NetworkError, ServerFault, Unauthorized
 from corolla.server.calls import Calls
-from corolla.swarm.convert import failed_of, from_reply, from_step, to_message, to_settings, to_step, to_timings
+from corolla.swarm.convert import (
+    failed_of,
+    from_reply,
+    from_step,
+    to_message,
+    to_prompt_name,
+    to_prompt_part,
+    to_settings,
+    to_step,
+    to_timings,
+)
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.wire import (
@@ -35,12 +45,13 @@ from corolla.swarm.wire import (
     Leaving,
     Ping,
     Pong,
+    PromptFrame,
     StepFrame,
     Whereabouts,
     WireDtype,
     WireMessage,
 )
-from corolla.types import Close, Gap, GenerationSettings, Hidden, HopTiming, Reply, Span, Step, Token
+from corolla.types import Close, Gap, GenerationSettings, Hidden, HopTiming, PromptName, Reply, Span, Step, Token
 
 log = logging.getLogger(__name__)
 _REMEMBERED = 4096  # closed sessions, whose late steps are refused
@@ -79,6 +90,7 @@ class _Way:
     timed: bool
     wants_hidden: bool
     settings: GenerationSettings | None = None
+    prompt: PromptName | None = None
 
     @property
     def span(self) -> Span:
@@ -160,6 +172,8 @@ class SpanServer:
             self._calls.receive(sender, message)
         elif isinstance(message, (CancelFrame, CloseFrame)):
             self._end(sender, message)
+        elif isinstance(message, PromptFrame):
+            self._keep(sender, message)
         elif isinstance(message, FailedFrame):
             self._pass_back(sender, message)
         elif isinstance(message, Ping):
@@ -178,6 +192,7 @@ class SpanServer:
         """The sessions of a client that is gone are closed; of a server that is gone, its sessions' clients are told."""
         self.round_trips.forget(peer)
         self._calls.lose(peer)
+        self._engine.prompts.lose(peer)
         for session, way in list(self._ways.items()):
             if way.client == peer:
                 del self._ways[session]
@@ -196,6 +211,13 @@ class SpanServer:
             self._closed[frame.session] = way.generation
             if len(self._closed) > _REMEMBERED:
                 del self._closed[next(iter(self._closed))]
+
+    def _keep(self, sender: str, frame: PromptFrame) -> None:
+        """A prompt that is refused is asked for again by the step that names it, and then its sender gives up."""
+        try:
+            self._engine.prompts.put(sender, to_prompt_part(frame))
+        except CorollaError as error:
+            log.info("a soft prompt was refused: %s", error, extra={"peer": sender})
 
     def _pass_back(self, sender: str, failed: FailedFrame) -> None:
         """A neighbour that has never heard of the session, or knows it no more, does not know its client either."""
@@ -231,6 +253,8 @@ class SpanServer:
                 way.asked,
                 step.more,
                 way.wants_hidden,
+                way.prompt,
+                way.client,
             )
             under_way = _UnderWay(way, step, bool(frame.route), time.perf_counter(), to_timings(frame.timings))
             self._engine.receive(step, lambda reply: self._deliver(under_way, reply))
@@ -254,6 +278,7 @@ class SpanServer:
                 frame.timed,
                 wants_hidden=frame.output == "hidden",
                 settings=None if frame.settings is None else to_settings(frame.settings),
+                prompt=to_prompt_name(frame.prompt),
             )
             self._admit(sender, frame.session, way, known)
             if way.timed:
@@ -366,6 +391,7 @@ class SpanServer:
             asked=step.asked,
             more=not reply.last,
             wants_hidden=step.wants_hidden,
+            prompt=step.prompt,
         )
         hop = way.hop + 1
         if under_way.tells_way:
