@@ -1,0 +1,103 @@
+"""`corolla tune` as people run it: interrupted and resumed, reporting to trackio, and with mistakes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toy
+
+from corolla.tuning.record import read_record
+from tests.models import tiny
+
+DEADLINE = 180.0  # seconds for a process on a loaded machine
+
+# Beside the command line: no connection leaves this machine, whatever libraries would like to send.
+OFFLINE = """
+import sys
+def watch(event, arguments):
+    if event == "socket.connect" and isinstance(arguments[1], tuple) and arguments[1][0] not in ("127.0.0.1", "::1", "localhost"):
+        print(f"CONNECTS TO {arguments[1]}", file=sys.stderr, flush=True)
+    if event == "socket.getaddrinfo" and arguments[0] not in ("127.0.0.1", "::1", "localhost", None):
+        print(f"CONNECTS TO {arguments[0]}", file=sys.stderr, flush=True)
+sys.addaudithook(watch)
+from corolla.cli.main import app
+app()
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = toy.make_directory(tmp_path_factory.mktemp("model"), toy.byte_level(), model_type="llama")
+    return tiny.save("llama", directory, vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    lines = [{"messages": [{"role": "user", "content": f"hello {n}"}, {"role": "assistant", "content": "fine"}]} for n in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", OFFLINE, "tune", *arguments]
+    environment = {"PATH": "", "HOME": str(folder), "TRACKIO_DIR": str(folder / "trackio"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_it_is_interrupted_and_resumed_and_tells_nobody(model: Path, data: Path, tmp_path: Path) -> None:
+    arguments = [str(model), "--data", str(data), "--out", "prompt", "--held-out", "0.2", "--batch", "2", "--dtype", "float32"]
+    process = start(tmp_path, *arguments, "--steps", "60", "--save-every", "1000")
+    deadline = time.monotonic() + DEADLINE
+    while not ((tmp_path / "prompt" / "tuning.json").exists() and (record := read_record(tmp_path / "prompt")) and record.curve):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 130, stderr
+    halted = read_record(tmp_path / "prompt")
+    assert halted is not None
+    assert halted.status == "interrupted"
+    assert f"step {halted.steps['done']} is saved" in stderr
+    assert "corolla tune" in stderr
+    assert "--resume" in stderr
+    assert (tmp_path / "prompt" / "adapter_model.safetensors").exists()
+    resumed = start(tmp_path, *arguments, "--steps", "60", "--save-every", "1000", "--resume")
+    stdout, stderr = resumed.communicate(timeout=DEADLINE)
+    assert resumed.returncode == 0, stderr
+    assert "corolla chat" in stdout
+    assert "--prompt prompt" in stdout
+    done = read_record(tmp_path / "prompt")
+    assert done is not None
+    assert [entry["step"] for entry in done.curve] == list(range(1, 61))
+    assert list((tmp_path / "trackio").glob("*.db"))
+    assert "CONNECTS TO" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "nowhere.jsonl"], "does not exist"),
+        (["--data", "DATA", "--learning-rate", "0"], "learning-rate"),
+        (["--data", "DATA", "--report-to", "wandb"], "wandb is not installed"),
+        (["--data", "DATA", "--resume"], "no run to go on with"),
+    ],
+)
+def test_a_mistake_is_one_sentence(model: Path, data: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    from typer.testing import CliRunner
+
+    from corolla.cli.main import app
+
+    given = [str(data) if argument == "DATA" else argument for argument in arguments]
+    report = [] if "--report-to" in given else ["--report-to", "none"]
+    result = CliRunner().invoke(app, ["tune", str(model), "--out", str(tmp_path / "prompt"), *given, *report])
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
