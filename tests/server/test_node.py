@@ -13,7 +13,7 @@ import pytest
 from corolla.client.session import Session
 from corolla.client.swarm import Patience, SwarmTransport
 from corolla.engine.engine import Engine, EngineConfig
-from corolla.errors import CapacityError, InvalidSetting
+from corolla.errors import CapacityError, InvalidSetting, NoRoute
 from corolla.models.reference import Reference
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
@@ -67,7 +67,10 @@ class Swarm:
         return route
 
     def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
-        best = find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
+        try:
+            best = find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
+        except NoRoute:
+            return None
         seconds = seconds_along(self.records.values(), route, blocks=4)
         return best if seconds is not None and best.seconds * 2 < seconds else None
 
