@@ -14,6 +14,7 @@ from corolla.cli.batch import batch
 from corolla.cli.bootstrap import bootstrap
 from corolla.cli.chat import chat
 from corolla.cli.doctor import doctor
+from corolla.cli.evaluate import evaluate
 from corolla.cli.finetune import finetune
 from corolla.cli.gateway import gateway
 from corolla.cli.generate import generate
@@ -67,6 +68,6 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
             stream.reconfigure(errors=errors)
 
 
-for command in (chat, generate, batch, up, gateway, serve, bootstrap, status, models, doctor, prepare, tune, finetune, init):
+for command in (chat, generate, batch, up, gateway, serve, bootstrap, status, models, doctor, prepare, tune, finetune, init, evaluate):
     app.command()(command)
 app.add_typer(keys, name="keys")

@@ -61,7 +61,7 @@ class DeclaredSpelling:
             return tuple(_Mark(piece, tokenizer.token_id(piece) if special else None) for piece, special in marks_of(template, text))
 
         asked = template.answer_prefix.rstrip()
-        closing = _closing(template)
+        closing = closing_length(template)
         self._system = marks(template.system_prefix), marks(template.system_suffix)
         self._closing = marks(template.question_prefix[:closing])
         self._question = marks(template.question_prefix[closing:]), marks(template.question_suffix)
@@ -132,7 +132,7 @@ class _Run:
         self._waiting, self._length, self._switches = [], 0, []
 
 
-def _closing(template: Template) -> int:
+def closing_length(template: Template) -> int:
     """How many characters of the mark before a question belong to what stops the answer before it."""
     marks = template.answer_suffix + template.question_prefix
     special = [token for token in template.stop_tokens if token in template.special_tokens]

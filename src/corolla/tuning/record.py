@@ -97,9 +97,9 @@ class Record:
         self._written = time.monotonic()
 
 
-def read_record(directory: Path) -> Record | None:
-    """The record in `directory`, None where there is none. Raises `TrainingError` when it is damaged, or of another version."""
-    path = directory / RECORD
+def read_record(directory: Path, name: str = RECORD) -> Record | None:
+    """The record `name` in `directory`, None where there is none. Raises `TrainingError` when it is damaged, or of another version."""
+    path = directory / name
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != _VERSION:

@@ -1,0 +1,226 @@
+"""A model fine-tuned by a recipe: what `corolla finetune` does, from reading the data to the directory that is saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+
+from corolla.chat.templates import Template, default_template, template_named
+from corolla.data.problems import Problems
+from corolla.data.tokens import TrainingTokenizer
+from corolla.errors import CorollaError, InvalidSetting, StorageError, TrainingError
+from corolla.models.architecture import Architecture
+from corolla.models.catalog import resolve
+from corolla.models.checkpoint import Checkpoint, Progress
+from corolla.models.families import architecture
+from corolla.swarm.records import fingerprint
+from corolla.tuning.finetune_data import Loader, PhaseData, parse_source
+from corolla.tuning.finetune_run import Run, load_model
+from corolla.tuning.memory import Need, available, check_fits
+from corolla.tuning.recipe import Recipe
+from corolla.tuning.record import Record, read_record
+from corolla.tuning.reporting import check_reporter
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RECORD = "finetuning.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneSettings:
+    """What does not change what is learned, but `lora`, which trains low-rank factors (Hu et al., 2021) in place of the weights.
+
+    Args:
+        micro_batch: sequences of one forward on each device; None is the recipe's batch.
+        gradient_checkpointing: compute blocks anew in the backward, for less memory.
+        lora_rank, lora_alpha: the factors' rank, and their scale times the rank.
+        evaluate_every: steps between two evaluations and checkpoints; None is ten in each phase.
+        report_to: one of `reporting.REPORTERS`.
+        device: "cpu" or "cuda"; None is a GPU where there is one.
+        check_memory: refuse what would not fit.
+
+    Raises `InvalidSetting` for a value outside its range.
+    """
+
+    lora: bool = False
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    micro_batch: int | None = None
+    gradient_checkpointing: bool = False
+    evaluate_every: int | None = None
+    report_to: str = "none"
+    device: Literal["cpu", "cuda"] | None = None
+    licence: str | None = None
+    check_memory: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("lora_rank", "lora_alpha", "micro_batch", "evaluate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidSetting(name.replace("_", "-"), f"{value} is not at least 1")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InvalidSetting("device", "this machine has no GPU that torch can use; leave it out")
+        check_reporter(self.report_to)
+
+    @property
+    def on(self) -> torch.device:
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def finetune(
+    name: str,
+    data: Sequence[str],
+    output: Path,
+    recipe: Recipe,
+    settings: FinetuneSettings,
+    console: Console,
+    *,
+    format: str | None = None,
+    split: str = "train",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Record:
+    """Fine-tune the model `name` and save it in `output`, with its card, recipe and record and, until it is done, its checkpoints.
+
+    `data` are sources as `parse_source` takes them. On SIGINT or SIGTERM the step under way is ended and saved, and
+    `KeyboardInterrupt` raised.
+
+    Raises:
+        TrainingError: there is nothing to go on from, something else lies in `output`, it would not fit the memory, or a loss or a
+            gradient is not finite.
+        DataError, InvalidSetting, ModelNotFound, UnsupportedModel, CheckpointError, StorageError: as they say.
+    """
+    before = _found(output, resume)
+    directory = resolve(name, progress=progress)
+    with Checkpoint(directory) as checkpoint:
+        config = checkpoint.config
+    if getattr(config, "quantization_config", None) is not None:
+        raise InvalidSetting("model", f"{name} is quantized, and its weights cannot be trained: give the model that it was made from")
+    arch = architecture(config)
+    tokenizer = TrainingTokenizer(directory)
+    template = template_named(recipe.template) if recipe.template else default_template(tokenizer, name)
+    problems = Problems(tell=lambda text: console.print(text, markup=False, highlight=False))
+    loader = Loader(recipe, tokenizer, template, arch.vocabulary, problems)
+    sources = [parse_source(text, recipe) for text in data]
+    phases = [loader.load(number, sources, format=format, split=split) for number in range(1, len(recipe.phases) + 1)]
+    for phase in phases:
+        if phase.max_length > arch.context_length:
+            problem = f"sequences of {phase.max_length} tokens do not fit the model's context of {arch.context_length}: make them shorter"
+            raise InvalidSetting("max_length", problem)
+    micro_batch = _micro_batch(recipe, settings)
+    if settings.check_memory:
+        _check_memory(directory, arch, recipe, settings, micro_batch, phases)
+    record = _record(name, directory, output, recipe, settings, template, phases, arch)
+    if before is not None:
+        record = _resumed(before, record)
+    try:
+        record.update(status="running", error=None)
+        model = load_model(directory, recipe, settings)
+        Run(model, tokenizer, template, recipe, settings, phases, record, console, micro_batch).go(directory)
+    except KeyboardInterrupt:
+        record.update(status="interrupted")
+        raise
+    except CorollaError as error:
+        with suppress(StorageError):  # which may be what happened
+            record.update(status="failed", error=str(error))
+        raise
+    return record
+
+
+def _micro_batch(recipe: Recipe, settings: FinetuneSettings) -> int:
+    devices = PartialState(cpu=settings.on.type == "cpu").num_processes
+    micro = settings.micro_batch or max(1, min(recipe.batch, recipe.global_batch // devices))
+    if recipe.global_batch % (micro * devices):
+        said = f"{micro} sequences on each of {devices} devices do not divide the recipe's {recipe.global_batch} a step evenly"
+        raise InvalidSetting("micro-batch", f"{said}; give another number")
+    return micro
+
+
+def _check_memory(
+    directory: Path, arch: Architecture, recipe: Recipe, settings: FinetuneSettings, micro_batch: int, phases: Sequence[PhaseData]
+) -> None:
+    parameters = _parameters(directory)
+    wide = recipe.dtype == "float32"
+    # Of each block four matrices at the most have factors of hidden x rank twice over, and wider ones somewhat more.
+    few = arch.blocks * settings.lora_rank * (4 * arch.hidden + 2 * (arch.hidden + arch.intermediate) * 3)
+    need = Need(
+        arch=arch,
+        trained=few if settings.lora else parameters,
+        frozen=parameters if settings.lora else 0,
+        frozen_bytes=4 if wide else 2,
+        amsgrad=recipe.amsgrad,
+        sequences=micro_batch,
+        length=max(len(sequence) for phase in phases for sequence in phase.training),
+        checkpointing=settings.gradient_checkpointing,
+        wide=wide,
+        scores=arch.alibi is not None,
+    )
+    check_fits(need, available(settings.on), lora=settings.lora)
+
+
+def _parameters(directory: Path) -> int:
+    with Checkpoint(directory) as checkpoint:
+        shapes = [checkpoint.shape(name) for name in checkpoint.names]
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def _record(
+    name: str,
+    directory: Path,
+    output: Path,
+    recipe: Recipe,
+    settings: FinetuneSettings,
+    template: Template,
+    phases: Sequence[PhaseData],
+    arch: Architecture,
+) -> Record:
+    whole: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    record = Record(output / RECORD, {"recipe": whole, "template": template.name, **asdict(settings)})
+    record.model = {
+        "name": name,
+        "family": arch.family,
+        "fingerprint": fingerprint(json.loads((directory / "config.json").read_bytes())),
+        "dtype": recipe.dtype,
+        "device": settings.on.type,
+    }
+    record.data = {"phases": [{"name": each.name, **data.described} for each, data in zip(recipe.phases, phases, strict=True)]}
+    return record
+
+
+def _found(output: Path, resume: bool) -> Record | None:
+    """The run to go on with. Raises `TrainingError`."""
+    if output.exists() and not output.is_dir():
+        raise TrainingError(f"{output} is a file: give --output a directory")
+    record = read_record(output, RECORD) if output.is_dir() else None
+    if not resume:
+        if output.is_dir() and any(output.iterdir()):
+            what = "holds a run already: add --resume to go on with it" if record else "is not empty: empty it"
+            raise TrainingError(f"{output} {what}, or give another --output")
+        return None
+    if record is None:
+        raise TrainingError(f"{output} holds no run to go on with: leave --resume out, or give the --output of one")
+    if record.status == "done":
+        raise TrainingError(f"the run in {output} is done: give another --output to begin anew")
+    return record
+
+
+def _resumed(before: Record, now: Record) -> Record:
+    """The run as it was. Raises `TrainingError` where another curve would follow."""
+    for name in ("recipe", "template", "lora", "lora_rank", "lora_alpha", "micro_batch", "evaluate_every"):
+        if before.settings[name] != now.settings[name]:
+            raise TrainingError(f"{name.replace('_', '-')} is another than when the run began: resume with the same settings")
+    if before.model["fingerprint"] != now.model["fingerprint"]:
+        raise TrainingError(f"the run was on another model, {before.model['name']}: resume with that one")
+    for old, new in zip(before.data["phases"], now.data["phases"], strict=True):
+        if any(old[part]["digest"] != new[part]["digest"] for part in ("training", "held_out")):
+            raise TrainingError(f"the data of phase {new['name']!r} is other than when the run began: resume with the same data")
+    before.settings, before.model = now.settings, now.model
+    return before
