@@ -12,7 +12,7 @@ import typer
 
 from corolla.cli import logs, options
 from corolla.cli.logs import LogLevel
-from corolla.cli.opening import opened
+from corolla.cli.opening import opened, soft_prompt
 from corolla.cli.progress import CountingTokens
 from corolla.errors import CorollaError, DataError, InvalidSetting
 from corolla.types import GenerationSettings
@@ -30,6 +30,7 @@ def batch(
         Path | None,
         typer.Option(metavar="FILE", help="Examples before every request, a JSON list; bare prompts are asked as questions then."),
     ] = None,
+    tuned: Annotated[Path | None, typer.Option("--prompt", metavar="DIR", help=options.SOFT_PROMPT)] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, max=256, help="Requests at once; what the engine computes best together by default.")
     ] = None,
@@ -92,6 +93,7 @@ def batch(
         "template": template,
         "system": system,
         "few_shot": None if few_shot is None else hashlib.sha256(few_shot.read_bytes()).hexdigest(),
+        "prompt": None if tuned is None else str(tuned),
         "settings": defaults,
         "logprobs": logprobs,
         "machine": _given(dtype=dtype, weights=weights, batch_invariant=batch_invariant or None, swarm=bool(peers) or None),
@@ -126,13 +128,14 @@ def batch(
                 cache_tokens=entered.cache_tokens,
                 timeout=options.ANSWER_TIMEOUT,
             )
+            prompt = soft_prompt(tuned, entered.directory)
             there = sum(results.done(index) for index in range(total))
             wanted = (
                 replace(request, logprobs=logprobs or bool(top_logprobs)) if request.logprobs is None else request for request in todo
             )
             began = time.perf_counter()
             with CountingTokens("answering", total, there) as bar:
-                counts = Batch(entered.transport, entered.peer, tokenizer, rendering, results.write, config).run(
+                counts = Batch(entered.transport, entered.peer, tokenizer, rendering, results.write, config, prompt).run(
                     wanted, lambda so_far: bar.update(so_far.requests, so_far.completion_tokens)
                 )
             seconds = time.perf_counter() - began

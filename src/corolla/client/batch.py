@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corolla.client.batch_requests import BatchRequest
 from corolla.client.completion import Completion, CompletionResult
@@ -16,6 +16,9 @@ from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import CallerError, CorollaError, InvalidSetting
 from corolla.swarm.transport import Transport
 from corolla.types import GenerationSettings, Score
+
+if TYPE_CHECKING:
+    from corolla.models.prompts import SoftPrompt
 
 _MOST = 256  # sessions that an engine takes at once
 _LOOK = 0.1  # seconds between two looks at how it is going
@@ -51,9 +54,10 @@ class BatchCounts:
 
 
 class Batch:
-    """Answers requests through sessions at `peer` over `transport`. `write` gets (index, result), from one thread at a time.
+    """Answers requests through sessions at `peer` over `transport`, after a soft `prompt` if there is one.
 
-    Greedy answers are those of a request asked alone, in float32 or where the engine is batch-invariant.
+    `write` gets (index, result), from one thread at a time. Greedy answers are those of a request asked alone, in float32 or where the
+    engine is batch-invariant.
     """
 
     def __init__(
@@ -64,9 +68,10 @@ class Batch:
         prepare: Prepare,
         write: Callable[[int, dict[str, Any]], None],
         config: BatchConfig | None = None,
+        prompt: SoftPrompt | None = None,
     ) -> None:
         self._transport, self._peer, self._tokenizer = transport, peer, tokenizer
-        self._prepare, self._write = prepare, write
+        self._prepare, self._write, self._prompt = prepare, write, prompt
         self._config = config or BatchConfig()
         self._lock = threading.Lock()
         self._room = threading.Condition()
@@ -160,7 +165,7 @@ class Batch:
             attempt += 1
             counted = 0
             try:
-                with Session(self._transport, self._peer) as session:
+                with Session(self._transport, self._peer, self._prompt) as session:
                     completion = Completion(session, self._tokenizer, tokens, settings, timeout=self._config.timeout)
                     for piece in completion:
                         if piece.token is not None:
@@ -170,7 +175,7 @@ class Batch:
                             completion.close()
                             return None
                     assert completion.result is not None
-                    return completion.result, session.scores
+                    return completion.result, {at - len(session.prefix): score for at, score in session.scores.items()}
             except CallerError:
                 raise
             except CorollaError:
