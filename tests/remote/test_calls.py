@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from corolla.models.span import load_span
 from corolla.remote.servers import RemoteConfig
 from corolla.swarm.arrays import to_array
 from corolla.swarm.convert import failed_of
-from corolla.swarm.wire import BackwardFrame, ForwardFrame, ResultFrame, WireMessage
+from corolla.swarm.wire import BackwardFrame, ForwardFrame, Leaving, PromptFrame, ResultFrame, WireMessage
 from corolla.types import Span
 from tests.engine.stock import example, finish
 from tests.remote.conftest import MakeSwarm
@@ -66,6 +67,75 @@ def test_a_servers_death_changes_no_number(make_swarm: MakeSwarm, llama: Path, k
     assert_equal(step(local, prompts=3), expected(llama, prompts=3))
     assert killed == [victim]
     assert local.servers.bans.banned() == {victim}
+
+
+def watched(local: Local) -> list[tuple[str, WireMessage]]:
+    """Who is sent what."""
+    seen: list[tuple[str, WireMessage]] = []
+
+    def before(peer: str, message: WireMessage) -> WireMessage:
+        seen.append((peer, message))
+        return message
+
+    local.before = before
+    return seen
+
+
+def test_a_prompt_is_sent_once(make_swarm: MakeSwarm, llama: Path) -> None:
+    local = make_swarm(llama, {"a": (0, 2), "b": (2, 4)}, call_rows=5)
+    seen = watched(local)
+    assert_equal(step(local, prompts=3), expected(llama, prompts=3))
+    assert sorted(peer for peer, message in seen if isinstance(message, PromptFrame)) == ["a", "b"]
+    assert sum(isinstance(message, ForwardFrame) for _, message in seen) == 6
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+@pytest.mark.parametrize("prompts", [0, 3])
+def test_a_backward_brings_gradients_only(make_swarm: MakeSwarm, llama: Path, prompts: int, forgotten: bool) -> None:
+    local = make_swarm(llama, {"a": (0, 2), "b": (2, 4)})
+    sequences, gradient = example(WHOLE, LENGTHS, 64, prompts)
+    out, trails = local.calls.forward(WHOLE, LENGTHS, sequences.hidden, sequences.prompts, keep=True)
+    if forgotten:
+        for server in local.spans:
+            server._calls._answering.kept.lose("client")
+    seen = watched(local)
+    gradients = [one for one in local.calls.backward(trails, gradient, sequences.prompts) if one is not None]
+    assert_equal([out, *gradients], expected(llama, prompts))
+    rows = [message.hidden.shape[0] for _, message in seen if isinstance(message, BackwardFrame)]
+    assert rows == ([19, 38, 19, 38] if forgotten else [19, 19])
+    assert not local.servers.bans.banned()
+
+
+def test_a_server_that_dies_with_what_it_kept_changes_no_number(make_swarm: MakeSwarm, llama: Path) -> None:
+    local = make_swarm(llama, SPARE)
+    sequences, gradient = example(WHOLE, LENGTHS, 64, 3)
+    out, trails = local.calls.forward(WHOLE, LENGTHS, sequences.hidden, sequences.prompts, keep=True)
+    local.hub.kill("b")
+    gradients = [one for one in local.calls.backward(trails, gradient, sequences.prompts) if one is not None]
+    assert_equal([out, *gradients], expected(llama, 3))
+
+
+def test_calls_go_along_several_routes_at_once(make_swarm: MakeSwarm, llama: Path) -> None:
+    local = make_swarm(llama, {"a": (0, 4), "b": (0, 4)}, call_rows=5)
+    local.records = [record("a", 0, 4), record("b", 0, 4)]
+    seen = watched(local)
+    assert_equal(step(local), expected(llama))
+    for kind in (ForwardFrame, BackwardFrame):
+        assert {peer for peer, message in seen if isinstance(message, kind)} == {"a", "b"}
+    local.records = [record("a", 0, 4, quick=3), record("b", 0, 4)]
+    seen.clear()
+    assert_equal(step(local), expected(llama))
+    assert {peer for peer, _ in seen} == {"a"}  # the other one is sixteen times as slow
+
+
+def test_a_server_that_leaves_gets_no_calls_where_there_is_another(make_swarm: MakeSwarm, llama: Path) -> None:
+    local = make_swarm(llama, {"a": (0, 4), "b": (0, 4)})
+    for leaving, taken in (("a", {"b"}), ("b", {"a"})):  # where all leave, the best one is taken
+        local.hub.carry(leaving, "client", Leaving())
+        time.sleep(0.2)  # for the client's thread to hear it
+        seen = watched(local)
+        assert_equal(step(local), expected(llama))
+        assert {peer for peer, _ in seen} == taken
 
 
 def test_a_server_that_hangs_is_given_up(make_swarm: MakeSwarm, llama: Path) -> None:

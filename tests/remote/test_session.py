@@ -14,7 +14,7 @@ from corolla.models.span import load_span
 from corolla.remote.sequential import RemoteSequential
 from corolla.remote.session import InferenceSession
 from corolla.swarm.convert import failed_of
-from corolla.swarm.wire import StepFrame, WireMessage
+from corolla.swarm.wire import PromptFrame, StepFrame, WireMessage
 from corolla.types import Span
 from tests.engine.stock import finish
 from tests.remote.conftest import MakeSwarm
@@ -138,8 +138,81 @@ def test_beams_are_reordered(make_swarm: MakeSwarm, directory: Path, order: list
 
 def test_deep_prompts_are_in_every_step(make_swarm: MakeSwarm, directory: Path) -> None:
     hidden, prompts = inputs(), torch.randn(4, 3, 64)
-    with opened(make_swarm(directory, SERVERS), prompts=prompts) as session:
+    local = make_swarm(directory, SERVERS)
+    rows, given = counted(local)
+    with opened(local, prompts=prompts) as session:
         assert_close(in_turns(session, hidden), whole(directory, hidden, prompts))
+    assert rows == [sum(TURNS) * 2]  # servers keep the caches
+    assert sorted(given) == ["a", "b", "c"]
+
+
+def counted(local: Local) -> tuple[list[int], list[str]]:
+    """Rows that go to the first server, and who is sent a soft prompt."""
+    rows, given = [0], list[str]()
+
+    def before(peer: str, message: WireMessage) -> WireMessage:
+        if isinstance(message, StepFrame) and message.hidden is not None:
+            rows[0] += message.hidden.shape[0]
+        elif isinstance(message, PromptFrame):
+            given.append(peer)
+        return message
+
+    local.before = before
+    return rows, given
+
+
+def test_a_recovery_replays_prompts_and_beams(make_swarm: MakeSwarm, directory: Path) -> None:
+    hidden, prompts, order = inputs(3, 12), torch.randn(4, 3, 64), [2, 2, 1]
+    local = make_swarm(directory, SPARE)
+    with opened(local, prompts=prompts) as session:
+        session.step(hidden)
+        session.reorder(order)
+        more = inputs(3, 2)
+        local.hub.kill("b")
+        expected = whole(directory, torch.cat([hidden[order], more], 1), prompts)
+        assert_close(session.step(more), expected[:, 12:])
+    assert local.servers.bans.banned() == {"b"}
+
+
+def test_a_prompt_that_servers_lack_is_sent_again(make_swarm: MakeSwarm, directory: Path) -> None:
+    hidden, prompts = inputs(), torch.randn(4, 3, 64)
+    local, dropped = make_swarm(directory, SERVERS), list[str]()
+
+    def before(peer: str, message: WireMessage) -> WireMessage | None:
+        if isinstance(message, PromptFrame) and peer not in dropped:
+            dropped.append(peer)
+            return None
+        return message
+
+    local.before = before
+    with opened(local, prompts=prompts) as session:
+        assert_close(in_turns(session, hidden), whole(directory, hidden, prompts))
+    assert dropped == ["a", "b", "c"]
+    assert not local.servers.bans.banned()
+
+
+def test_a_server_that_leaves_is_left_where_there_is_another(make_swarm: MakeSwarm, checkpoints: dict[str, Path]) -> None:
+    directory, hidden = checkpoints["llama"], inputs()
+    local = make_swarm(directory, {"a": (0, 4), "b": (0, 4)})
+    with opened(local) as session:
+        session.step(hidden[:, :5])
+        for server, end in zip(local.spans, (20, 30), strict=True):  # to the second, and where it leaves too, nobody else can take it
+            server.leave()
+            at = session.position
+            assert_close(session.step(hidden[:, at:end]), whole(directory, hidden)[:, at:end])
+            assert [server.sessions for server in local.spans] == [0, 2]
+    assert not local.servers.bans.banned()
+
+
+@pytest.mark.parametrize("end", [13, 54])  # in one message, and with another one behind it
+def test_a_message_that_got_lost_between_servers_is_sent_again(make_swarm: MakeSwarm, checkpoints: dict[str, Path], end: int) -> None:
+    directory, hidden = checkpoints["llama"], inputs(1)
+    local = make_swarm(directory, {"a": (0, 2), "b": (2, 4)}, silence=0.1, lost=0.3)
+    with opened(local) as session:
+        session.step(hidden[:, :5])
+        local.hub.drop_next("a", "b")
+        assert_close(session.step(hidden[:, 5:end]), whole(directory, hidden)[:, 5:end])
+    assert not local.servers.bans.banned()
 
 
 def test_sessions_that_drive_one_another_out_go_on(make_swarm: MakeSwarm, checkpoints: dict[str, Path]) -> None:
