@@ -1,0 +1,72 @@
+"""Chromium, as Debian packages it, driven by Playwright.
+
+Every page of a test is watched: what it asks of other hosts and what it complains of fails the test.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+import corolla
+from tests.browser.looking import DESKTOP, PATIENCE, Look, Watch
+from tests.gateway.running import Running, TinySwarm, make_model, running
+
+STATIC = Path(corolla.__file__).parent / "gateway" / "static" / "index.html"
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    found = next((path for path in map(shutil.which, _NAMES) if path), None)
+    if found is None and os.environ.get("CI"):
+        pytest.fail("CI is set and there is no Chromium: apt-get install chromium")
+    if found is None:
+        pytest.skip("there is no Chromium on this machine: apt-get install chromium")
+    assert STATIC.exists(), "the page is not built: pip install -e . builds it"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def look(browser: Browser) -> Iterator[Look]:
+    """`look(url, **context)`: a page of a context of its own that shows `url`; a context may be given as `within`."""
+    watches: list[Watch] = []
+    contexts: list[BrowserContext] = []
+
+    def open_page(url: str, *, within: BrowserContext | None = None, **options: Any) -> Page:
+        context = within or browser.new_context(**{"viewport": DESKTOP, **options})
+        context.set_default_timeout(PATIENCE)
+        contexts.append(context)
+        page = context.new_page()
+        watches.append(Watch(page, url))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for watch in watches:
+        watch.check()
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tiny_gateway(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A gateway within this process over a model that answers noise: for what does not depend on answers."""
+    swarm = TinySwarm(tiny_model)
+    with running(swarm, tmp_path_factory.mktemp("gateway") / "gateway.sqlite") as gateway:
+        yield gateway
+    swarm.close()
