@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, cast
@@ -22,7 +23,7 @@ from corolla.server.calls import Calls, CallsConfig
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.network import LocalHub
-from corolla.swarm.wire import BackwardFrame, FailedFrame, ForwardFrame, ResultFrame, WireMessage
+from corolla.swarm.wire import BackwardFrame, FailedFrame, ForwardFrame, Leaving, ResultFrame, WireMessage
 from corolla.types import Reply, Span, Step
 from tests.engine.stock import example, finish
 from tests.models import tiny
@@ -44,7 +45,7 @@ class Loop:
         self.prompts = PromptStore(model)
         self.jobs: deque[Iterator[None]] = deque()
 
-    def call(self, job: Iterator[None]) -> None:
+    def call(self, job: Iterator[None], on_stop: Callable[[], None]) -> None:
         self.jobs.append(job)
 
     def run(self) -> None:
@@ -100,7 +101,7 @@ def test_rows_and_gradients_come_back_in_the_dtype_they_came_in(model: SpanModel
 @pytest.mark.parametrize(
     ("frame", "kind", "word"),
     [
-        (forward_frame(span=Span(2, 4)), "InvalidSetting", "blocks: 2:4"),
+        (forward_frame(span=Span(2, 4)), "NetworkError", "holds blocks 0:3 and not 2:4"),
         (forward_frame(hidden=32), "InvalidSetting", "hidden: rows of 32"),
         (forward_frame(lengths=(60, 60)), "InvalidSetting", "lengths: 120 rows"),
         (forward_frame(lengths=(513,)), "PromptTooLong", "513"),
@@ -192,3 +193,49 @@ def test_a_training_step_along_two_servers(model: SpanModel) -> None:
     torch.testing.assert_close(back, finish(backward(model, sequences, gradient)).hidden)
     for server in servers:
         server.close()
+
+
+def test_calls_that_an_engine_leaves_undone_are_answered(model: SpanModel) -> None:
+    engine = Engine(model, EngineConfig(cache_tokens=512, page_size=16))
+    sent: list[WireMessage] = []
+    calls = Calls(engine, lambda peer, message: sent.append(message), me="s")
+    for call in (1, 2):
+        calls.receive("client", forward_frame(call))
+    engine.start()
+    engine.stop()
+    calls.receive("client", forward_frame(3))
+    assert len(sent) == 3
+    assert calls.waiting == 0
+    assert isinstance(sent[-1], FailedFrame)
+    assert sent[-1].kind == "ServerFault"
+
+
+def test_beside_sessions_calls_get_half_of_the_time(model: SpanModel) -> None:
+    engine = Engine(model, EngineConfig(cache_tokens=512, page_size=16, step_rows=2))
+
+    def slow() -> Iterator[None]:
+        for _ in range(50):
+            time.sleep(0.3)
+            yield
+
+    engine.call(slow())
+    engine.receive(Step("s", 0, [5, 6, 7] * 4), lambda reply: None)
+    for _ in range(6):
+        engine.run_once()
+    assert engine.whereabouts("s", 0) == (12, 0)
+    assert engine.counters.call_pieces_put_off > 0
+    assert engine.counters.call_pieces + engine.counters.call_pieces_put_off == 6
+
+
+def test_who_only_calls_is_told_too_that_a_server_leaves(model: SpanModel) -> None:
+    hub, inbox = LocalHub(), SimpleQueue[WireMessage]()
+    engine = Engine(model, EngineConfig(cache_tokens=512, page_size=16))
+    server = SpanServer(engine, hub.join("a"), SpanServerConfig(wire_dtype="float32"))
+    client = hub.join("client")
+    client.listen(lambda sender, message: inbox.put(message), lambda peer: None)
+    engine.start()
+    client.send("a", forward_frame())
+    assert isinstance(inbox.get(timeout=20), ResultFrame)
+    server.leave()
+    assert isinstance(inbox.get(timeout=20), Leaving)
+    server.close()

@@ -6,6 +6,7 @@ Legend: T rows of all sequences, E hidden, B blocks, P soft tokens.
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass
 
 import torch
 
@@ -18,12 +19,23 @@ from corolla.models.span import SpanModel
 from corolla.types import Call
 
 
+@dataclass(slots=True)
+class CallCounters:
+    """What happened since the start."""
+
+    forwards: int = 0
+    backwards: int = 0
+    backwards_from_kept: int = 0  # of these: without a second forward
+    activations_gone: int = 0  # backwards that came too late for what was kept, or whose forward was too large to keep
+
+
 class Answering:
     """Computes calls with what one server keeps for its clients. Calls are computed on one thread, the rest is for any."""
 
     def __init__(self, model: SpanModel, prompts: PromptStore) -> None:
         self._model, self._prompts = model, prompts
         self.kept = KeptForwards()
+        self.counters = CallCounters()
 
     def answer(self, call: Call, came: torch.Tensor) -> Generator[None, None, torch.Tensor]:
         """Returns the rows that leave, or the gradients of the rows, then, in float32, of the prompts, block by block.
@@ -48,6 +60,7 @@ class Answering:
 
     def _forward(self, call: Call, came: torch.Tensor) -> Generator[None, None, torch.Tensor]:
         sequences = self._sequences(call, came)
+        self.counters.forwards += 1
         if not call.keep:
             return (yield from calls.forward(self._model, sequences))
         out, activations = yield from kept.forward(self._model, sequences, self.kept.most(call.client))
@@ -57,10 +70,17 @@ class Answering:
 
     def _backward(self, call: Call, came: torch.Tensor) -> Generator[None, None, Gradients]:
         if not call.kept:
+            self.counters.backwards += 1
             return (yield from calls.backward(self._model, self._sequences(call, came), came[sum(call.lengths) :][: sum(call.lengths)]))
-        activations = self.kept.take(call.client, call.kept)
-        if activations.lengths != call.lengths or len(activations.blocks) != len(call.span):
-            raise ActivationsGone  # of another call than the client thinks
+        try:
+            activations = self.kept.take(call.client, call.kept)
+            if activations.lengths != call.lengths or len(activations.blocks) != len(call.span):
+                raise ActivationsGone  # of another call than the client thinks
+        except ActivationsGone:
+            self.counters.activations_gone += 1
+            raise
+        self.counters.backwards += 1
+        self.counters.backwards_from_kept += 1
         return (yield from kept.backward(self._model, activations, came))
 
     def _sequences(self, call: Call, came: torch.Tensor) -> Sequences:

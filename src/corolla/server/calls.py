@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
-from corolla.engine.answering import Answering
+from corolla.engine.answering import Answering, CallCounters
 from corolla.engine.engine import Engine
-from corolla.errors import Busy, CorollaError, InvalidSetting, PromptTooLong, ServerFault
+from corolla.errors import Busy, CorollaError, InvalidSetting, NetworkError, PromptTooLong, ServerFault
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.convert import failed_of, to_call
 from corolla.swarm.wire import Array, BackwardFrame, FailedFrame, ForwardFrame, ResultFrame, TimingFrame, WireMessage
+from corolla.types import Span
+
+_RECENTLY = 300.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,20 @@ class Calls:
         self._answering = Answering(engine.model, engine.prompts)
         self._lock = threading.Lock()
         self._waiting: list[_Call] = []
+        self._came: dict[str, float] = {}  # when a peer's last call did
+
+    @property
+    def callers(self) -> set[str]:
+        """Peers that called lately, and may call again."""
+        with self._lock:
+            since = time.monotonic() - _RECENTLY
+            self._came = {peer: came for peer, came in self._came.items() if came > since}
+            return set(self._came)
+
+    @property
+    def counters(self) -> CallCounters:
+        """What happened since the server was made."""
+        return self._answering.counters
 
     @property
     def waiting(self) -> int:
@@ -58,7 +75,7 @@ class Calls:
 
         - `Busy`: too many calls wait, of this peer or of all.
         - `InvalidSetting`, `PromptTooLong`: the call can never be computed here, or not with these values.
-        - `ServerFault`: computing it failed.
+        - `ServerFault`: computing it failed. `NetworkError`: these blocks are not held here.
         - `PromptNeeded`, `ActivationsGone`: more has to be sent.
         """
         call = _Call(sender, frame)
@@ -68,12 +85,13 @@ class Calls:
         except CorollaError as error:
             self._send(sender, self._failed(call, error))
             return
-        self._engine.call(self._steps(call))
+        self._engine.call(self._steps(call), lambda: self._answer(call, self._failed(call, ServerFault("the engine was stopped"))))
 
     def lose(self, peer: str) -> None:
         """The peer is gone: its calls are dropped, the one that is computed at its next piece, and what was kept for it."""
         self._answering.kept.lose(peer)
         with self._lock:
+            self._came.pop(peer, None)
             for call in self._waiting:
                 call.dropped |= call.sender == peer
             self._waiting = [call for call in self._waiting if not call.dropped]
@@ -81,7 +99,8 @@ class Calls:
     def _check(self, frame: ForwardFrame | BackwardFrame) -> None:
         arch, own = self._engine.model.arch, self._engine.model.span
         if not own.start <= frame.start < frame.end <= own.end:
-            raise InvalidSetting("blocks", f"{frame.start}:{frame.end} are not among the blocks {own} held here")
+            blocks = Span(frame.start, frame.end)
+            raise NetworkError(f"this server holds blocks {own} and not {blocks}: it may have moved since its record was read")
         if frame.hidden.shape[1] != arch.hidden:
             raise InvalidSetting("hidden", f"rows of {frame.hidden.shape[1]} values came, and the model's have {arch.hidden}")
         if frame.rows > self.config.rows:
@@ -97,6 +116,7 @@ class Calls:
             if of_sender >= self.config.waiting_per_peer or len(self._waiting) >= self.config.waiting:
                 raise Busy(self.config.retry_after)
             self._waiting.append(call)
+            self._came[call.sender] = time.monotonic()
 
     # On the engine's thread from here on.
 

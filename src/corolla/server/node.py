@@ -145,9 +145,9 @@ class SpanServer:
         return len(self._ways)
 
     def leave(self) -> None:
-        """Take no new sessions, and ask those that are open to go on elsewhere; they are served until they do."""
+        """Take no new sessions, and ask those that are open, and those who call, to go on elsewhere; they are served until they do."""
         self._leaving = True
-        for client in {way.client for way in list(self._ways.values())}:
+        for client in {way.client for way in list(self._ways.values())} | self._calls.callers:
             self._send(client, Leaving())
 
     def stay(self) -> None:
@@ -185,7 +185,7 @@ class SpanServer:
             cached, pending = self._engine.whereabouts(message.session, message.generation)
             self._send(sender, Whereabouts(message.session, message.generation, cached, pending))
         elif isinstance(message, AskCounters):
-            counts = asdict(self.counters) | asdict(self._engine.counters) | dict(self._network.counts)
+            counts = asdict(self.counters) | asdict(self._calls.counters) | asdict(self._engine.counters) | dict(self._network.counts)
             self._send(sender, Counters({name: int(count) for name, count in counts.items()}))
 
     def _lose(self, peer: str) -> None:
