@@ -7,6 +7,7 @@ event loop through a deque, and one wake-up carries all that has come since the 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -34,6 +35,7 @@ class Notice:
     text: str
 
 
+log = logging.getLogger(__name__)
 LOST = Notice("A server was lost; the answer goes on with others.")
 
 
@@ -72,7 +74,7 @@ class Answer:
         self._woken = False
         self._kept: Kept | None = None
         self._stopped = False
-        self._began = time.perf_counter()
+        self.began = time.perf_counter()
         self._metrics = metrics
         self.place = gate.waiting + 1  # in the queue, where there was one
         self._task = asyncio.create_task(self._live(gate, threads, pool))
@@ -139,9 +141,12 @@ class Answer:
         except CorollaError as error:
             self._end(error)
             return
-        self.queued = time.perf_counter() - self._began
+        self.queued = time.perf_counter() - self.began
         try:
             await self._loop.run_in_executor(threads, self._write, pool)
+        except Exception:  # noqa: BLE001 (a fault of our own ends this answer, and whoever waits for it learns of it)
+            log.exception("an answer ended in a fault of the gateway")
+            self._end(CorollaError("a fault of the gateway; its log says more"))
         finally:
             gate.leave(owner)
             self._metrics.answered(self.request.model.name, self.queued, self.result, self.error)

@@ -62,7 +62,7 @@ async def complete(http: HttpRequest, asked: Complete, gateway: TheGateway, call
 
 async def _events(gateway: Gateway, answer: Answer) -> AsyncIterator[bytes]:
     tokenizer = answer.request.model.tokenizer
-    stats = Stats()
+    stats = Stats(answer.began)
     try:
         yield event("start", {"prompt_tokens": len(answer.request.prompt), "queued": answer.queued})
         async for item in answer.items(gateway.config.keep_alive):

@@ -27,11 +27,11 @@ _TICK = 1.0
 
 
 class Stats:
-    """How quickly an answer comes, counted in tokens since this was made."""
+    """How quickly an answer comes, counted in tokens since it `began` (on `time.perf_counter`'s clock)."""
 
-    def __init__(self) -> None:
+    def __init__(self, began: float) -> None:
         self.tokens = 0
-        self._began = time.perf_counter()
+        self._began = began
         self._first = self._latest = 0.0
 
     def count(self) -> None:
@@ -61,7 +61,7 @@ class Writing:
         self.stopped = False  # by its reader
         self._before = str(message["text"])  # of an answer that goes on
         self._pieces: list[str] = []
-        self._stats = Stats()
+        self._stats = Stats(answer.began)
         self._changed = asyncio.Event()
         self._over = False
 

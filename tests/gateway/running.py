@@ -1,0 +1,154 @@
+"""A gateway over a swarm of tiny models within this process, behind a real uvicorn; and engines that answer as slowly as a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import toy
+import uvicorn
+from tests.models import tiny
+
+from corolla.client.swarm import SwarmTransport
+from corolla.engine.engine import Engine, EngineConfig
+from corolla.gateway.app import gateway_app
+from corolla.gateway.database import Database
+from corolla.gateway.protocol import PatientHTTP
+from corolla.gateway.served import Models, served_model
+from corolla.gateway.service import Gateway, GatewayConfig
+from corolla.models.span import load_span
+from corolla.server.node import SpanServer, SpanServerConfig
+from corolla.swarm.network import LocalHub
+from corolla.swarm.records import ServerRecord
+from corolla.swarm.routing import Route, find_route
+from corolla.types import Span
+
+CONTEXT = 512
+BLOCKS = 4
+DEADLINE = 60.0
+
+
+def make_model(directory: Path) -> Path:
+    """A tiny Llama with a tokenizer that knows every byte, and a chat template."""
+    tokenizer = toy.byte_level()
+    toy.make_directory(directory, tokenizer, model_type="llama", template=toy.CHATML)
+    return tiny.save("llama", directory, vocab_size=tokenizer.get_vocab_size(), eos_token_id=toy.END)
+
+
+@dataclass
+class TinySwarm:
+    """Servers of one model by name; a `Router` over what they say of themselves."""
+
+    directory: Path
+    spans: dict[str, tuple[int, int]] = field(default_factory=lambda: {"first": (0, 2), "last": (2, 4)})
+    cache_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        self.hub = LocalHub()
+        self.engines: dict[str, Engine] = {}
+        self._servers: list[SpanServer] = []
+        for name, span in self.spans.items():
+            engine = Engine(load_span(self.directory, Span(*span), dtype="float32"), EngineConfig(cache_tokens=self.cache_tokens))
+            engine.start()
+            self.engines[name] = engine
+            self._servers.append(SpanServer(engine, self.hub.join(name), SpanServerConfig(wire_dtype="float32")))
+        self.transport = SwarmTransport(self.hub.join("client"), self)
+        self.gone: set[str] = set()
+
+    def records(self) -> list[ServerRecord]:
+        return [_record(name, span, quick=name) for name, span in self.spans.items() if name not in self.gone]
+
+    def route(self, avoid: Any, needed_tokens: int, like: Any = None) -> Route:
+        return find_route(self.records(), blocks=BLOCKS, now=time.time(), banned=avoid, needed_tokens=needed_tokens, like=like)
+
+    def quicker(self, route: Route, avoid: Any, needed_tokens: int) -> None:
+        return None
+
+    def kill(self, name: str) -> None:
+        self.gone.add(name)
+        self.hub.kill(name)
+
+    @property
+    def pages_in_use(self) -> int:
+        return sum(engine.pool.num_pages - engine.pool.free_pages for engine in self.engines.values())
+
+    def close(self) -> None:
+        self.transport.close()
+        for server in self._servers:
+            server.close()
+
+
+def _record(name: str, span: tuple[int, int], *, quick: str) -> ServerRecord:
+    # The later name is the slower server, so that a spare is taken only when it is needed.
+    return ServerRecord(
+        peer=name,
+        name=name,
+        model="m",
+        checkpoint="c",
+        start=span[0],
+        end=span[1],
+        blocks=BLOCKS,
+        dtype="float32",
+        weights="packed",
+        throughput=1.0 if quick.startswith("spare") else 1000.0,
+        free_tokens=CONTEXT,
+        active=0,
+        round_trips={},
+        addresses=(),
+        version="0",
+        state="ready",
+        expires=time.time() + 600,
+    )
+
+
+@dataclass
+class Running:
+    """A gateway that answers at `url`."""
+
+    url: str
+    gateway: Gateway
+    swarm: TinySwarm
+    server: uvicorn.Server
+
+    def client(self, **options: Any) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, timeout=DEADLINE, **options)
+
+    def wait_until(self, true: Callable[[], bool], seconds: float = DEADLINE) -> None:
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < deadline, "it did not come to pass"
+            time.sleep(0.01)
+
+
+@contextmanager
+def running(swarm: TinySwarm, database: Path | str, config: GatewayConfig | None = None, **server: Any) -> Iterator[Running]:
+    """A gateway over `swarm`, until the block ends."""
+    kept = Database(str(database))
+    model = served_model("tiny", swarm.directory, swarm.transport, "any", CONTEXT, swarm.records)
+    gateway = Gateway(Models([model]), kept, config or GatewayConfig(drain=0.5))
+    settings = uvicorn.Config(
+        gateway_app(gateway), port=0, http=PatientHTTP, ws="websockets-sansio", log_config=None, access_log=False, lifespan="on", **server
+    )
+    uvicorn_server = uvicorn.Server(settings)
+    thread = threading.Thread(target=lambda: asyncio.run(uvicorn_server.serve()))
+    thread.start()
+    try:
+        deadline = time.monotonic() + DEADLINE
+        while not uvicorn_server.started:
+            assert thread.is_alive(), "the gateway did not start"
+            assert time.monotonic() < deadline, "the gateway did not start in time"
+            time.sleep(0.01)
+        port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
+        yield Running(f"http://127.0.0.1:{port}", gateway, swarm, uvicorn_server)
+    finally:
+        uvicorn_server.should_exit = True
+        gateway.begin_to_close()
+        thread.join()
+        kept.close()
