@@ -14,7 +14,6 @@ from typing import Any
 import httpx2
 import toy
 import uvicorn
-from tests.models import tiny
 
 from corolla.client.swarm import SwarmTransport
 from corolla.engine.engine import Engine, EngineConfig
@@ -29,6 +28,7 @@ from corolla.swarm.network import LocalHub
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Route, find_route
 from corolla.types import Span
+from tests.models import tiny
 
 CONTEXT = 512
 BLOCKS = 4

@@ -110,7 +110,7 @@ async def generate(socket: WebSocket) -> None:
 async def _generate(socket: WebSocket, inbox: Inbox, gateway: Gateway, session: OpenSession, asked: Generate) -> None:
     tokenizer = session.model.tokenizer
     prompt = await tokens_of(gateway, session.model, asked.inputs, session.tokens)
-    room = every = asked.room(len(prompt), session.most)
+    room, every = asked.room(len(prompt), session.most), session.most + 1
     stops: list[str] = []
     ends = set(session.model.stop_ids())
     if asked.stop_sequence is not None:

@@ -1,0 +1,155 @@
+"""Who may come in: keys, logins, other sites, other names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from corolla.errors import InvalidSetting
+from corolla.gateway.database import Database
+from corolla.gateway.guard import GuardConfig
+from corolla.gateway.keys import Keys
+from corolla.gateway.serve import check_access
+from corolla.gateway.service import GatewayConfig
+from tests.gateway.running import Running, TinySwarm, running
+
+PUBLIC = {("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/api/ui/state"), ("POST", "/api/ui/login")}
+
+
+@pytest.fixture(scope="module")
+def closed(swarm: TinySwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    file = tmp_path_factory.mktemp("closed") / "gateway.sqlite"
+    config = GatewayConfig(guard=GuardConfig(open=False, origins=("https://friend.example",)), drain=0.5)
+    with running(swarm, file, config) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def key(closed: Running) -> str:
+    return closed.gateway.keys.create("alice")
+
+
+def test_no_route_answers_without_a_key(closed: Running) -> None:
+    with closed.client() as client:
+        assert client.get("/openapi.json").status_code == 401
+        routes = closed.server.config.loaded_app  # the guard around CORS around the application
+        schema = _schema(closed)
+        assert routes is not None
+        asked = 0
+        for path, methods in schema["paths"].items():
+            for method in methods:
+                answer = client.request(method.upper(), path.replace("{", "").replace("}", ""), json={})
+                if (method.upper(), path) in PUBLIC:
+                    assert answer.status_code != 401 or path.endswith("login"), path
+                else:
+                    assert answer.status_code == 401, (method, path, answer.text)
+                    assert answer.headers["www-authenticate"] == "Bearer"
+                asked += 1
+        assert asked > 20
+        assert client.get("/metrics", headers={"Authorization": "Bearer ck-wrong"}).status_code == 401
+    with pytest.raises(InvalidStatus) as raised, connect(closed.url.replace("http", "ws") + "/api/v2/generate"):
+        pass
+    assert raised.value.response.status_code == 401
+
+
+def _schema(closed: Running) -> dict:
+    with closed.client() as client:
+        key = closed.gateway.keys.create(f"schema {id(client)}")
+        return client.get("/openapi.json", headers={"Authorization": f"Bearer {key}"}).json()
+
+
+def test_a_key_opens_and_a_revoked_one_does_not(closed: Running) -> None:
+    key = closed.gateway.keys.create("bob")
+    headers = {"Authorization": f"Bearer {key}"}
+    with closed.client(headers=headers) as client:
+        assert client.get("/v1/models").status_code == 200
+        with connect(closed.url.replace("http", "ws") + "/api/v2/generate", additional_headers=headers):
+            pass
+        closed.gateway.keys.revoke("bob")
+        closed.wait_until(lambda: client.get("/v1/models").status_code == 401)
+
+
+def test_a_login_is_a_cookie_until_it_is_left(closed: Running, key: str) -> None:
+    with closed.client() as client:
+        assert client.get("/api/ui/state").json()["login"] == "needed"
+        assert client.post("/api/ui/login", json={"key": "ck-wrong"}).status_code == 401
+        answer = client.post("/api/ui/login", json={"key": key})
+        assert answer.status_code == 204
+        assert "HttpOnly" in answer.headers["set-cookie"]
+        assert "SameSite=strict" in answer.headers["set-cookie"]
+        assert client.get("/api/ui/state").json()["login"] == "done"
+        cookie = client.cookies["corolla_login"]
+        assert client.post("/api/ui/logout", json={}).status_code == 204
+        client.cookies.set("corolla_login", cookie)
+        assert client.get("/api/ui/conversations").status_code == 401
+
+
+def test_what_one_key_keeps_another_does_not_see(closed: Running, key: str) -> None:
+    other = closed.gateway.keys.create("carol")
+    with closed.client(headers={"Authorization": f"Bearer {key}"}) as alice:
+        made = alice.post("/api/ui/conversations", json={"title": "mine"}).json()["id"]
+        session = alice.get("/api/v1/open_inference_session?max_length=50").json()["session_id"]
+    with closed.client(headers={"Authorization": f"Bearer {other}"}) as carol:
+        assert carol.get("/api/ui/conversations").json()["conversations"] == []
+        assert carol.get(f"/api/ui/conversations/{made}").status_code == 404
+        assert carol.get(f"/api/v1/close_inference_session?session_id={session}").status_code == 404
+
+
+def test_a_rate_holds(closed: Running) -> None:
+    key = closed.gateway.keys.create("slow", rate=3)
+    with closed.client(headers={"Authorization": f"Bearer {key}"}) as client:
+        answers = [client.get("/v1/models") for _ in range(5)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
+    assert int(answers[-1].headers["retry-after"]) >= 1
+    assert answers[-1].json()["error"]["type"] == "rate_limit_error"
+
+
+def test_other_sites_may_not_call_unless_they_are_named(closed: Running, key: str, client: httpx2.Client) -> None:
+    assert client.post("/api/ui/conversations", json={}, headers={"Origin": "https://evil.example"}).status_code == 403
+    assert client.post("/api/ui/conversations", json={}, headers={"Origin": str(client.base_url).rstrip("/")}).status_code == 201
+    headers = {"Authorization": f"Bearer {key}"}
+    with closed.client(headers=headers) as named:
+        friend = named.get("/v1/models", headers={"Origin": "https://friend.example"})
+        assert friend.headers["access-control-allow-origin"] == "https://friend.example"
+        assert "access-control-allow-origin" not in named.get("/v1/models", headers={"Origin": "https://evil.example"}).headers
+    with (
+        pytest.raises(InvalidStatus),
+        connect(closed.url.replace("http", "ws") + "/api/v2/generate", origin="https://evil.example", additional_headers=headers),
+    ):
+        pass
+
+
+def test_an_open_gateway_answers_as_localhost_alone(client: httpx2.Client) -> None:
+    assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    assert client.get("/v1/models", headers={"Host": "localhost:1"}).status_code == 200
+
+
+def test_every_response_has_the_headers_that_a_page_needs(client: httpx2.Client) -> None:
+    for path in ("/", "/healthz", "/v1/models", "/nothing.js"):
+        headers = client.get(path).headers
+        assert "script-src 'self'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_others_come_in_only_with_keys_or_when_it_is_said(tmp_path: Path) -> None:
+    database = Database(str(tmp_path / "gateway.sqlite"))
+    keys = Keys(database)
+    assert check_access("127.0.0.1", keys, open_to_all=False)
+    assert check_access("0.0.0.0", keys, open_to_all=True)
+    with pytest.raises(InvalidSetting, match="corolla keys create"):
+        check_access("0.0.0.0", keys, open_to_all=False)
+    key = keys.create("alice")
+    assert not check_access("0.0.0.0", keys, open_to_all=False)
+    assert not check_access("127.0.0.1", keys, open_to_all=False)
+    assert key.encode() not in (tmp_path / "gateway.sqlite").read_bytes()
+    with pytest.raises(InvalidSetting, match="already"):
+        keys.create("alice")
+    with pytest.raises(InvalidSetting, match="no key"):
+        keys.revoke("bob")
+    database.close()
