@@ -1,4 +1,4 @@
-# make chat    the environment, the default model, a conversation
+# make up      the environment, the default model, a swarm on this machine and a page to talk with it
 # make test    the same environment, then every check and test
 PYTHON ?= python3
 VENV   := .venv
@@ -7,7 +7,7 @@ MODEL  ?=
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help environment chat test lint format bench soak clean
+.PHONY: help environment up chat test lint format bench soak clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -21,7 +21,10 @@ $(VENV)/.made: pyproject.toml constraints.txt hatch_build.py $(shell find web -n
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-chat: environment  ## a conversation; MODEL=alias, directory or hub id, ARGS="--temperature 0"
+up: environment  ## a swarm on this machine and its page; MODEL=alias, directory or hub id, ARGS="--servers 3 --port 8080"
+	@$(BIN)/corolla up $(MODEL) $(ARGS)
+
+chat: environment  ## a conversation in this terminal; MODEL=alias, directory or hub id, ARGS="--temperature 0"
 	@$(BIN)/corolla chat $(MODEL) $(ARGS)
 
 test: lint  ## every check, then every test

@@ -28,10 +28,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def running_up(directory: Path, folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [*COROLLA, "up", str(directory), "--servers", "2", *options]
+    command = [*COROLLA, "up", str(directory), "--servers", "2", "--port", "0", *options]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "TMPDIR": str(folder)}
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "TMPDIR": str(folder), "XDG_DATA_HOME": str(folder / "data")}
         )
     with process:
         try:

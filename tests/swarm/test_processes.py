@@ -77,7 +77,7 @@ def test_nothing_is_left_of_a_process_that_was_ended(directory: Path, tmp_path: 
 
 def test_up_answers_and_leaves_no_process_behind(smollm2: Path) -> None:
     up = subprocess.Popen(
-        [*COROLLA, "up", str(smollm2), "--servers", "2", "--dtype", "float32", "--temperature", "0"],
+        [*COROLLA, "up", str(smollm2), "--chat", "--servers", "2", "--dtype", "float32", "--temperature", "0"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
