@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import toy
 
 from corolla.chat.conversation import Conversation
@@ -17,6 +18,9 @@ from corolla.chat.templates import TEMPLATES, Turn
 from corolla.cli.repl import Repl
 from corolla.client.session import Session
 from corolla.errors import ServerFault
+from corolla.models.checkpoint import read_config
+from corolla.models.families import architecture
+from corolla.models.prompts import SoftPrompt, save_prompt
 
 Run = Callable[..., Any]
 Talk = Callable[..., str]
@@ -174,3 +178,22 @@ def test_the_default_model_answers_in_context(smollm2: Path) -> None:
     first, second = subprocess.run(command, input=questions, check=True, capture_output=True, text=True, timeout=300).stdout.splitlines()
     assert "Paris" in first
     assert "Rome" in second
+
+
+def test_a_soft_prompt_stands_in_front_of_the_conversation(corolla: Run, model: Any, tmp_path: Path) -> None:
+    arch = architecture(read_config(model.directory))
+    save_prompt(tmp_path / "tuned", SoftPrompt(torch.ones(4, arch.hidden)), arch)
+    result = corolla("chat", "toy", "--prompt", str(tmp_path / "tuned"), "--template", "plain", stdin="hello\nagain\n")
+    assert (result.exit_code, result.stderr) == (0, "")
+    first, second = model.engine.steps
+    assert (first.start, first.prompt.tokens, first.prompt.deep) == (0, 4, False)
+    assert list(first.payload[:4]) == [0] * 4
+    assert model.tokenizer.decode([*first.payload[4:]]) == "User: hello\nAssistant:"
+    assert second.start > 4
+
+
+@pytest.mark.parametrize("arguments", [["chat", "toy", "--prompt"], ["generate", "toy", "--prompt", "a", "--soft-prompt"]])
+def test_a_directory_without_a_soft_prompt_is_one_line(corolla: Run, tmp_path: Path, arguments: list[str]) -> None:
+    result = corolla(*arguments, str(tmp_path), stdin="hello\n")
+    assert result.exit_code != 0
+    assert "adapter_config.json is missing" in result.stderr
