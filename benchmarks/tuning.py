@@ -104,7 +104,7 @@ def step(bench: Bench) -> None:
     last = answers["Corolla, two servers, float32"][-1]
     beyond = last["resident"] - last["outer"]
     bench.table.add("client's memory beyond embeddings and head", "MB", [beyond / 1e6], reach=400.0, at_most=True)
-    bench.table.add("of it, torch and transformers", "MB", [last["imported"] / 1e6])
+    bench.table.add("of it, torch, transformers and hivemind", "MB", [last["imported"] / 1e6])
 
 
 def quality(bench: Bench) -> None:

@@ -12,6 +12,7 @@ Corolla is needed.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -70,6 +71,11 @@ def petals(directory: str, address: str, dht_prefix: str) -> tuple[Any, Any, Los
     return model, tokens, lambda ids: model(input_ids=ids, labels=ids).loss
 
 
+_LIBRARIES = {  # what is held before anything is loaded
+    "corolla": ("hivemind", "corolla.remote.models", "corolla.tuning.loss"),
+    "peft": ("peft", "transformers.models.bloom.modeling_bloom"),
+    "petals": ("petals",),
+}
 _KINDS: dict[str, Callable[..., tuple[Any, Any, Loss]]] = {"corolla": corolla, "peft": peft, "petals": petals}
 
 
@@ -82,9 +88,10 @@ def main() -> None:
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     import torch
-    import transformers  # noqa: F401  # of what every client holds, before it loads anything
 
     torch.set_num_threads(int(threads))
+    for library in _LIBRARIES[what]:
+        importlib.import_module(library)
     imported = resident()
     model, tokens, loss_of = _KINDS[what](*arguments)
     with torch.no_grad():

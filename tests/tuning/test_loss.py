@@ -19,7 +19,7 @@ from corolla.models.prompts import load_prompt
 from corolla.remote.models import AutoDistributedConfig, AutoDistributedModelForCausalLM
 from corolla.remote.prompts import soft_prompts
 from corolla.tuning.dialogues import DataSettings, collate, in_order, load_dialogues
-from corolla.tuning.loss import summed_loss
+from corolla.tuning.loss import summed_cross_entropy, summed_loss
 from tests.tuning.conftest import Tune
 
 # PEFT asks transformers' models by a name that they will drop.
@@ -104,3 +104,17 @@ def test_steps_and_their_prompt_are_pefts(models: dict[str, Path], dialogues: Pa
     theirs = model.prompt_encoder["default"].embedding.weight.detach()
     torch.testing.assert_close(ours.input, theirs, rtol=1e-5, atol=1e-5)
     assert record.prompt["digest"] == ours.digest
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7, 100])
+def test_in_pieces_it_is_torchs_cross_entropy(at_once: int) -> None:
+    torch.manual_seed(0)
+    head, labels, rows = torch.nn.Linear(16, 50), torch.randint(50, (7,)), torch.randn(7, 16)
+    ours, theirs = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+    loss = summed_cross_entropy(ours, labels, head, at_once)
+    expected = torch.nn.functional.cross_entropy(head(theirs), labels, reduction="sum")
+    (loss * 2).backward()
+    (expected * 2).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert summed_cross_entropy(rows[:0], labels[:0], head, at_once) == 0

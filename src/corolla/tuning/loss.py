@@ -16,7 +16,8 @@ from corolla.data.tokens import IGNORED
 from corolla.models.families import architecture
 from corolla.remote.base import Distributed
 
-_ROWS = 512  # of logits at a time: 64 MB in float32 where the vocabulary has 32,000 tokens
+_VALUES = 2**22  # of logits at a time, 16 MB in float32; half a dozen such tensors are there at once
+_LEAST_ROWS = 32  # whatever the vocabulary: a product of fewer reads the head's weights too often
 
 
 def summed_loss(
@@ -35,29 +36,40 @@ def summed_loss(
     else:
         predicting, predicted = left[:, len(prompts) - 1 : -1], labels_SxN
     trained = predicted != IGNORED
-    softcap = architecture(model.config).logits_softcap
+    arch = architecture(model.config)
+    softcap = arch.logits_softcap
 
     def logits(rows_TxE: torch.Tensor) -> torch.Tensor:
         logits_TxV: torch.Tensor = head(rows_TxE).float()
         return logits_TxV if softcap is None else torch.tanh(logits_TxV / softcap) * softcap
 
-    loss: torch.Tensor = _CrossEntropy.apply(predicting[trained], predicted[trained], logits)
-    return loss, int(trained.sum())
+    at_once = max(_LEAST_ROWS, _VALUES // arch.vocabulary)
+    return summed_cross_entropy(predicting[trained], predicted[trained], logits, at_once), int(trained.sum())
+
+
+def summed_cross_entropy(
+    rows_TxE: torch.Tensor, labels_T: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor], at_once: int
+) -> torch.Tensor:
+    """The summed cross entropy of rows, of which `logits` makes float32 [rows, V]: of `at_once` rows at a time. A float32 scalar.
+
+    Only the rows get a gradient. It is computed in the forward, while a piece's logits are there: as in Liger's fused linear cross
+    entropy (Hsu et al., 2024), so that neither logits [T, V] nor a second product are needed.
+    """
+    loss: torch.Tensor = _CrossEntropy.apply(rows_TxE, labels_T, logits, at_once)
+    return loss
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Summed cross entropy of rows [T, E] through a frozen head, some rows at a time.
-
-    The gradient is computed in the forward, while a piece's logits are there: as the fused linear cross entropy of Liger
-    (Hsu et al., 2024), so that neither logits [T, V] nor a second product are needed.
-    """
+    """See `summed_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx: Any, rows_TxE: torch.Tensor, labels_T: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows_TxE: torch.Tensor, labels_T: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor], at_once: int
+    ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float32, device=rows_TxE.device)
         gradients = []
-        for rows, labels in zip(rows_TxE.detach().split(_ROWS), labels_T.split(_ROWS), strict=True):
+        for rows, labels in zip(rows_TxE.detach().split(at_once), labels_T.split(at_once), strict=True):
             with torch.set_grad_enabled(wanted):
                 piece = rows.requires_grad_(wanted)
                 loss = functional.cross_entropy(logits(piece), labels, reduction="sum")
@@ -71,4 +83,4 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (of_rows,) = ctx.saved_tensors
-        return of_rows * gradient, None, None
+        return of_rows * gradient, None, None, None
