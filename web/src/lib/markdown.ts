@@ -30,11 +30,11 @@ const marked = new Marked({
       const body = token.rows.map((cells) => `<tr>${row(cells)}</tr>`).join('')
       return `<div class="table" tabindex="0" role="region" aria-label="Table"><table><thead><tr>${row(token.header)}</tr></thead><tbody>${body}</tbody></table></div>\n`
     },
-    // The page has headings of its own: those of an answer stand below them.
+    // Below the message's own heading, and none leaves out a level, whatever the model does: the depth is a matter of looks.
     heading({ tokens, depth }: Tokens.Heading) {
-      const level = Math.min(6, depth + 2)
-      return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>\n`
+      return `<h3 class="depth-${Math.min(depth, 3)}">${this.parser.parseInline(tokens)}</h3>\n`
     },
+    checkbox: ({ checked }: Tokens.Checkbox) => (checked ? '☑ ' : '☐ '),
   },
 })
 

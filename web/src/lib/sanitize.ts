@@ -3,8 +3,8 @@ import DOMPurify from 'dompurify'
 
 const ALLOWED = {
   ALLOWED_TAGS:
-    'p br hr strong em del a code pre blockquote ul ol li h1 h2 h3 h4 h5 h6 table thead tbody tr th td div span figure figcaption button input'.split(' '),
-  ALLOWED_ATTR: 'href target rel class start scope tabindex role aria-label data-copy type checked disabled'.split(' '),
+    'p br hr strong em del a code pre blockquote ul ol li h3 table thead tbody tr th td div span figure figcaption button'.split(' '),
+  ALLOWED_ATTR: 'href target rel class start scope tabindex role aria-label data-copy type'.split(' '),
   ALLOW_DATA_ATTR: false,
 }
 
