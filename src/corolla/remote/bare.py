@@ -42,6 +42,16 @@ class DistributedModel(Distributed):
         blocks: RemoteSequential = getattr(self, self._names.blocks)
         return blocks
 
+    def entering(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """What enters the first block, of what the embedding gives [S, N, E]."""
+        norm = self._names.embedding_norm
+        return embeddings if norm is None else getattr(self, norm)(embeddings)
+
+    def leaving(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What enters the head, of what leaves the last block [S, N, E]: the final norm."""
+        normed: torch.Tensor = getattr(self, self._names.final_norm)(hidden)
+        return normed
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -79,8 +89,7 @@ class DistributedModel(Distributed):
                 attention_mask = torch.cat([attention_mask.new_ones(len(embeddings), width), attention_mask], 1)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        norm = self._names.embedding_norm
-        hidden = embeddings if norm is None else getattr(self, norm)(embeddings)
+        hidden = self.entering(embeddings)
         between: list[torch.Tensor] = []
         if session is not None:
             if output_hidden_states:
@@ -92,7 +101,7 @@ class DistributedModel(Distributed):
                 hidden = block(hidden, prompts=None if deep is None else deep[index : index + 1], attention_mask=attention_mask)
         else:
             hidden = self.blocks(hidden, prompts=deep, attention_mask=attention_mask)
-        hidden = getattr(self, self._names.final_norm)(hidden)[:, 0 if soft_outputs else width :]
+        hidden = self.leaving(hidden)[:, 0 if soft_outputs else width :]
         states = (*(each[:, width:] for each in between), hidden) if output_hidden_states else None
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states)
 
