@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,7 +51,7 @@ class Template:
     special_tokens: tuple[str, ...] = ()
     stop_sequences: tuple[str, ...] = ()
     stop_tokens: tuple[str, ...] = ()  # beside the model's own end tokens; those the vocabulary lacks are passed over
-    own: bool = False  # the tokenizer's: nothing above counts
+    own: bool = False  # the tokenizer's: of the above only the stops count
 
 
 TEMPLATES: dict[str, Template] = {
@@ -117,7 +117,7 @@ def template_named(name: str) -> Template:
 def default_template(tokenizer: TextTokenizer, model: str = "") -> Template:
     """The tokenizer's own template if it has one, else the one of its family (by the `model`'s name or type), else `plain`."""
     if tokenizer.chat_template is not None:
-        return TEMPLATES["tokenizer"]
+        return replace(TEMPLATES["tokenizer"], stop_sequences=tokenizer.stop_sequences)
     name = f"{model} {tokenizer.directory.name}".lower()
     if "sft-chat" in name:
         return TEMPLATES["sft-chat"]

@@ -53,6 +53,12 @@ class TextTokenizer:
             template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
         return template if isinstance(template, str) else None
 
+    @property
+    def stop_sequences(self) -> tuple[str, ...]:
+        """Text that ends an answer in the model's own template, as `corolla finetune` writes it beside the template."""
+        named = self._options.get("stop_sequences")
+        return tuple(stop for stop in named if isinstance(stop, str) and stop) if isinstance(named, list) else ()
+
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer, ascending."""

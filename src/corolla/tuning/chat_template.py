@@ -23,7 +23,7 @@ def jinja_of(template: Template) -> str:
     question = template.question_prefix[len(closing) :]
     asked = template.answer_prefix.rstrip()
     answer = template.answer_prefix[len(asked) :]
-    system = f"{{{{ {_text(template.system_prefix)} + messages[0]['content'] + {_text(template.system_suffix)} }}}}"
+    system = f"{{{{- {_text(template.system_prefix)} + messages[0]['content'] + {_text(template.system_suffix)} -}}}}"
     default = template.system_prefix + template.system + template.system_suffix if template.system else ""
     opening = "".join(
         (template.question_prefix + turn.content + template.question_suffix)
@@ -36,23 +36,23 @@ def jinja_of(template: Template) -> str:
         system,
         "{%- set turns = messages[1:] -%}",
         "{%- else -%}",
-        f"{{{{ {_text(default)} }}}}",
+        f"{{{{- {_text(default)} -}}}}",
         "{%- set turns = messages -%}",
         "{%- endif -%}",
-        f"{{{{ {_text(opening)} }}}}",
+        f"{{{{- {_text(opening)} -}}}}",
         "{%- for turn in turns -%}",
         "{%- if turn['role'] == 'user' -%}",
-        f"{{%- if loop.first or loop.previtem['role'] != 'assistant' -%}}{{{{ {_text(closing)} }}}}{{%- endif -%}}",
-        f"{{{{ {_text(question)} + turn['content'] + {_text(template.question_suffix)} }}}}",
+        f"{{%- if loop.first or loop.previtem['role'] != 'assistant' -%}}{{{{- {_text(closing)} -}}}}{{%- endif -%}}",
+        f"{{{{- {_text(question)} + turn['content'] + {_text(template.question_suffix)} -}}}}",
         "{%- else -%}",
-        f"{{{{ {_text(asked)} }}}}",
+        f"{{{{- {_text(asked)} -}}}}",
         "{%- generation -%}",
-        f"{{{{ {_text(answer)} + turn['content'] | trim + {_text(template.answer_suffix)} }}}}",
-        f"{{{{ eos_token if loop.last else {_text(closing)} }}}}",
+        f"{{{{- {_text(answer)} + turn['content'] | trim + {_text(template.answer_suffix)} -}}}}",
+        f"{{{{- eos_token if loop.last else {_text(closing)} -}}}}",
         "{%- endgeneration -%}",
         "{%- endif -%}",
         "{%- endfor -%}",
-        f"{{%- if add_generation_prompt -%}}{{{{ {_text(asked)} }}}}{{%- endif -%}}",
+        f"{{%- if add_generation_prompt -%}}{{{{- {_text(asked)} -}}}}{{%- endif -%}}",
     )
     return "\n".join(lines)
 

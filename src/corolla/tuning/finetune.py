@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
+from transformers import TrainerCallback
 
 from corolla.chat.templates import Template, default_template, template_named
 from corolla.data.problems import Problems
@@ -87,11 +88,12 @@ def finetune(
     split: str = "train",
     resume: bool = False,
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Record:
     """Fine-tune the model `name` and save it in `output`, with its card, recipe and record and, until it is done, its checkpoints.
 
-    `data` are sources as `parse_source` takes them. On SIGINT or SIGTERM the step under way is ended and saved, and
-    `KeyboardInterrupt` raised.
+    `data` are sources as `parse_source` takes them; `callbacks` are for transformers' trainer. On SIGINT or SIGTERM the step under
+    way is ended and saved, and `KeyboardInterrupt` raised.
 
     Raises:
         TrainingError: there is nothing to go on from, something else lies in `output`, it would not fit the memory, or a loss or a
@@ -124,7 +126,7 @@ def finetune(
     try:
         record.update(status="running", error=None)
         model = load_model(directory, recipe, settings)
-        Run(model, tokenizer, template, recipe, settings, phases, record, console, micro_batch).go(directory)
+        Run(model, tokenizer, template, recipe, settings, phases, record, console, micro_batch, callbacks).go(directory)
     except KeyboardInterrupt:
         record.update(status="interrupted")
         raise

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from corolla.chat.templates import Template
@@ -58,7 +59,9 @@ def load_model(directory: Path, recipe: Recipe, settings: FinetuneSettings) -> t
 
         torch.manual_seed(recipe.seed)
         config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT looks for checkpointing by a name that transformers gives up
+            model = get_peft_model(model, config)
         if settings.gradient_checkpointing:
             model.enable_input_require_grads()
     return model
@@ -78,11 +81,13 @@ class Run:
         record: Record,
         console: Console,
         micro_batch: int,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._recipe, self._settings, self._phases = recipe, settings, phases
         self._record, self._console, self._micro_batch = record, console, micro_batch
         self._output = record.path.parent
+        self._callbacks = callbacks
         self._devices = PartialState().num_processes
         articles = any((data.training + data.held_out) for data in phases)
         mask_dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
@@ -119,7 +124,8 @@ class Run:
         held_out = Sequences(data.held_out) if data.held_out else None
         arguments = self._arguments(directory, index, phase.epochs, held_out is not None)
         trainer = FinetuneTrainer(self._model, recipe, arguments, Sequences(data.training), held_out, self._collator)
-        for callback in (_Keeping(trainer, record, offset), bar, interruption):
+        trainer.remove_callback(PrinterCallback)  # which prints what the bar shows
+        for callback in (_Keeping(trainer, record, offset), bar, interruption, *self._callbacks):
             trainer.add_callback(callback)
         if held_out is not None and record.base is None and not index:
             self._console.print("measuring the held-out loss before training ...")
@@ -163,8 +169,8 @@ class Run:
             bf16=recipe.dtype == "bfloat16",
             use_cpu=settings.on.type == "cpu",
             max_grad_norm=recipe.clip or 0.0,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+            activation_checkpointing=settings.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
             seed=recipe.seed,
             remove_unused_columns=False,
             label_names=["labels"],
