@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from corolla.client.joined import Joined, join_swarm
+from corolla.client.link import SwarmLink
 from corolla.client.session import Session
-from corolla.client.swarm import SwarmLink, SwarmTransport
+from corolla.client.swarm import SwarmTransport
 from corolla.errors import CorollaError
 from corolla.swarm.peer import PeerConfig
 from corolla.swarm.transport import Deliver

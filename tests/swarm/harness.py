@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from corolla.client.joined import join_swarm
+from corolla.client.link import SwarmLink
 from corolla.client.session import Session
-from corolla.client.swarm import SwarmLink, SwarmTransport
+from corolla.client.swarm import SwarmTransport
 from corolla.errors import NetworkError, NoRoute
 from corolla.models.prompts import SoftPrompt
 from corolla.swarm.peer import PeerConfig, SwarmPeer
