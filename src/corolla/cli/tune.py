@@ -141,11 +141,12 @@ def tune(
 def _show(record: Record, model: str, output: Path, template: str | None, peers: list[str]) -> None:
     """The result, and how to go on."""
     for sample in record.samples[:1]:
-        if sample["system"]:
-            print(f"system:  {sample['system']}")
-        for turn in sample["conversation"]:
-            print(f"{turn['role'] + ':':<9}{turn['content']}")
-        print(f"before:  {sample['before']}\nafter:   {sample['after']}\nin the data: {sample['reference']}\n")
+        said = [(turn["role"], turn["content"]) for turn in sample["conversation"]]
+        replies = [("before", sample["before"]), ("after", sample["after"]), ("the data's", sample["reference"])]
+        for who, what in [("system", sample["system"]), *said, *replies]:
+            if what:
+                print(f"{who + ':':<12}{what}")
+        print()
     if record.base and record.evaluations:
         last = record.evaluations[-1]
         before, after = record.base["perplexity"], last["perplexity"]
