@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from corolla.models.checkpoint import Progress
 
 
+_MOST_FILES = 256  # all are open at once
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareSettings:
     """What is prepared from what, and how.
@@ -79,8 +82,8 @@ class PrepareSettings:
         if not 0 <= self.seed < 2**63:
             raise InvalidSetting("seed", f"{self.seed} is not from 0 to 2**63 - 1")
         for part, count in self.files.items():
-            if count < 1 or (part == "test" and count > 1):
-                raise InvalidSetting(f"{part}-files", f"{count} is no number of files for it; give at least 1, and 1 for test")
+            if not 1 <= count <= (1 if part == "test" else _MOST_FILES):
+                raise InvalidSetting(f"{part}-files", f"{count} is no number of files for it; give 1 to {_MOST_FILES}, and 1 for test")
         if self.workers is not None and self.workers < 1:
             raise InvalidSetting("workers", f"{self.workers} do no work; give at least 1")
 

@@ -32,7 +32,7 @@ def sampled(items: Iterable[T], count: int, seed: int) -> list[T]:
 
 def fingerprint(example: Example) -> bytes:
     """The SHA-256 of what is said in the example, by whom: 32 bytes."""
-    return hashlib.sha256(repr([(turn.role, turn.content) for turn in example.turns]).encode(errors="surrogatepass")).digest()
+    return hashlib.sha256(repr([(turn.role, turn.content) for turn in example.turns]).encode()).digest()
 
 
 def is_held_out(example: Example, share: float, seed: int) -> bool:
@@ -48,5 +48,5 @@ def is_held_out(example: Example, share: float, seed: int) -> bool:
 
 def drawn(example: Example, seed: int) -> float:
     """A number from 0 to below 1 that the seed and what is said in the example decide."""
-    digest = hashlib.sha256(fingerprint(example) + seed.to_bytes(16, "big", signed=True)).digest()
+    digest = hashlib.sha256(fingerprint(example) + str(seed).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

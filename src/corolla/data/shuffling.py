@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corolla.data.blocks import EMPTY, Articles, chained
+from corolla.data.spool import save
 from corolla.errors import StorageError
 
 Keys = npt.NDArray[np.uint64]
@@ -99,7 +100,7 @@ def _flush(waiting: list[list[Keyed]], directory: Path) -> None:
             keys, articles = np.concatenate([part.keys for part in parts]), chained([part.articles for part in parts])
             with (directory / str(bucket)).open("ab") as file:
                 for array in (keys, articles.ids, articles.kinds, articles.lengths, articles.categories):
-                    np.save(file, array, allow_pickle=False)
+                    save(file, array)
             parts.clear()
 
 

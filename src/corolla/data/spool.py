@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ def write_chunk(path: Path, articles: Articles, parts: npt.NDArray[np.uint8], su
     header = np.frombuffer(json.dumps(asdict(summary)).encode(), np.uint8)
     with replacing(path) as temporary, temporary.open("wb") as file:
         for array in (header, articles.lengths, articles.categories, parts, articles.ids, articles.kinds):
-            np.save(file, array, allow_pickle=False)
+            save(file, array)
 
 
 def read_summary(path: Path) -> Summary:
@@ -52,6 +52,12 @@ def read_chunk(path: Path) -> tuple[Articles, npt.NDArray[np.uint8], Summary]:
         summary = _summary(file)
         lengths, categories, parts, ids, kinds = (np.load(cast(IO[bytes], file), allow_pickle=False) for _ in range(5))
     return Articles(ids, kinds, lengths, categories), parts, summary
+
+
+def save(file: IO[bytes], array: npt.NDArray[Any]) -> None:
+    """Write an array as `numpy.save` does, but with the system's own error where the disk is full."""
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(np.ascontiguousarray(array).data)
 
 
 def chunk_path(directory: Path, number: int) -> Path:
