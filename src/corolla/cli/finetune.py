@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 _RECIPE, _RUN, _LORA = "What is learned", "The run", "LoRA"
 
 
+def _show_recipe(name: str | None) -> None:
+    if name is not None:
+        from corolla.tuning.recipe import load_recipe
+
+        print(load_recipe(name).dump(), end="")
+        raise typer.Exit
+
+
 def finetune(
     model: options.Model,
     data: Annotated[
@@ -40,8 +48,15 @@ def finetune(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe; may be repeated.", rich_help_panel=_RECIPE),
     ] = None,
     show_recipe: Annotated[
-        bool, typer.Option("--show-recipe", help="Print the whole recipe, to save and change, and end.", rich_help_panel=_RECIPE)
-    ] = False,
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            callback=_show_recipe,
+            is_eager=True,
+            help="Print a whole recipe, to save and change.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
     lora: Annotated[
         bool, typer.Option("--lora", help="Train low-rank factors, saved as an adapter of PEFT.", rich_help_panel=_LORA)
     ] = False,
@@ -88,10 +103,6 @@ def finetune(
     from corolla.tuning.recipe import load_recipe
 
     chosen = load_recipe(recipe, changes or ())
-    if show_recipe:
-        print(chosen.dump(), end="")
-        return
-
     import torch
     from rich.console import Console
 
