@@ -113,7 +113,7 @@ class Swarm:
         self.directory, self.folder, self.options = directory, folder, options
         self._environment = {**os.environ, "COROLLA_SECRET": secret} if secret else None
         self.servers: list[Server] = []  # in order of their start, the dead among them
-        self.bootstrap = self._run("bootstrap")
+        self.bootstrap = self.run("bootstrap")
 
     def __enter__(self) -> Swarm:
         return self
@@ -167,13 +167,13 @@ class Swarm:
     def _serve(self, blocks: str, options: tuple[str, ...], proxied: bool) -> Server:
         command = ["serve", str(self.directory), "--peers", self.address, "--blocks", blocks, *self.options, *options]
         if not proxied:
-            return self._run(*command, blocks=blocks, options=options)
+            return self.run(*command, blocks=blocks, options=options)
         port = free_port()
         proxy = ChaosProxy(port, seed=len(self.servers))
         proxy.start()
-        return self._run(*command, "--port", str(port), "--announce", proxy.address, blocks=blocks, options=options, proxy=proxy)
+        return self.run(*command, "--port", str(port), "--announce", proxy.address, blocks=blocks, options=options, proxy=proxy)
 
-    def _run(self, *command: str, blocks: str = "", options: tuple[str, ...] = (), proxy: ChaosProxy | None = None) -> Server:
+    def run(self, *command: str, blocks: str = "", options: tuple[str, ...] = (), proxy: ChaosProxy | None = None) -> Server:
         """A command that stays, begun."""
         number = sum(1 for _ in self.folder.glob("log-*"))
         ready, log = self.folder / f"ready-{number}", self.folder / f"log-{number}"
