@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import ConsoleMessage, Locator, Page, Request
+from playwright.sync_api import ConsoleMessage, Locator, Page, Request, expect
 
 DESKTOP = {"width": 1280, "height": 800}
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -67,12 +68,20 @@ def questions(page: Page) -> Locator:
 def wait_done(page: Page, state: str = "done") -> None:
     """Until no answer is being written and the last one is in `state`."""
     page.locator(f"li[data-state='{state}']:has(article[aria-label='Answer'])").last.wait_for()
-    page.wait_for_function("!document.querySelector('li[data-state=writing]')", timeout=PATIENCE)
+    expect(page.locator("li[data-state='writing']")).to_have_count(0, timeout=PATIENCE)
 
 
 def prose(answer: Locator) -> str:
     """An answer's text as it is seen."""
     return answer.locator(".prose").inner_text() if answer.locator(".prose").count() else ""
+
+
+def wait_longer(page: Page, answer: Locator, than: str) -> None:
+    """Until an answer has grown well beyond what it was. Polled from here: the page's policy lets no string be run in it."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while len(prose(answer)) <= len(than) + 20:
+        assert time.monotonic() < deadline, "the answer did not go on"
+        page.wait_for_timeout(50)
 
 
 def set_manner(page: Page, **settings: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
 
 from corolla.gateway.database import Database
 from corolla.gateway.guard import GuardConfig
@@ -100,7 +101,7 @@ def test_a_chat_by_keyboard_alone(tiny_gateway: Running, look: Look) -> None:
     page.get_by_text("2 / 2").wait_for()
     wait_done(page)
     page.keyboard.press("Control+k")
-    page.wait_for_function("document.activeElement.id === 'search'")
+    expect(page.get_by_label("Search the conversations")).to_be_focused()
     page.keyboard.type("no such words")
     page.get_by_text("Nothing found.").wait_for()
 

@@ -11,7 +11,7 @@ from playwright.sync_api import expect
 
 from corolla.models import catalog
 from tests.browser.gateway_process import gateway_process
-from tests.browser.looking import PATIENCE, PHONE, Look, answers, ask, prose, questions, set_manner, wait_done
+from tests.browser.looking import PATIENCE, PHONE, Look, answers, ask, prose, questions, set_manner, wait_done, wait_longer
 from tests.swarm.harness import Swarm
 
 MODEL = "smollm2"
@@ -55,7 +55,7 @@ def test_stop_ends_an_answer_and_go_on_takes_it_up_again(gateway: str, look: Loo
     stopped = prose(answer)
     answer.get_by_role("button", name="Go on").click()
     expect(answer).to_have_attribute("data-state", "writing", timeout=PATIENCE)
-    page.wait_for_function("length => document.querySelector('.prose').innerText.length > length + 20", arg=len(stopped), timeout=PATIENCE)
+    wait_longer(page, answer, stopped)
     page.get_by_role("button", name="Stop").click()
     wait_done(page, "stopped")
     assert prose(answer).startswith(stopped[:-1].rstrip("*_`# ")[:200])
@@ -63,7 +63,7 @@ def test_stop_ends_an_answer_and_go_on_takes_it_up_again(gateway: str, look: Loo
 
 def test_edits_and_other_answers_are_branches_and_none_is_lost(gateway: str, look: Look) -> None:
     page = look(gateway)
-    set_manner(page, Longest_answer="12")
+    set_manner(page, Most_tokens="12")
     ask(page, "Name a fruit.")
     wait_done(page)
     fruit = prose(answers(page).first)
@@ -94,7 +94,7 @@ def test_a_reload_in_mid_answer_loses_nothing(gateway: str, look: Look) -> None:
     page.reload()
     answers(page).first.wait_for()
     expect(answers(page).first).to_have_attribute("data-state", "writing")
-    page.wait_for_function("length => document.querySelector('.prose')?.innerText.length > length + 20", arg=len(before), timeout=PATIENCE)
+    wait_longer(page, answers(page).first, before)
     assert prose(answers(page).first).startswith(before[:50].rstrip("*_`# "))
     page.get_by_role("button", name="Stop").click()
     wait_done(page, "stopped")
@@ -102,7 +102,7 @@ def test_a_reload_in_mid_answer_loses_nothing(gateway: str, look: Look) -> None:
 
 def test_a_server_killed_in_mid_answer_is_a_notice_and_the_answer_goes_on(gateway: str, swarm: Swarm, look: Look) -> None:
     page = look(gateway)
-    set_manner(page, Longest_answer="300")
+    set_manner(page, Most_tokens="300")
     answer = ask(page, LONG)
     answer.locator(".prose").wait_for()
     last = next(server for server in swarm.living if server.blocks == "15:30")
@@ -117,7 +117,7 @@ def test_a_server_killed_in_mid_answer_is_a_notice_and_the_answer_goes_on(gatewa
 
 def test_conversations_are_found_renamed_exported_imported_and_deleted(gateway: str, look: Look, tmp_path: Path) -> None:
     page = look(gateway)
-    set_manner(page, Longest_answer="4")
+    set_manner(page, Most_tokens="4")
     ask(page, "Do walruses whistle?")
     wait_done(page)
     page.get_by_role("heading", name="Do walruses whistle?").get_by_role("button").click()
@@ -143,7 +143,7 @@ def test_conversations_are_found_renamed_exported_imported_and_deleted(gateway: 
 def test_the_playground_goes_on_from_another_token(gateway: str, look: Look) -> None:
     page = look(gateway + "/playground")
     page.get_by_label("Text to go on from").fill("The capital of France is")
-    page.get_by_label("Longest answer", exact=False).fill("8")
+    page.get_by_label("Most tokens", exact=False).fill("8")
     page.get_by_role("button", name="Complete").click()
     page.get_by_text("ended by").wait_for()
     assert "Paris" in page.locator(".text").inner_text()
@@ -167,7 +167,7 @@ def test_the_playground_s_request_runs_elsewhere(gateway: str, look: Look) -> No
     page.get_by_label("Input of example 1").fill("the sky")
     page.get_by_label("Output of example 1").fill('it\'s "blue"')
     page.get_by_label("Input", exact=True).fill("grass")
-    page.get_by_label("Longest answer", exact=False).fill("4")
+    page.get_by_label("Most tokens", exact=False).fill("4")
     page.get_by_role("button", name="Copy as Python").click()
     page.get_by_text("is in the clipboard").wait_for()
     code = page.evaluate("navigator.clipboard.readText()")
@@ -193,7 +193,7 @@ def test_the_swarm_is_drawn_as_it_is(gateway: str, swarm: Swarm, look: Look) -> 
 
 def test_a_chat_on_a_phone(gateway: str, look: Look) -> None:
     page = look(gateway, **PHONE)
-    set_manner(page, Longest_answer="8")
+    set_manner(page, Most_tokens="8")
     ask(page, "Say hello.")
     wait_done(page)
     page.get_by_role("button", name="Menu").tap()
