@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", default=Path(__file__).parent / "dialogues.txt", help="dialogues: a file or a dataset of the hub")
     parser.add_argument("--tuning-mode", default="ptune", choices=["ptune", "deep_ptune"])
     parser.add_argument("--soft-tokens", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text; a longer one is cut")
     parser.add_argument("--learning-rate", type=float, default=1e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,6 +192,14 @@ def test_a_prompt_that_servers_lack_is_sent_again(make_swarm: MakeSwarm, directo
     assert not local.servers.bans.banned()
 
 
+def until(happened: Callable[[], bool]) -> None:
+    """What another thread is to hear first."""
+    deadline = time.monotonic() + 30.0
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_server_that_leaves_is_left_where_there_is_another(make_swarm: MakeSwarm, checkpoints: dict[str, Path]) -> None:
     directory, hidden = checkpoints["llama"], inputs()
     local = make_swarm(directory, {"a": (0, 4), "b": (0, 4)})
@@ -198,9 +207,10 @@ def test_a_server_that_leaves_is_left_where_there_is_another(make_swarm: MakeSwa
         session.step(hidden[:, :5])
         for server, end in zip(local.spans, (20, 30), strict=True):  # to the second, and where it leaves too, nobody else can take it
             server.leave()
+            until(lambda: bool(local.servers.leaving))
             at = session.position
             assert_close(session.step(hidden[:, at:end]), whole(directory, hidden)[:, at:end])
-            assert [server.sessions for server in local.spans] == [0, 2]
+            until(lambda: [server.sessions for server in local.spans] == [0, 2])
     assert not local.servers.bans.banned()
 
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from corolla.errors import CapacityError, InvalidSetting, NetworkError, PromptNeeded, ProtocolError, ServerFault
+from corolla.errors import CapacityError, InvalidSetting, PromptNeeded, ProtocolError, ServerFault
 from corolla.remote.given import DeepPrompt
 from corolla.remote.mailbox import Fault, Forgot
 from corolla.remote.servers import Servers
@@ -184,11 +184,6 @@ class Calls:
                     if given_again:
                         raise Fault(hop.peer, ProtocolError("it was sent the soft prompt twice, and says that it lacks it")) from error
                     continue
-                except InvalidSetting as error:
-                    if error.setting != "blocks":
-                        raise
-                    # The route is right by the server's record: it has moved since.
-                    raise Fault(hop.peer, NetworkError("it holds other blocks than its record says")) from error
             if not isinstance(answer, ResultFrame):
                 raise Fault(hop.peer, ProtocolError("it answered a call as if it were a session"))
             result = checked(answer.hidden, (expected, like.shape[1]), hop.peer)

@@ -59,7 +59,8 @@ class EmbeddedNetwork:
         if self._closed:
             raise NetworkError("the model is closed: load it again")
         if isinstance(message, (ForwardFrame, BackwardFrame)):
-            self._engine.call(self._steps(message))
+            stopped = failed_of(ServerFault("the engine was stopped"), str(message.call), 0, peer=PEER)
+            self._engine.call(self._steps(message), lambda: self._answer(stopped))
         elif isinstance(message, StepFrame):
             self._step(message)
         elif isinstance(message, PromptFrame):

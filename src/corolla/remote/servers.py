@@ -165,7 +165,7 @@ class Servers:
 
     def elsewhere(self, hops: Collection[Hop], span: Span, needed_tokens: int) -> tuple[Hop, ...] | None:
         """Where to go on in the place of these hops, one of which leaves; None while none does, or there is no other way."""
-        leaving = self._leavers()
+        leaving = self.leaving
         if not any(hop.peer in leaving for hop in hops):
             return None
         try:
@@ -173,14 +173,16 @@ class Servers:
         except NoRoute:
             return None
 
-    def _leavers(self) -> frozenset[str]:
+    @property
+    def leaving(self) -> frozenset[str]:
+        """The peers that said lately that they leave."""
         since = time.monotonic() - self.config.leaving
         return frozenset(peer for peer, said in list(self._leaving.items()) if said > since)
 
     def _route(self, needed_tokens: int, avoid: Collection[str] = (), *, stay: bool = True) -> Route:
         """Around the peers of `avoid`; around those that leave too, unless there is no other way and one may `stay` with them."""
         banned = self.bans.banned() | frozenset(avoid)
-        leaving = self._leavers()
+        leaving = self.leaving
         try:
             return self._router.route(_Avoided(self.config, banned | leaving), needed_tokens)
         except NoRoute:
