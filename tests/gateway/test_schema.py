@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import status_code_conformance
@@ -35,5 +37,5 @@ def test_every_route(fuzzed: Running, mode: GenerationMode) -> None:
         def check(case: schemathesis.Case) -> None:
             case.call_and_validate(checks=[not_a_server_error, status_code_conformance], timeout=60)
 
-        if mode is GenerationMode.POSITIVE or list(operation.iter_parameters()) or operation.body:
+        with suppress(Unsatisfiable):  # a route may take anything, and then nothing is wrong for it
             check()
