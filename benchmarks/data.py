@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a file of dialogues, as Dolly; made here by default")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--speed", default="12MB", help="the input of the comparison: the dialogues over and over")
+    parser.add_argument("--speed", default="40MB", help="the input of the comparison: the dialogues over and over")
     parser.add_argument("--memory", help="also measure the memory on an input of this size, as 1GB")
     arguments = parser.parse_args()
     tokenizer = resolve(arguments.model, weights=False)

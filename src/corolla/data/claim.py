@@ -16,7 +16,7 @@ from corolla.data.layout import UNFINISHED, is_whole
 from corolla.data.saving import SUMS, replacing
 from corolla.errors import DataError, StorageError
 
-_DONE, _PLAN, _LOCK = "done", "plan.json", "lock"
+_DONE, _CHUNKS, _PLAN, _LOCK = "done", "articles", "plan.json", "lock"
 
 
 class Claim:
@@ -30,6 +30,11 @@ class Claim:
     def done(self) -> Path:
         """Where the files lie that will be published."""
         return self.work / _DONE
+
+    @property
+    def chunks(self) -> Path:
+        """Where the chunks of articles lie, with which a run that was ended can go on."""
+        return self.work / _CHUNKS
 
     @property
     def is_complete(self) -> bool:
@@ -94,6 +99,9 @@ def claimed(output: Path) -> Iterator[Claim]:
     finally:
         lock.release()
         with suppress(OSError):
+            if not claim.is_complete and not (claim.chunks.exists() and any(claim.chunks.iterdir())):
+                (claim.work / _PLAN).unlink(missing_ok=True)  # nothing to go on with
+                shutil.rmtree(claim.chunks, ignore_errors=True)
             if not any(path.name != _LOCK for path in claim.work.iterdir()):
                 (claim.work / _LOCK).unlink(missing_ok=True)
                 claim.work.rmdir()

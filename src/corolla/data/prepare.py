@@ -122,6 +122,8 @@ def prepare(settings: PrepareSettings, output: Path, progress: Progress, problem
     tokenizer = TrainingTokenizer(settings.tokenizer)
     packing = PackingSettings(max_length=settings.max_length, pad_id=tokenizer.end_id, packing=settings.packing)
     Renderer(tokenizer, template_named(settings.template), settings.rendering)  # refuses here what a worker could only fail at
+    for each in settings.inputs:
+        read(each, problems, format=settings.format, split=settings.split)  # opens nothing yet; refuses what is not there
     with claimed(output) as claim:
         sources = sources_of(settings.inputs, progress)
         claim.agree(settings.plan(sources, tokenizer_sums(settings.tokenizer)))
@@ -179,7 +181,7 @@ class _Run:
             test=settings.test,
             seed=settings.seed,
         )
-        self.chunks = tokenize(examples(), rendering, self._spool, settings.processes, told)
+        self.chunks = tokenize(examples(), rendering, self.claim.chunks, settings.processes, told)
         self.metrics.problems, self.metrics.duplicates = problems.count, duplicates.removed
         if not self.metrics.counts.articles:
             raise DataError("there is nothing to train on: no example was found in the inputs, or every one was left out")
@@ -217,13 +219,9 @@ class _Run:
             "sources": [{"name": each.name, "bytes": each.nbytes, "sha256": each.sha256} for each in self.sources],
         }
 
-    @property
-    def _spool(self) -> Path:
-        return self.claim.work / "articles"
-
     def _write(self, part: Part, threads: ThreadPoolExecutor) -> list[int]:
         settings, metrics = self.settings, self.metrics.parts[part]
-        chunks = Chunks(directory=self._spool, count=self.chunks, part=part, categories=self.categories or {})
+        chunks = Chunks(directory=self.claim.chunks, count=self.chunks, part=part, categories=self.categories or {})
         keyed = chunks.keyed(settings.seed)
         nbytes = metrics.rendered_tokens * 5 + metrics.articles * 16
         blocks = in_order(keyed, nbytes, self.claim.work / "shuffled") if settings.shuffle else (each.articles for each in keyed)
