@@ -144,7 +144,7 @@ class Answer:
         self.queued = time.perf_counter() - self.began
         try:
             await self._loop.run_in_executor(threads, self._write, pool)
-        except Exception:  # noqa: BLE001 (a fault of our own ends this answer, and whoever waits for it learns of it)
+        except Exception:
             log.exception("an answer ended in a fault of the gateway")
             self._end(CorollaError("a fault of the gateway; its log says more"))
         finally:
