@@ -18,6 +18,7 @@ from corolla.cli.progress import showing_progress
 from corolla.errors import InvalidSetting, ServerFault
 from corolla.types import Span
 
+
 def up(
     model: options.Model = "smollm2",
     servers: Annotated[int, typer.Option(min=1, help="Server processes; each holds an equal share of the blocks.")] = 2,
