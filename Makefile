@@ -7,10 +7,10 @@ MODEL  ?=
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help environment up chat test lint format bench soak clean
+.PHONY: help environment up chat test lint format bench soak tiny-chat clean
 
 help:  ## what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 environment: $(VENV)/.made  ## the virtual environment in .venv, with what was tested
 
@@ -44,6 +44,9 @@ bench: environment  ## the table of docs/performance.md, measured here
 
 soak: environment  ## twenty minutes of servers that come and go under chats; ARGS="--minutes 5"
 	$(BIN)/python -m tests.swarm.soak $(ARGS)
+
+tiny-chat: environment  ## a chat model from nothing; DATA=a file or directory of dialogues
+	@COROLLA=$(BIN)/corolla examples/tiny_chat.sh $(DATA) $(or $(DIR),tiny-chat)
 
 clean:  ## remove the environment and caches (models stay)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
