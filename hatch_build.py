@@ -15,7 +15,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 _STATIC = "src/corolla/gateway/static"
 
 
-class PageBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+class PageBuildHook(BuildHookInterface):
     """The hook that pyproject.toml names: `[tool.hatch.build.targets.wheel.hooks.custom]`."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
