@@ -22,6 +22,7 @@ from corolla.cli.init import init
 from corolla.cli.keys import keys
 from corolla.cli.models import models
 from corolla.cli.prepare import prepare
+from corolla.cli.quantize import quantize
 from corolla.cli.serve import serve
 from corolla.cli.status import status
 from corolla.cli.tune import tune
@@ -68,6 +69,23 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
             stream.reconfigure(errors=errors)
 
 
-for command in (chat, generate, batch, up, gateway, serve, bootstrap, status, models, doctor, prepare, tune, finetune, init, evaluate):
+for command in (
+    chat,
+    generate,
+    batch,
+    up,
+    gateway,
+    serve,
+    bootstrap,
+    status,
+    models,
+    doctor,
+    prepare,
+    tune,
+    finetune,
+    init,
+    evaluate,
+    quantize,
+):
     app.command()(command)
 app.add_typer(keys, name="keys")

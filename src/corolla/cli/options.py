@@ -30,7 +30,13 @@ Dtype = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores by default.", rich_help_panel=MACHINE)]
 Weights = Annotated[
-    str | None, typer.Option(help="packed (lossless), plain, int8 or int4; the quickest lossless by default.", rich_help_panel=MACHINE)
+    str | None,
+    typer.Option(
+        "--weights",
+        "--quant",
+        help="packed (lossless), plain, or quantized while loading: int8, int4 or nf4; the quickest lossless by default.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 Peers = Annotated[
     list[str] | None,

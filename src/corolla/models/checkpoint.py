@@ -80,6 +80,10 @@ class Checkpoint:
         """The shape of a tensor, from the header. Raises `CheckpointError` where there is no such tensor."""
         return self._entry(name).shape
 
+    def nbytes(self, name: str) -> int:
+        """The bytes of a tensor as it is stored, from the header. Raises `CheckpointError` where there is no such tensor."""
+        return self._entry(name).nbytes
+
     def tensor(self, name: str, dtype: torch.dtype | None = None, *, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """One tensor, in `dtype` (None: as stored), of the given `shape` where one is given.
 

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from corolla.errors import InvalidSetting
 from corolla.models.architecture import Activation
+from corolla.models.nf4 import NF4
+from corolla.models.quantized import INT4_GROUP, Codes, quantize
 
-WeightFormat = Literal["plain", "packed", "int8", "int4"]
-INT4_GROUP = 32
+WeightFormat = Literal["plain", "packed", "int8", "int4", "nf4"]
 _ROWS_AT_ONCE = 4096  # of a weight that is looked through, so that a head of gigabytes is not copied whole
 
 _ACTIVATE: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -157,12 +158,9 @@ def _halves(weight: torch.Tensor, scale: float) -> bool:
 class Int8Linear(_Unfused):
     """Symmetric int8, one scale a row, weights only; off the CPU they are widened for each product, which saves memory, not time."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        wide = weight.float()
-        scale = wide.abs().amax(1).clamp_(min=1e-12) / 127
-        self._weight = (wide / scale[:, None]).round_().to(torch.int8)
-        self._scale = scale.to(weight.dtype)
-        self._bias = bias
+    def __init__(self, weight: torch.Tensor | Codes, bias: torch.Tensor | None) -> None:
+        codes = weight if isinstance(weight, Codes) else quantize(weight, "int8")
+        self._weight, self._scale, self._bias = codes.codes, codes.scale.to(codes.dtype), bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
@@ -178,15 +176,14 @@ class Int8Linear(_Unfused):
 class Int4Linear(_Unfused):
     """Asymmetric int4 in groups of `INT4_GROUP` inputs, weights only (CPU)."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        outputs, self._inputs = weight.shape
-        groups = weight.float().view(outputs, self._inputs // INT4_GROUP, INT4_GROUP)
-        low, high = groups.amin(-1), groups.amax(-1)
-        scale = ((high - low) / 15).clamp_(min=1e-12)
+    def __init__(self, weight: torch.Tensor | Codes, bias: torch.Tensor | None) -> None:
+        codes = weight if isinstance(weight, Codes) else quantize(weight, "int4")
+        assert codes.low is not None, "the matrix does not fit int4"
+        self._inputs = codes.shape[1]
         # The operator computes (q - 8) * scale + zero.
-        codes = ((groups - low[..., None]) / scale[..., None]).round_().clamp_(0, 15).to(torch.int32).view(outputs, self._inputs)
-        self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        self._scale_and_zero = torch.stack([scale, low + 8 * scale], -1).transpose(0, 1).contiguous().to(weight.dtype)
+        self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.unpacked().to(torch.int32), 1)
+        pairs = torch.stack([codes.scale, codes.low + 8 * codes.scale], -1)
+        self._scale_and_zero = pairs.transpose(0, 1).contiguous().to(codes.dtype)
         self._bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -197,6 +194,20 @@ class Int4Linear(_Unfused):
         """By the product itself, over the identity: how the codes lie depends on the machine, and only the operator knows."""
         identity = torch.eye(self._inputs, dtype=self._scale_and_zero.dtype)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(identity, self._weight, INT4_GROUP, self._scale_and_zero).t()
+
+
+class NF4Linear(_Unfused):
+    """nf4, see `models.nf4`."""
+
+    def __init__(self, weight: torch.Tensor | Codes, bias: torch.Tensor | None) -> None:
+        self._nf4 = NF4(weight, bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._nf4.product(x)
+
+    def widened(self) -> torch.Tensor:
+        """The weight [out, in] in the working dtype, as the codes give it back."""
+        return self._nf4.widened()
 
 
 class Differentiable(_Unfused):
@@ -244,22 +255,25 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, fmt: WeightFormat) -> Linear:
+def make_linear(weight: torch.Tensor | Codes, bias: torch.Tensor | None, fmt: WeightFormat) -> Linear:
     """A linear layer that keeps `weight` [out, in] in the format `fmt`; a format that this shape cannot take becomes int8 or packed.
+    A weight that comes as codes keeps them.
 
     Raises:
         InvalidSetting: no such format, or one that the weight's device cannot compute.
     """
     if fmt not in get_args(WeightFormat):
         raise InvalidSetting("weights", f"{fmt!r} is none of {', '.join(get_args(WeightFormat))}")
+    device = weight.codes.device if isinstance(weight, Codes) else weight.device
+    if device.type != "cpu" and fmt in ("packed", "int4"):
+        raise InvalidSetting("weights", f"{fmt!r} weights are computed on the CPU only; use 'plain', 'int8' or 'nf4' on {device.type}")
+    if isinstance(weight, Codes):
+        kinds: dict[str, type[Int8Linear | Int4Linear | NF4Linear]] = {"int8": Int8Linear, "int4": Int4Linear, "nf4": NF4Linear}
+        return kinds[weight.format](weight, bias)
     if fmt == "plain":
         return PlainLinear(weight, bias)
-    if weight.device.type != "cpu" and fmt != "int8":
-        raise InvalidSetting("weights", f"{fmt!r} weights are computed on the CPU only; use 'plain' or 'int8' on {weight.device.type}")
     if fmt == "packed":
         if (scale := HalfLinear.scale_of(weight)) is not None:
             return HalfLinear(weight, bias, scale)
         return PackedLinear(weight, bias) if can_pack(weight.dtype) else PlainLinear(weight, bias)
-    if fmt == "int4" and weight.shape[1] % INT4_GROUP == 0 and weight.shape[0] % 16 == 0:
-        return Int4Linear(weight, bias)
-    return Int8Linear(weight, bias)
+    return make_linear(quantize(weight, fmt), bias, fmt)

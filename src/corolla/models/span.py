@@ -14,6 +14,8 @@ from corolla.models.block import Attention, Block, Norm, rotations
 from corolla.models.checkpoint import Checkpoint
 from corolla.models.families import architecture
 from corolla.models.linear import Linear, PackedLinear, WeightFormat, make_linear
+from corolla.models.quantized import Codes, joined
+from corolla.models.quantized_files import settled_weights, stored_codes
 from corolla.types import Span
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -113,19 +115,20 @@ def load_span(
     span: Span | None = None,
     *,
     dtype: str = "bfloat16",
-    weights: WeightFormat = "packed",
+    weights: WeightFormat | None = None,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> SpanModel:
-    """Read a span (the whole model by default) from a directory of safetensors.
+    """Read a span (the whole model by default) from a directory of safetensors; each matrix is quantized as it is read, if at all.
 
     Args:
+        weights: the format to keep them in; by default a quantized checkpoint's own, else "packed" on a CPU and "plain" elsewhere.
         progress: called with (blocks loaded, blocks in all).
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor of the wrong shape; the sentence names it.
         UnsupportedModel: the family or the variant has no mathematics here.
-        InvalidSetting: blocks that the model does not have, an unknown dtype or format.
+        InvalidSetting: blocks that the model does not have, an unknown dtype or format, a quantized model to be quantized again.
     """
     if dtype not in DTYPES:
         raise InvalidSetting("dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
@@ -135,6 +138,7 @@ def load_span(
         span = span or Span(0, arch.blocks)
         if span.end > arch.blocks:
             raise InvalidSetting("blocks", f"{span} does not fit: the model has blocks 0:{arch.blocks}")
+        weights = settled_weights(checkpoint, weights, "packed" if device == "cpu" else "plain")
         reader = _Reader(checkpoint, arch, DTYPES[dtype], torch.device(device), weights)
         blocks = []
         for index in range(span.start, span.end):
@@ -186,7 +190,15 @@ class _Reader:
         return Norm(weight.to(self.device, self.dtype), self.bias(name, size), self.arch.norm_eps, self.arch.norm == "rms")
 
     def linear(self, name: str, outputs: int, inputs: int) -> Linear:
-        return make_linear(self.tensor(f"{name}.weight", (outputs, inputs)), self.bias(name, outputs), self.weights)
+        return make_linear(self.weight(name, outputs, inputs), self.bias(name, outputs), self.weights)
+
+    def weight(self, name: str, outputs: int, inputs: int) -> torch.Tensor | Codes:
+        """A matrix, as codes where the checkpoint holds codes."""
+        codes = stored_codes(self.checkpoint, f"{name}.weight", (outputs, inputs), self.dtype)
+        if codes is None:
+            return self.tensor(f"{name}.weight", (outputs, inputs))
+        low = None if codes.low is None else codes.low.to(self.device)
+        return replace(codes, codes=codes.codes.to(self.device), scale=codes.scale.to(self.device), low=low)
 
     def embedding(self) -> torch.Tensor:
         """In the checkpoint's own dtype: rows are converted when they are read."""
@@ -197,22 +209,29 @@ class _Reader:
     def head(self) -> Linear:
         names = self.arch.names
         name = f"{self.root}{names.embedding}" if self.arch.tied else names.head
-        weight = self.tensor(f"{name}.weight", (self.arch.vocabulary, self.arch.hidden))
-        # Measured on SmolLM2: with an int4 head the KL to bfloat16 is 0.062, with an int8 head 0.003.
-        return make_linear(weight, self.bias(name, self.arch.vocabulary), "int8" if self.weights == "int4" else self.weights)
+        weight = self.weight(name, self.arch.vocabulary, self.arch.hidden)
+        lossless: WeightFormat = "packed" if self.device.type == "cpu" else "plain"
+        # Measured on SmolLM2: with an int4 head the KL to bfloat16 is 0.062, with an int8 head 0.003. bitsandbytes leaves it out.
+        formats: dict[WeightFormat, WeightFormat] = {"int4": "int8", "nf4": lossless}
+        return make_linear(weight, self.bias(name, self.arch.vocabulary), formats.get(self.weights, self.weights))
 
     def qkv(self, at: str) -> Linear:
         """Query, key and value in one product, as rows [H query heads, K key heads, K value heads] of D."""
         arch = self.arch
         rows = [heads * arch.head_dim for heads in (arch.heads, arch.kv_heads, arch.kv_heads)]
         if len(arch.names.qkv) == 3:
-            parts = [self.tensor(f"{at}{name}.weight", (size, arch.hidden)) for name, size in zip(arch.names.qkv, rows, strict=True)]
+            parts = [self.weight(f"{at}{name}", size, arch.hidden) for name, size in zip(arch.names.qkv, rows, strict=True)]
             biases = [self.bias(f"{at}{name}", size) for name, size in zip(arch.names.qkv, rows, strict=True)]
-            weight = torch.cat(parts)
+            codes = [part for part in parts if isinstance(part, Codes)]
+            weight: torch.Tensor | Codes = joined(codes) if codes else torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
             bias = torch.cat([b for b in biases if b is not None]) if biases[0] is not None else None
         else:
             name = f"{at}{arch.names.qkv[0]}"
-            weight = self._ungroup(self.tensor(f"{name}.weight", (sum(rows), arch.hidden)))
+            fused = self.weight(name, sum(rows), arch.hidden)
+            if isinstance(fused, Codes):
+                weight = fused.rows(self._ungroup(torch.arange(sum(rows), device=self.device)))
+            else:
+                weight = self._ungroup(fused)
             bias = self.bias(name, sum(rows))
             bias = self._ungroup(bias) if bias is not None else None
         return make_linear(weight, bias, self.weights)

@@ -13,7 +13,9 @@ import torch
 from corolla.errors import InvalidSetting
 from corolla.models.architecture import Architecture
 from corolla.models.checkpoint import Checkpoint
-from corolla.models.linear import INT4_GROUP, WeightFormat
+from corolla.models.linear import WeightFormat
+from corolla.models.quantized import INT4_GROUP, NF4_BLOCK
+from corolla.models.quantized_files import stored_format
 from corolla.types import Span
 
 _CPU_SHARE, _CUDA_SHARE = 0.8, 0.9  # of what is available; the rest is for activations, and for a tensor while it is converted
@@ -61,20 +63,21 @@ def footprint(checkpoint: Checkpoint, arch: Architecture, *, dtype: torch.dtype,
 
     Known from the headers of its files alone; nothing is loaded.
     """
-    names = arch.names
+    names, quantized = arch.names, stored_format(checkpoint) is not None
     stored = getattr(checkpoint.config, "dtype", None) or torch.float32  # in which the embedding stays
     in_block = re.compile(rf"(?:{'|'.join(map(re.escape, names.prefixes))}){re.escape(names.blocks)}\.(\d+)\..+")
     of_block: Counter[int] = Counter()
     for name in checkpoint.names:
         if (match := in_block.fullmatch(name)) is not None:
-            of_block[int(match[1])] += _nbytes(checkpoint.shape(name), dtype, weights, stored)
+            block = int(match[1])
+            of_block[block] += checkpoint.nbytes(name) if quantized else _nbytes(checkpoint.shape(name), dtype, weights, stored)
     table = (arch.vocabulary, arch.hidden)
     return Footprint(
         blocks=arch.blocks,
         block=max(of_block.values(), default=0),
         cache=cache_tokens * 2 * arch.kv_heads * arch.head_dim * dtype.itemsize,
         embedding=math.prod(table) * stored.itemsize,
-        head=_nbytes(table, dtype, "int8" if weights == "int4" else weights, stored),
+        head=_nbytes(table, dtype, {"int4": "int8", "nf4": "packed"}.get(weights, weights), stored),  # type: ignore[arg-type]
     )
 
 
@@ -93,6 +96,8 @@ def _nbytes(shape: tuple[int, ...], dtype: torch.dtype, weights: WeightFormat, s
     if len(shape) != 2 or weights in ("plain", "packed"):
         return size * dtype.itemsize
     outputs, inputs = shape
+    if weights == "nf4" and size % NF4_BLOCK == 0:
+        return size // 2 + 4 * (size // NF4_BLOCK)
     if weights == "int4" and inputs % INT4_GROUP == 0 and outputs % 16 == 0:
         return size // 2 + 2 * (size // INT4_GROUP) * dtype.itemsize
     return size + outputs * dtype.itemsize

@@ -67,7 +67,7 @@ def open_model(
     span_model = load_span(
         directory,
         dtype=dtype or fast_dtype(device),
-        weights=weights or ("packed" if device == "cpu" else "plain"),  # type: ignore[arg-type]
+        weights=weights,  # type: ignore[arg-type]
         device=device,
         progress=None if progress is None else lambda done, total: progress("loading", done, total),
     )

@@ -23,6 +23,7 @@ from corolla.models.catalog import resolve
 from corolla.models.checkpoint import Checkpoint, Progress
 from corolla.models.families import architecture
 from corolla.models.linear import WeightFormat
+from corolla.models.quantized_files import settled_weights
 from corolla.models.span import DTYPES
 from corolla.server.announcing import Announcer, Peer, nearest, next_servers, to_ask
 from corolla.server.capacity import Footprint, available, footprint
@@ -280,8 +281,8 @@ def settle_terms(directory: Path, config: ServeConfig) -> Terms:
     dtype = config.dtype or fast_dtype(device)
     if dtype not in DTYPES:
         raise InvalidSetting("dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
-    weights: WeightFormat = config.weights or ("packed" if device == "cpu" else "plain")
     with Checkpoint(directory) as checkpoint:
+        weights = settled_weights(checkpoint, config.weights, "packed" if device == "cpu" else "plain")
         arch = architecture(checkpoint.config)
         takes = footprint(checkpoint, arch, dtype=DTYPES[dtype], weights=weights, cache_tokens=config.engine.cache_tokens)
         digest = checkpoint.digest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -77,7 +77,7 @@ def evaluate(
     return loss
 
 
-def _scored(articles: Iterator[Tokens], session: Callable[[], Session], timeout: float) -> Iterator[ArticleLoss]:
+def _scored(articles: Iterator[Tokens], session: Callable[[], Session], timeout: float) -> Generator[ArticleLoss]:
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="corolla-evaluate") as pool:
         waiting: list[Future[ArticleLoss]] = [pool.submit(article_loss, a, session, timeout) for a in islice(articles, 2 * _AT_ONCE)]
         try:

@@ -1,0 +1,100 @@
+"""Quantized directories: what the codes are, that loading them equals quantizing on load, and that transformers reads ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from corolla.errors import Conflict, InvalidSetting, UnsupportedModel
+from corolla.models.nf4 import NF4
+from corolla.models.quantization import quantize_model
+from corolla.models.quantized import QuantizedFormat, joined, quantize
+from corolla.models.span import load_span
+from corolla.types import Span
+from tests.engine.driving import Chain, greedy
+from tests.models import tiny
+
+FORMATS: tuple[QuantizedFormat, ...] = ("nf4", "int8", "int4")
+PROMPTS = [[5 + i * 11 % 180 for i in range(30)], [7, 8, 9]]
+
+
+@pytest.fixture(scope="module", params=["llama", "bloom"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    changes = {"intermediate_size": 128} if request.param == "llama" else {}
+    return tiny.save(request.param, tmp_path_factory.mktemp(request.param), **changes)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_codes_give_back_rows_and_joins(format: QuantizedFormat) -> None:
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    codes = quantize(weight, format)
+    wide = codes.widened()
+    assert (wide - weight).abs().max() < {"int8": 0.03, "int4": 0.3, "nf4": 0.6}[format]
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(codes.rows(order).widened(), wide[order])
+    assert torch.equal(joined([codes, codes]).widened(), torch.cat([wide, wide]))
+
+
+def test_nf4_is_code_for_code_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes comes with the tune extra")
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    ours = quantize(weight, "nf4")
+    assert torch.equal(ours.codes, theirs.flatten())
+    torch.testing.assert_close(ours.scale, state.absmax.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_nf4_of_any_number_of_rows(dtype: torch.dtype) -> None:
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    linear, wide = NF4(weight, torch.ones(96, dtype=dtype)), quantize(weight, "nf4").widened()
+    torch.testing.assert_close(linear.widened(), wide, rtol=0.02, atol=0.02)
+    for rows in (1, 4, 40):
+        x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        expected = torch.nn.functional.linear(x.float(), wide.float(), torch.ones(96))
+        torch.testing.assert_close(linear.product(x).float(), expected, rtol=0.03, atol=0.3 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_quantized_directory_equals_quantizing_on_load_and_so_do_its_spans(
+    format: QuantizedFormat, directory: Path, tmp_path: Path
+) -> None:
+    quantize_model(directory, tmp_path / "q", format)
+    expected = greedy(Chain.load(directory, [4], dtype="float32", weights=format), PROMPTS, 12)
+    whole = load_span(tmp_path / "q", dtype="float32")
+    assert whole.weights == format
+    assert greedy(Chain([whole]), PROMPTS, 12) == expected
+    parts = [load_span(tmp_path / "q", span, dtype="float32") for span in (Span(0, 1), Span(1, 4))]
+    assert greedy(Chain(parts), PROMPTS, 12) == expected
+
+
+def test_transformers_reads_nf4(directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes comes with the tune extra")
+    from transformers import AutoModelForCausalLM
+
+    quantize_model(directory, tmp_path / "q", "nf4")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = stock(torch.tensor([PROMPTS[0]])).logits[0]
+    ours = Chain.load(tmp_path / "q", [4], dtype="float32", weights="nf4").all_logits(PROMPTS[0])
+    assert torch.nn.functional.kl_div(ours.log_softmax(-1), expected.float().log_softmax(-1), reduction="batchmean", log_target=True) < 0.01
+
+
+def test_what_is_quantized_is_not_quantized_again(directory: Path, tmp_path: Path) -> None:
+    quantize_model(directory, tmp_path / "q", "int8")
+    with pytest.raises(InvalidSetting, match="quantized as int8 already"):
+        quantize_model(tmp_path / "q", tmp_path / "qq", "nf4")
+    with pytest.raises(InvalidSetting, match="quantized as int8 already"):
+        load_span(tmp_path / "q", weights="int4")
+    with pytest.raises(Conflict, match="not empty"):
+        quantize_model(directory, tmp_path / "q", "int8")
+    assert not (tmp_path / "qq").exists()
+
+
+def test_a_shape_that_nf4_cannot_take_leaves_nothing(tmp_path: Path) -> None:
+    directory = tiny.save("llama", tmp_path / "odd", hidden_size=56, intermediate_size=50)
+    with pytest.raises(UnsupportedModel, match="no whole number"):
+        quantize_model(directory, tmp_path / "q", "nf4")
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
