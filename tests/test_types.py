@@ -27,7 +27,7 @@ def test_a_temperature_of_0_is_greedy() -> None:
         ("max_tokens_to_generate", True),
         ("do_sample", 1),
         ("temperature", -0.1),
-        ("temperature", 1.5),
+        ("temperature", 2.1),
         ("temperature", float("nan")),
         ("temperature", "warm"),
         ("top_k", 0),

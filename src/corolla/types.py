@@ -65,7 +65,7 @@ class GenerationSettings:
 
     max_tokens_to_generate: int = 256
     do_sample: bool = False
-    temperature: float = 1.0  # (0, 1]
+    temperature: float = 1.0  # (0, 2]; BLOOMChat's ends at 1, OpenAI's interface goes on to 2
     top_k: int | None = None  # 1..vocabulary; None keeps every token
     top_p: float = 1.0  # (0, 1]
     repetition_penalty: float = 1.0  # [1, 2], after CTRL (Keskar et al., 2019)
@@ -77,7 +77,7 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         _check_integer("max_tokens_to_generate", self.max_tokens_to_generate, 1)
-        _check_real("temperature", self.temperature, 0.0, 1.0, open_low=True)
+        _check_real("temperature", self.temperature, 0.0, 2.0, open_low=True)
         _check_real("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_real("repetition_penalty", self.repetition_penalty, 1.0, 2.0)
         if self.top_k is not None:

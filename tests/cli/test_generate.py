@@ -47,7 +47,7 @@ def test_sampling_options(corolla: Run, model: Any) -> None:
     ("arguments", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "a", "--temperature", "1.5"], "temperature: 1.5"),
+        (["--prompt", "a", "--temperature", "2.5"], "temperature: 2.5"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_tokens_to_generate: 0"),
         (["--prompt", "a", "--top-logprobs", "21"], "top_logprobs: 21"),
         (["--prompt", "\udcff"], "not valid Unicode"),

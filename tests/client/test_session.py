@@ -143,7 +143,7 @@ def test_nothing_to_go_on_from(session: Session) -> None:
     with pytest.raises(EmptyPrompt):
         next(session.generate([], SETTINGS))
     with pytest.raises(InvalidSetting):
-        GenerationSettings(temperature=1.5)
+        GenerationSettings(temperature=2.5)
 
 
 def test_common_prefix(session: Session) -> None:

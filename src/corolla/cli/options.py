@@ -21,7 +21,7 @@ TopP = Annotated[
     typer.Option(help="Sample from the likeliest tokens of this total probability, (0, 1].", rich_help_panel=SAMPLING),
 ]
 TopK = Annotated[int | None, typer.Option(help="Sample from this many likeliest tokens.", rich_help_panel=SAMPLING)]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy; up to 1 the more varied.", rich_help_panel=SAMPLING)]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy, 1 the model's own variety; at most 2.", rich_help_panel=SAMPLING)]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="From 1 (none) to 2.", rich_help_panel=SAMPLING)]
 Seed = Annotated[int | None, typer.Option(help="The same seed draws the same answer.", rich_help_panel=SAMPLING)]
 Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.", rich_help_panel=SAMPLING)]
