@@ -1,10 +1,17 @@
 """Prompt tuning through a swarm: beside PEFT in one process and beside Petals, what it needs, what it makes of a model, and what
 it costs the chats beside it. Real processes over real hivemind.
 
-    python benchmarks/tuning.py [--petals-python PYTHON] [--data FILE] [--only step quality chats session] [--json FILE]
+    python benchmarks/tuning.py [--petals-python PYTHON] [--data FILE] [--only PART ...] [--json FILE]
 
 PYTHON is an interpreter that has Petals (make_petals_peer.sh makes one), FILE is PersonaChat, ConvAI2's text; without them those
-rows are left out. A step is one of AdamW, forward and backward; its speed counts when its losses are PEFT's.
+rows are left out. The parts, each of which may be measured by itself:
+
+step      tokens a second of a step of AdamW, forward and backward, and the memory of who takes it; its speed counts when its losses
+          are PEFT's
+quality   the held-out loss of the default model after `corolla tune` through two servers; the run stays in --run DIR
+peft      the held-out loss after PEFT's prompt tuning in one process, with the data, the first prompt and the steps of that run
+chats     a chat's time per token alone, beside one who trains through the same servers without a pause, and beside two
+session   tokens a second of `generate(session=...)` beside the tokens' way through the same servers, and of beams
 """
 
 from __future__ import annotations
@@ -21,7 +28,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
@@ -29,41 +35,12 @@ import transformers
 
 from common import Table, rounds
 from corolla.models.catalog import resolve
-from runners import median_gap_ms
-from swarm_petals import SHAPES, Shape, make_bloom
+from swarm_petals import SHAPES
 from swarm_servers import COROLLA, Client, CorollaSwarm, PetalsSwarm, Processes, even_spans
+from tuning_bench import Bench, layers
+from tuning_talk import chats, session
 
-HERE = Path(__file__).parent
-TINY = Shape("a tiny BLOOM", 64, 4, 4, 24, (1,), single=(0, 0), together=(0, 0))
 CLOSE, CLOSE_BF16 = 1e-3, 2e-2  # how far losses may be from PEFT's in float32, as a share; Petals predicts one token fewer
-
-
-class Bench:
-    """Settings, the table, and what the parts start."""
-
-    def __init__(self, options: argparse.Namespace, table: Table, folder: Path) -> None:
-        self.options, self.table, self.folder = options, table, folder
-        self.shape = TINY if options.shape == "tiny" else SHAPES[options.shape]
-        self.directory = folder / "bloom"
-        make_bloom(self.directory, self.shape, "float32")
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        return even_spans(self.shape.blocks, 2)
-
-    def corolla(self, processes: Processes, dtype: str) -> CorollaSwarm:
-        return CorollaSwarm(processes, self.directory, self.spans, threads=self.options.threads, dtype=dtype)
-
-    def client(self, processes: Processes, kind: str, *arguments: str, python: Path | str = sys.executable, threads: int = 1) -> Client:
-        return Client(processes, [str(python), str(HERE / "tuning_peer.py"), kind, str(threads), str(self.directory), *arguments])
-
-    def ask(self, client: Client) -> dict[str, Any]:
-        client.send(steps=self.options.steps, batch=self.options.batch, length=self.options.length)
-        return client.read()
-
-    def rate(self, answer: Mapping[str, Any]) -> float:
-        """Tokens a second, soft ones not counted."""
-        return self.options.batch * self.options.length / statistics.median(answer["seconds"])
 
 
 def step(bench: Bench) -> None:
@@ -76,7 +53,8 @@ def step(bench: Bench) -> None:
             address = bench.corolla(processes, dtype).address
             clients[f"Corolla, two servers, {dtype}"] = bench.client(processes, "corolla", address, dtype)
         if options.petals_python is not None:
-            theirs = PetalsSwarm(processes, options.petals_python, bench.directory, bench.spans, threads=options.threads)
+            threads = options.petals_threads or options.threads
+            theirs = PetalsSwarm(processes, options.petals_python, bench.directory, bench.spans, threads=threads)
             clients["Petals, two servers, float32"] = bench.client(
                 processes, "petals", theirs.address, PetalsSwarm.PREFIX, python=options.petals_python
             )
@@ -113,21 +91,27 @@ def quality(bench: Bench) -> None:
     if options.data is None:
         return
     directory = resolve(options.model)
-    blocks = json.loads((directory / "config.json").read_text())["num_hidden_layers"]
-    out = bench.folder / "prompt"
+    out = bench.run
     run = ["--data", str(options.data), "--steps", str(options.quality_steps), "--batch", "4", "--max-length", "128", "--seed", "0"]
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder, Processes(Path(folder)) as processes:
-        swarm = CorollaSwarm(processes, directory, even_spans(blocks, 2), threads=options.threads, dtype="float32")
+        swarm = CorollaSwarm(processes, directory, even_spans(layers(directory), 2), threads=options.threads, dtype="float32")
         command = [*COROLLA, "tune", options.model, *run, "--dtype", "float32", "--report-to", "none", "--out", str(out)]
         subprocess.run([*command, "--peers", swarm.address], check=True, stdout=subprocess.DEVNULL)
     record = json.loads((out / "tuning.json").read_text())
-    theirs = peft_held_out(directory, record)
-    ours = record["evaluations"][-1]["loss"]
     bench.table.add("held-out loss without a prompt", "nats", [record["base"]["loss"]])
+    ours = record["evaluations"][-1]["loss"]
     bench.table.add(f"after {options.quality_steps} steps, Corolla, two servers", "nats", [ours], reach=2.95, at_most=True)
-    bench.table.add(f"after {options.quality_steps} steps, PEFT, one process", "nats", [theirs])
-    bench.table.add("perplexity: Corolla / PEFT", "x", [math.exp(ours - theirs)], reach=1.02, aim=1.0, at_most=True)
     bench.table.add("seconds of a step, Corolla, two servers", "s", [statistics.median(point["seconds"] for point in record["curve"])])
+
+
+def peft(bench: Bench) -> None:
+    """PEFT's held-out loss after what `quality` did."""
+    if bench.options.data is None:
+        return
+    record = json.loads((bench.run / "tuning.json").read_text())
+    ours, theirs = record["evaluations"][-1]["loss"], peft_held_out(resolve(bench.options.model), record)
+    bench.table.add(f"after {record['steps']['total']} steps, PEFT, one process", "nats", [theirs])
+    bench.table.add("perplexity: Corolla / PEFT", "x", [math.exp(ours - theirs)], reach=1.02, aim=1.0, at_most=True)
 
 
 def peft_held_out(directory: Path, record: Mapping[str, Any]) -> float:
@@ -168,32 +152,7 @@ def peft_held_out(directory: Path, record: Mapping[str, Any]) -> float:
     return total / count
 
 
-def chats(bench: Bench) -> None:
-    """A chat's time per token alone, and while somebody trains through the same servers without a pause."""
-    options = bench.options
-    random = Random(0)
-    with tempfile.TemporaryDirectory(dir=bench.folder) as folder, Processes(Path(folder)) as processes:
-        swarm = bench.corolla(processes, "float32")
-        chat, tuning = swarm.client(), bench.client(processes, "corolla", swarm.address, "float32")
-
-        def gap() -> float:
-            return median_gap_ms(chat.answer([random.randrange(5, 1000) for _ in range(16)], options.chat_tokens))
-
-        def measure(_number: int) -> Mapping[str, float]:
-            alone = bench.rate(bench.ask(tuning))
-            quiet = gap()
-            tuning.send(steps=options.beside_steps, batch=options.batch, length=options.length)
-            beside = gap()
-            return {"quiet": quiet, "beside": beside, "alone": alone, "slowed": bench.rate(tuning.read())}
-
-        figures = rounds(options.rounds, {"chats": measure})
-    bench.table.add("a chat's time per token, alone", "ms", figures["quiet"])
-    bench.table.add("the same beside training", "ms", figures["beside"])
-    bench.table.ratio("a chat beside training / alone", "x", figures["beside"], figures["quiet"])
-    bench.table.ratio("a step beside a chat / alone", "x", figures["slowed"], figures["alone"])
-
-
-PARTS: dict[str, Callable[[Bench], None]] = {"step": step, "quality": quality, "chats": chats}
+PARTS: dict[str, Callable[[Bench], None]] = {"step": step, "quality": quality, "peft": peft, "chats": chats, "session": session}
 
 
 def main() -> None:
@@ -211,11 +170,15 @@ def main() -> None:
     parser.add_argument("--chat-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5, help="that count")
     parser.add_argument("--threads", type=int, default=1, help="of each server")
+    parser.add_argument("--petals-threads", type=int, help="of each of Petals' servers; as many as ours by default")
+    parser.add_argument("--client-threads", type=int, default=1, help="of the client of either system")
     parser.add_argument("--all-threads", type=int, default=torch.get_num_threads(), help="of PEFT's one process")
+    parser.add_argument("--session-tokens", type=int, default=32)
+    parser.add_argument("--run", type=Path, metavar="DIR", help="of the quality part, which stays there; new where that is measured")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same table there")
     options = parser.parse_args()
 
-    settings = {key: value for key, value in vars(options).items() if key not in ("json", "petals_python", "data")}
+    settings = {key: value for key, value in vars(options).items() if key not in ("json", "petals_python", "data", "run")}
     packages = {"peft": version("peft")}
     if options.petals_python is not None:
         packages["petals"] = PetalsSwarm.version(options.petals_python)

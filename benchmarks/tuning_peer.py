@@ -4,10 +4,11 @@
     python benchmarks/tuning_peer.py peft THREADS DIRECTORY DTYPE
     PYTHON benchmarks/tuning_peer.py petals THREADS DIRECTORY ADDRESS DHT_PREFIX
 
-One JSON request a line, one JSON answer a line: {"steps": n, "batch": s, "length": t} gives {"seconds": [...], "losses": [...]} of
+One JSON request a line, one JSON answer a line. {"steps": n, "batch": s, "length": t} gives {"seconds": [...], "losses": [...]} of
 each step, and in bytes {"resident", "imported", "outer"}: this process's memory at its highest and after its imports, and that of
-the embeddings and the head. All of them begin with the same 16 soft tokens and see the same random tokens. With Petals nothing of
-Corolla is needed.
+the embeddings and the head. All of them begin with the same 16 soft tokens and see the same random tokens. {"prompt": [token ids],
+"new_tokens": n, "beams": b} gives {"token_ids": [...], "times": [...]} of the bare model's `generate`: seconds from the request to each
+token, or, with several beams, to the end. With Petals nothing of Corolla is needed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from petals_peer import Clock
 
 SOFT_TOKENS, SEED, LEARNING_RATE = 16, 0, 1e-2
 
@@ -106,6 +109,9 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=pipe, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        if "prompt" in request:
+            print(json.dumps(answer(model, **request)), file=pipe, flush=True)
+            continue
         seconds, losses = [], []
         for _ in range(request["steps"]):
             ids = torch.randint(5, model.config.vocab_size, (request["batch"], request["length"]), generator=generator)
@@ -118,6 +124,27 @@ def main() -> None:
             losses.append(float(loss))
         memory = {"resident": resident(highest=True), "imported": imported, "outer": sum(ends.values())}
         print(json.dumps({"seconds": seconds, "losses": losses, **memory}), file=pipe, flush=True)
+
+
+def answer(model: Any, prompt: list[int], new_tokens: int, beams: int) -> dict[str, Any]:
+    """Of Corolla's model in a session, without the soft prompt; of another one by itself."""
+    import torch
+
+    ids, clock = torch.tensor([prompt]), Clock()
+    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    if beams == 1:
+        settings["streamer"] = clock
+    began = time.perf_counter()
+    if hasattr(model, "inference_session"):
+        prompts, model.bare.prompts = model.bare.prompts, None
+        try:
+            with model.inference_session() as session:
+                said = model.generate(ids, session=session, **settings)[0]
+        finally:
+            model.bare.prompts = prompts
+    else:
+        said = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0]
+    return {"token_ids": said.tolist()[-new_tokens:], "times": clock.times or [time.perf_counter() - began]}
 
 
 def resident(*, highest: bool = False) -> int:

@@ -15,7 +15,7 @@ from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.bans import BanPolicy, Bans
 from corolla.swarm.network import LocalHub, LocalNetwork, OnLost, OnMessage
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.routing import Route, find_route
+from corolla.swarm.routing import Quality, Route, find_route
 from corolla.swarm.wire import WireMessage
 from corolla.types import Span
 from tests.swarm.simulation import make_record
@@ -45,8 +45,8 @@ class Local:
         self.servers = Servers(_Watched(self, self.hub.join("client")), self, BLOCKS, bans=bans, config=settings)
         self.calls = Calls(self.servers)
 
-    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
-        return find_route(self.records, blocks=BLOCKS, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
+    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
+        return find_route(self.records, blocks=BLOCKS, now=time.time(), banned=avoid, needed_tokens=needed_tokens, like=like)
 
     def close(self) -> None:
         self.calls.close()

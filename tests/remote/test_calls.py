@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 
 from corolla.engine.calls import backward, forward
 from corolla.errors import Busy, InvalidSetting, NoRoute, ServerFault
@@ -126,6 +127,30 @@ def test_calls_go_along_several_routes_at_once(make_swarm: MakeSwarm, llama: Pat
     seen.clear()
     assert_equal(step(local), expected(llama))
     assert {peer for peer, _ in seen} == {"a"}  # the other one is sixteen times as slow
+
+
+@pytest.mark.parametrize("kind", [ForwardFrame, BackwardFrame])
+@pytest.mark.parametrize("prompts", [0, 3])
+def test_a_call_is_of_one_quality(make_swarm: MakeSwarm, llama: Path, kind: type, prompts: int) -> None:
+    local = make_swarm(llama, {"a": (0, 2), "b": (2, 4), "c": (0, 2), "d": (2, 4)})
+    local.records = [structs.replace(one, weights="packed" if one.peer in "ab" else "int8") for one in local.records]
+    killed = killing(local, kind, "b")
+    seen, before = list[tuple[str, WireMessage]](), local.before
+
+    def watch(peer: str, message: WireMessage) -> WireMessage | None:
+        seen.append((peer, message))
+        return before(peer, message)
+
+    local.before = watch
+    assert_equal(step(local, prompts), expected(llama, prompts))
+    assert killed == ["b"]
+    forward, backward = ([peer for peer, message in seen if isinstance(message, one)] for one in (ForwardFrame, BackwardFrame))
+    assert forward == ["a", "b", "c", "d"]
+    assert backward == (["d", "c"] if kind is ForwardFrame else ["b", "d", "c"])
+    seen.clear()
+    local.records += [structs.replace(record("e", 0, 4, quick=9), weights="packed")]
+    step(local)
+    assert {peer for peer, _ in seen} == {"c", "d"}  # however quick another quality is
 
 
 def test_a_server_that_leaves_gets_no_calls_where_there_is_another(make_swarm: MakeSwarm, llama: Path) -> None:

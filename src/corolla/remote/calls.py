@@ -21,6 +21,7 @@ from corolla.remote.given import DeepPrompt
 from corolla.remote.mailbox import Fault, Forgot
 from corolla.remote.servers import Servers
 from corolla.swarm.arrays import from_array, to_array
+from corolla.swarm.routing import Quality
 from corolla.swarm.wire import MAX_STEP_TOKENS, Array, BackwardFrame, ForwardFrame, Hop, PromptNameFrame, ResultFrame, WireDtype
 from corolla.types import Span
 
@@ -40,10 +41,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trail:
-    """The way that some of a batch's sequences took, in order."""
+    """The way that some of a batch's sequences took, in order, and the quality of all of its servers."""
 
     lengths: tuple[int, ...]
     parts: tuple[Part, ...]
+    quality: Quality | None = None
 
 
 class Calls:
@@ -109,13 +111,18 @@ class Calls:
     def _forward(
         self, span: Span, lengths: tuple[int, ...], hidden_TxE: torch.Tensor, prompt: DeepPrompt | None, keep: bool
     ) -> tuple[torch.Tensor, Trail]:
-        servers, parts = self.servers, list[Part]()
-        retries = servers.retries()
+        servers, parts, entered = self.servers, list[Part](), hidden_TxE
+        retries, quality = servers.retries(), None
         at = span.start
         while at < span.end:
             taken = servers.take(Span(at, span.end))
             try:
-                for hop in taken:
+                if parts and taken.quality != quality:  # what is left of the way is of another one: take that from the first block on
+                    at, hidden_TxE = span.start, entered
+                    parts.clear()
+                    continue
+                quality = taken.quality
+                for hop in taken.hops:
                     call = servers.number()
                     frame = _Call(call, hop, lengths, prompt)
                     left = self._ask(frame.forward(self._array(hidden_TxE), keep=keep), frame, sum(lengths), hidden_TxE)
@@ -125,10 +132,10 @@ class Calls:
                 retries.bear(error)
             finally:
                 servers.give_back(taken)
-        return hidden_TxE, Trail(lengths, tuple(parts))
+        return hidden_TxE, Trail(lengths, tuple(parts), quality)
 
     def _backward(self, trail: Trail, gradient_TxE: torch.Tensor, prompt: DeepPrompt | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        servers, parts = self.servers, list(trail.parts)
+        servers, parts, given = self.servers, list(trail.parts), gradient_TxE
         of_prompts: list[torch.Tensor] = []
         retries = servers.retries()
         while parts:
@@ -145,7 +152,13 @@ class Calls:
             except (Fault, CapacityError) as error:
                 retries.bear(error)
                 if isinstance(error, Fault):
-                    parts[-1:] = self._again(part, trail.lengths, prompt)
+                    again = self._again(part, trail, prompt)
+                    if again.quality == trail.quality:
+                        parts[-1:] = again.parts
+                    else:  # no gradient is made of two qualities
+                        trail = self._forward(_span(trail.parts), trail.lengths, trail.parts[0].entered, prompt, True)[1]
+                        parts, gradient_TxE = list(trail.parts), given
+                        of_prompts.clear()
                 continue
             gradient_TxE = gradients[:rows]
             if prompt is not None:
@@ -153,13 +166,13 @@ class Calls:
             parts.pop()
         return gradient_TxE, torch.cat(of_prompts[::-1]) if of_prompts else None
 
-    def _again(self, part: Part, lengths: tuple[int, ...], prompt: DeepPrompt | None) -> Sequence[Part]:
+    def _again(self, part: Part, trail: Trail, prompt: DeepPrompt | None) -> Trail:
         """The same blocks at the servers that are to be taken now; where these are several, what enters each is computed."""
-        span = Span(part.hop.start, part.hop.end)
-        hops = self.servers.hops(span)
-        if len(hops) == 1:
-            return [Part(hops[0], part.entered)]
-        return self._forward(span, lengths, part.entered, prompt, True)[1].parts
+        span = _span((part,))
+        way = self.servers.way(span)
+        if len(way.hops) == 1 or way.quality != trail.quality:
+            return Trail(trail.lengths, tuple(Part(hop, part.entered) for hop in way.hops), way.quality)
+        return self._forward(span, trail.lengths, part.entered, prompt, True)[1]
 
     def _array(self, rows: torch.Tensor) -> Array:
         return to_array(rows, self.servers.config.wire_dtype or wire_dtype_of(rows.dtype))
@@ -208,6 +221,10 @@ class _Call:
     @property
     def _name(self) -> PromptNameFrame | None:
         return None if self.prompt is None else self.prompt.frame
+
+
+def _span(parts: Sequence[Part]) -> Span:
+    return Span(parts[0].hop.start, parts[-1].hop.end)
 
 
 def wire_dtype_of(dtype: torch.dtype) -> WireDtype:

@@ -16,7 +16,7 @@ from corolla.errors import CorollaError, InvalidSetting, NetworkError, ServerFau
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.convert import failed_of, from_reply, to_call, to_message, to_prompt_part, to_step
 from corolla.swarm.network import OnLost, OnMessage
-from corolla.swarm.routing import Hop, Route
+from corolla.swarm.routing import Hop, Quality, Route
 from corolla.swarm.wire import (
     Array,
     BackwardFrame,
@@ -46,7 +46,7 @@ class EmbeddedNetwork:
         self._on_message: OnMessage | None = None
         self._closed = False
 
-    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
+    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
         """See `remote.servers.Router`. A fault of this process is no reason to avoid it: there is no other."""
         return Route((Hop(PEER, 0, self._engine.model.arch.blocks),), 0.0)
 

@@ -94,7 +94,7 @@ class _Through(torch.autograd.Function):
     ) -> torch.Tensor:
         out, trails = calls.forward(span, lengths, packed_TxE, prompts, keep=grad and any(ctx.needs_input_grad))
         ctx.calls = calls
-        ctx.trails = [(trail.lengths, [(part.hop, part.call) for part in trail.parts]) for trail in trails]
+        ctx.trails = [(trail.lengths, [(part.hop, part.call) for part in trail.parts], trail.quality) for trail in trails]
         ctx.save_for_backward(prompts, *(part.entered for trail in trails for part in trail.parts))
         return out
 
@@ -103,6 +103,8 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, gradient_TxE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         prompts, *entered = ctx.saved_tensors
         rows = iter(entered)
-        trails = [Trail(lengths, tuple(Part(hop, next(rows), call) for hop, call in hops)) for lengths, hops in ctx.trails]
+        trails = [
+            Trail(lengths, tuple(Part(hop, next(rows), call) for hop, call in hops), quality) for lengths, hops, quality in ctx.trails
+        ]
         hidden, of_prompts = ctx.calls.backward(trails, gradient_TxE, prompts)
         return hidden, of_prompts, None, None, None, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections import Counter
@@ -12,14 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from corolla.errors import CapacityError, InvalidSetting, NoRoute
+from corolla.errors import InvalidSetting, NoRoute
 from corolla.remote.given import GivenPrompts
-from corolla.remote.mailbox import Fault, Incoming, Lost, Mailbox
+from corolla.remote.mailbox import Incoming, Lost, Mailbox
+from corolla.remote.retries import Retries
 from corolla.swarm.bans import Bans
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.routing import Hop as RouteHop
-from corolla.swarm.routing import Route
+from corolla.swarm.routing import Quality, Route
 from corolla.swarm.wire import (
     FailedFrame,
     GapFrame,
@@ -35,7 +35,6 @@ from corolla.swarm.wire import (
 )
 from corolla.types import Span
 
-log = logging.getLogger(__name__)
 _LOOK_AGAIN = 0.25  # seconds between two searches for a route, while there is none
 _TRIED = 8  # of the busiest servers, to go around
 _AS_QUICK = 2.0  # another route may take so many times as long, for a call that would wait on the best one
@@ -44,8 +43,9 @@ _AS_QUICK = 2.0  # another route may take so many times as long, for a call that
 class Router(Protocol):
     """Chooses routes; `client.joined.KnownServers` does."""
 
-    def route(self, avoid: Collection[str], needed_tokens: int) -> Route:
-        """The route to take, around the peers of `avoid`, with room for so many tokens. Raises `NoRoute`."""
+    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
+        """The route to take, around the peers of `avoid`, with room for so many tokens; of the quality `like` as long as servers
+        of it hold every block. Raises `NoRoute`."""
         ...
 
 
@@ -90,6 +90,14 @@ class RemoteConfig:
                 raise InvalidSetting(name, "give a list of peer ids")
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Servers, in order, all of one quality."""
+
+    hops: tuple[Hop, ...]
+    quality: Quality | None
+
+
 class Servers:
     """One for each process and model: it listens on `network`, and every call and session asks through it. For any thread.
 
@@ -108,6 +116,7 @@ class Servers:
         self._mailboxes: dict[str, Mailbox] = {}
         self._heard: dict[str, float] = {}
         self._leaving: dict[str, float] = {}  # when a peer said that it leaves
+        self._quality: Quality | None = None  # of the servers that were found last
         self._taken: Counter[str] = Counter()  # calls of ours under way
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -127,41 +136,40 @@ class Servers:
         return next(self._numbers)
 
     def hops(self, span: Span, needed_tokens: int = 0) -> tuple[Hop, ...]:
-        """The servers to take for the blocks of `span`, in order.
+        """The servers to take for the blocks of `span`, in order: see `way`."""
+        return self.way(span, needed_tokens).hops
+
+    def way(self, span: Span, needed_tokens: int = 0) -> Way:
+        """The servers to take for the blocks of `span`; of the quality of those that were found before, wherever such hold every block.
 
         Waits for servers that hold them and have room, and raises `NoRoute` when none have come in time.
         """
-        deadline = time.monotonic() + self.config.request_timeout
-        while True:
-            try:
-                return _inside(self._route(needed_tokens).hops, span)
-            except NoRoute:
-                if time.monotonic() >= deadline or self._closed.wait(_LOOK_AGAIN):
-                    raise
+        route = self._found(needed_tokens)
+        return Way(_inside(route.hops, span), route.quality)
 
-    def take(self, span: Span) -> tuple[Hop, ...]:
-        """`hops` for a call, past servers that compute for this client already where others are about as quick: calls that are under
-        way together go along several routes. `give_back` them when it is done."""
-        hops = self.hops(span)
+    def take(self, span: Span) -> Way:
+        """`way` for a call, past servers that compute for this client already where others of the same quality are about as quick:
+        calls that are under way together go along several routes. `give_back` it when it is done."""
+        best = self._found(0)
         with self._lock:
-            route, avoided = None, frozenset[str]()
+            taken, avoided = best, frozenset[str]()
             for peer, calls in self._taken.most_common(_TRIED):
                 if calls < 1:
                     break
                 try:
-                    route = route or self._route(0)
                     other = self._route(0, avoided | {peer})
                 except NoRoute:
                     continue
-                if other.seconds <= route.seconds * _AS_QUICK:
-                    hops, avoided = _inside(other.hops, span), avoided | {peer}
+                if other.quality == best.quality and other.seconds <= best.seconds * _AS_QUICK:
+                    taken, avoided = other, avoided | {peer}
+            hops = _inside(taken.hops, span)
             self._taken.update(hop.peer for hop in hops)
-        return hops
+        return Way(hops, taken.quality)
 
-    def give_back(self, hops: Collection[Hop]) -> None:
+    def give_back(self, taken: Way) -> None:
         """See `take`."""
         with self._lock:
-            self._taken.subtract(hop.peer for hop in hops)
+            self._taken.subtract(hop.peer for hop in taken.hops)
 
     def elsewhere(self, hops: Collection[Hop], span: Span, needed_tokens: int) -> tuple[Hop, ...] | None:
         """Where to go on in the place of these hops, one of which leaves; None while none does, or there is no other way."""
@@ -179,16 +187,28 @@ class Servers:
         since = time.monotonic() - self.config.leaving
         return frozenset(peer for peer, said in list(self._leaving.items()) if said > since)
 
+    def _found(self, needed_tokens: int) -> Route:
+        deadline = time.monotonic() + self.config.request_timeout
+        while True:
+            try:
+                route = self._route(needed_tokens)
+            except NoRoute:
+                if time.monotonic() >= deadline or self._closed.wait(_LOOK_AGAIN):
+                    raise
+                continue
+            self._quality = route.quality
+            return route
+
     def _route(self, needed_tokens: int, avoid: Collection[str] = (), *, stay: bool = True) -> Route:
         """Around the peers of `avoid`; around those that leave too, unless there is no other way and one may `stay` with them."""
         banned = self.bans.banned() | frozenset(avoid)
         leaving = self.leaving
         try:
-            return self._router.route(_Avoided(self.config, banned | leaving), needed_tokens)
+            return self._router.route(_Avoided(self.config, banned | leaving), needed_tokens, self._quality)
         except NoRoute:
             if not stay or not leaving:
                 raise
-            return self._router.route(_Avoided(self.config, banned), needed_tokens)
+            return self._router.route(_Avoided(self.config, banned), needed_tokens, self._quality)
 
     @contextmanager
     def mailbox(self, key: str) -> Iterator[Mailbox]:
@@ -203,7 +223,7 @@ class Servers:
 
     def retries(self) -> Retries:
         """For one call or step."""
-        return Retries(self)
+        return Retries(self.bans, self.config)
 
     # On the network's thread from here on.
 
@@ -233,33 +253,6 @@ class Servers:
             mailboxes = list(self._mailboxes.values())
         for mailbox in mailboxes:
             mailbox.put(peer, Lost(peer))
-
-
-class Retries:
-    """What one call or step has borne so far."""
-
-    def __init__(self, servers: Servers) -> None:
-        self._servers = servers
-        self._left = servers.config.max_retries
-        self._full_since: float | None = None
-
-    def bear(self, error: Fault | CapacityError) -> None:
-        """Ban the server that failed for a while, or wait until a full one has room, as long as it says.
-
-        Raises the fault's error when there were too many, and that of the full server when it took too long.
-        """
-        if isinstance(error, Fault):
-            seconds = self._servers.bans.blame(error.peer)
-            log.warning("server %s is left for %.0f s: %s", error.peer, seconds, error.error, extra={"peer": error.peer})
-            self._left -= 1
-            if self._left < 0:
-                raise error.error from error
-            return
-        now, most = time.monotonic(), self._servers.config.request_timeout
-        self._full_since = self._full_since or now
-        if now - self._full_since >= most:
-            raise error
-        time.sleep(min(error.retry_after, most))
 
 
 def _inside(hops: Collection[RouteHop], span: Span) -> tuple[Hop, ...]:
