@@ -22,7 +22,7 @@ STATIC = Path(corolla.__file__).parent / "gateway" / "static" / "index.html"
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not "session": while it lives an event loop runs on this thread, and other rooms' tests need their own
 def browser() -> Iterator[Browser]:
     found = next((path for path in map(shutil.which, _NAMES) if path), None)
     if found is None and os.environ.get("CI"):
@@ -51,11 +51,13 @@ def look(browser: Browser) -> Iterator[Look]:
         page.goto(url)
         return page
 
-    yield open_page
+    try:
+        yield open_page
+    finally:
+        for context in contexts:
+            context.close()
     for watch in watches:
         watch.check()
-    for context in contexts:
-        context.close()
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +69,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_gateway(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A gateway within this process over a model that answers noise: for what does not depend on answers."""
     swarm = TinySwarm(tiny_model)
-    with running(swarm, tmp_path_factory.mktemp("gateway") / "gateway.sqlite") as gateway:
-        yield gateway
-    swarm.close()
+    try:
+        with running(swarm, tmp_path_factory.mktemp("gateway") / "gateway.sqlite") as gateway:
+            yield gateway
+    finally:
+        swarm.close()
