@@ -110,9 +110,11 @@ class Renderer:
         Raises `CallerError` where the model's own template refuses the turns, does not end answers with an end token, or spells
         earlier turns differently in a longer conversation; and for what is no Unicode text.
         """
-        for spelled in self._spelled(example):
-            if (fitted := self._fitted(spelled)) is not None:
-                yield self._tokens(fitted, example.category)
+        return (self._tokens(article, example.category) for article in self.spell(example))
+
+    def spell(self, example: Example) -> Iterator[Spelled]:
+        """The articles of one example as lists, without its category. Raises as `render` does."""
+        return filter(None, map(self._fitted, self._spelled(example)))
 
     def _spelled(self, example: Example) -> Iterator[Spelled]:
         if example.raw:

@@ -8,7 +8,6 @@ which is not spelled here.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -124,9 +123,9 @@ class _Run:
 
     def _finish(self) -> None:
         if self._length:
-            ids, starts = self._tokenizer.encode_located("".join(self._waiting), plain=True)
+            ids, begun = self._tokenizer.encode_located("".join(self._waiting), self._switches, plain=True)
             self._ids += ids
-            bounds = [0, *(bisect_left(starts, switch) for switch in self._switches), len(ids)]
+            bounds = [0, *begun, len(ids)]
             for number, (begin, end) in enumerate(pairwise(bounds)):
                 self._kinds += (COMPLETION if number % 2 else PROMPT) * (end - begin)
         self._waiting, self._length, self._switches = [], 0, []
@@ -161,8 +160,8 @@ class OwnSpelling:
             if not text.startswith(prompt):
                 raise CallerError("the model's chat template spells earlier turns differently in a longer dialogue: choose another one")
             begins.append(len(prompt))
-        ids, starts = self._tokenizer.encode_located(text, plain=False)
-        bounds = [*(bisect_left(starts, begin) for begin in begins), len(ids)]
+        ids, begun = self._tokenizer.encode_located(text, begins, plain=False)
+        bounds = [*begun, len(ids)]
         kinds = bytearray(len(ids))
         stop = 0
         for begin, end in pairwise(bounds):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from corolla.chat.templates import TEMPLATES
-from corolla.data.blocks import EMPTY, Articles
+from corolla.data.blocks import Articles
 from corolla.data.examples import Example
 from corolla.data.layout import PARTS
 from corolla.data.render import Renderer, RenderSettings
@@ -99,26 +100,28 @@ def render_chunk(chunk: list[Example], rendering: Rendering, path: Path) -> Summ
     renderer.counts = type(renderer.counts)()
     summary = Summary(counts=renderer.counts)
     numbers: dict[str, int] = {}
-    rendered, parts, categories = [], [], []
+    ids, kinds, lengths, parts, categories = array("i"), bytearray(), array("i"), bytearray(), array("i")
     for example in chunk:
         try:
-            articles = list(renderer.render(example))
+            articles = list(renderer.spell(example))
         except CallerError as error:
             summary.problems.append((example.place, str(error)))
             continue
-        rendered += articles
-        parts += [_part(example, rendering)] * len(articles)
+        part = _part(example, rendering)
         category = -1 if example.category is None else numbers.setdefault(example.category, len(numbers))
-        categories += [category] * len(articles)
+        for article in articles:
+            ids.extend(article.ids)
+            kinds += article.kinds
+            lengths.append(len(article.ids))
+            parts.append(part)
+            categories.append(category)
     summary.categories.extend(numbers)
-    lengths = np.array([len(article) for article in rendered], np.int32)
-    ids = np.concatenate([EMPTY.ids, *(article.input_ids for article in rendered)])
-    kinds = np.concatenate([EMPTY.kinds, *(article.token_type_ids.astype(np.uint8) for article in rendered)])
+    whole = Articles(np.array(ids, np.int32), np.array(kinds, np.uint8), np.array(lengths, np.int32), np.array(categories, np.int32))
     of_part = np.array(parts, np.uint8)
     for part in range(len(PARTS)):
         summary.articles.append(int((of_part == part).sum()))
-        summary.tokens.append(int(lengths[of_part == part].sum(dtype=np.int64)))
-    write_chunk(path, Articles(ids, kinds, lengths, np.array(categories, np.int32)), of_part, summary)
+        summary.tokens.append(int(whole.lengths[of_part == part].sum(dtype=np.int64)))
+    write_chunk(path, whole, of_part, summary)
     return summary
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Encoding
 
 from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import CallerError
@@ -102,8 +103,8 @@ class TrainingTokenizer(TextTokenizer):
         """The text of `token_ids` with special tokens written out."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
-    def encode_located(self, text: str, *, plain: bool) -> tuple[list[int], list[int]]:
-        """The tokens of `text`, and where in it each begins (in characters).
+    def encode_located(self, text: str, places: Sequence[int], *, plain: bool) -> tuple[list[int], list[int]]:
+        """The tokens of `text`, and for each of `places` in it (in characters) how many tokens begin before it.
 
         With `plain` as `encode_plain` gives them, else as `encode` does. Raises `CallerError` for what is no Unicode text.
         """
@@ -112,4 +113,15 @@ class TrainingTokenizer(TextTokenizer):
             encoding = tokenizer.encode(text, add_special_tokens=False)
         except (UnicodeEncodeError, TypeError):
             raise CallerError("the text is not valid Unicode: check its encoding") from None
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        ids = encoding.ids
+        return ids, [_begun_before(encoding, len(ids), place, len(text)) for place in places]
+
+
+def _begun_before(encoding: Encoding, count: int, place: int, length: int) -> int:
+    """Tokens ascend by where they begin. One by one is asked for, because a list of all places costs more than the rest does."""
+    token = next((found for at in range(place, length) if (found := encoding.char_to_token(at)) is not None), count)
+    while token < count and encoding.token_to_chars(token)[0] < place:
+        token += 1
+    while token and encoding.token_to_chars(token - 1)[0] >= place:  # some tokens have no character of their own
+        token -= 1
+    return token
