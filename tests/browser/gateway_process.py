@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.swarm.harness import COROLLA, DEADLINE, Swarm
 
 
 @contextmanager
-def gateway_process(model: str, swarm: Swarm, folder: Path, *options: str) -> Iterator[str]:
-    """Yields the page's address. It is told to end with the block, and has `DEADLINE` seconds for that."""
+def gateway_process(model: str, swarm: Swarm, folder: Path, *options: str, end: signal.Signals = signal.SIGTERM) -> Iterator[str]:
+    """Yields the page's address. It gets the signal `end` with the block, and has `DEADLINE` seconds to follow it."""
     ready, log = folder / "gateway-ready", folder / "gateway.log"
     ready.unlink(missing_ok=True)
     command = [*COROLLA, "gateway", model, "--peers", swarm.address, "--port", "0", "--database", str(folder / "gateway.sqlite")]
@@ -34,9 +35,10 @@ def gateway_process(model: str, swarm: Swarm, folder: Path, *options: str) -> It
             time.sleep(0.05)
         yield ready.read_text().strip().rstrip("/")
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(end)
         try:
             process.wait(DEADLINE)
         finally:
-            process.kill()
-            process.wait()
+            with suppress(ProcessLookupError):  # what it started, too
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(DEADLINE)

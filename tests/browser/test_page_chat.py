@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from playwright.sync_api import expect
 from corolla.models import catalog
 from tests.browser.gateway_process import gateway_process
 from tests.browser.looking import PATIENCE, PHONE, Look, answers, ask, prose, questions, set_manner, wait_done, wait_longer
-from tests.swarm.harness import Swarm
+from tests.swarm.harness import Swarm, free_port
 
 MODEL = "smollm2"
 LONG = "Tell me a long story about a lighthouse keeper, in many paragraphs."
@@ -113,6 +114,25 @@ def test_a_server_killed_in_mid_answer_is_a_notice_and_the_answer_goes_on(gatewa
     wait_done(page)
     assert len(prose(answer)) > len(at_the_fault)
     assert prose(answer).startswith(at_the_fault[:100].rstrip("*_`# "))
+
+
+def test_a_gateway_that_dies_and_comes_back_in_mid_answer(swarm: Swarm, look: Look, tmp_path: Path) -> None:
+    port = ("--port", str(free_port()))
+    with gateway_process(MODEL, swarm, tmp_path, *port, end=signal.SIGKILL) as url:
+        page = look(url)
+        answer = ask(page, LONG)
+        answer.locator(".prose").wait_for()
+        wait_longer(page, answer, prose(answer))
+        page.wait_for_timeout(1200)  # what came is kept once a second
+    assert prose(answer)
+    with gateway_process(MODEL, swarm, tmp_path, *port):
+        expect(answer).to_have_attribute("data-state", "interrupted", timeout=PATIENCE)
+        kept = prose(answer)
+        assert kept
+        answer.get_by_role("button", name="Go on").click()
+        wait_longer(page, answer, kept)
+    expect(answer).to_have_attribute("data-state", "interrupted", timeout=PATIENCE)
+    assert prose(answer).startswith(kept[:50].rstrip("*_`# "))
 
 
 def test_conversations_are_found_renamed_exported_imported_and_deleted(gateway: str, look: Look, tmp_path: Path) -> None:

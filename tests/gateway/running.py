@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +36,11 @@ BLOCKS = 4
 DEADLINE = 60.0
 
 
-def make_model(directory: Path) -> Path:
+def make_model(directory: Path, **changes: Any) -> Path:
     """A tiny Llama with a tokenizer that knows every byte, and a chat template."""
     tokenizer = toy.byte_level()
     toy.make_directory(directory, tokenizer, model_type="llama", template=toy.CHATML)
-    return tiny.save("llama", directory, vocab_size=tokenizer.get_vocab_size(), eos_token_id=toy.END)
+    return tiny.save("llama", directory, vocab_size=tokenizer.get_vocab_size(), eos_token_id=toy.END, **changes)
 
 
 @dataclass
@@ -65,10 +66,10 @@ class TinySwarm:
     def records(self) -> list[ServerRecord]:
         return [_record(name, span, quick=name) for name, span in self.spans.items() if name not in self.gone]
 
-    def route(self, avoid: Any, needed_tokens: int, like: Any = None) -> Route:
+    def route(self, avoid: Any, needed_tokens: int, like: Any = None, adapter: Any = None) -> Route:
         return find_route(self.records(), blocks=BLOCKS, now=time.time(), banned=avoid, needed_tokens=needed_tokens, like=like)
 
-    def quicker(self, route: Route, avoid: Any, needed_tokens: int) -> None:
+    def quicker(self, route: Route, avoid: Any, needed_tokens: int, adapter: Any = None) -> None:
         return None
 
     def kill(self, name: str) -> None:
@@ -127,17 +128,43 @@ class Running:
             time.sleep(0.01)
 
 
+def all_of(act: Callable[[], object], times: int) -> None:
+    """Do something on so many threads at once, and wait for all of them."""
+    threads = [threading.Thread(target=act, daemon=True) for _ in range(times)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 2 * DEADLINE
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    assert not any(thread.is_alive() for thread in threads), "some of them did not end"
+
+
 @contextmanager
-def running(swarm: TinySwarm, database: Path | str, config: GatewayConfig | None = None, **server: Any) -> Iterator[Running]:
-    """A gateway over `swarm`, until the block ends."""
+def running(
+    swarm: TinySwarm,
+    database: Path | str,
+    config: GatewayConfig | None = None,
+    others: Mapping[str, TinySwarm] | None = None,
+    **server: Any,
+) -> Iterator[Running]:
+    """A gateway over `swarm`, whose model is "tiny", and over `others` by their models' names, until the block ends."""
     kept = Database(str(database))
-    model = served_model("tiny", swarm.directory, swarm.transport, "any", CONTEXT, swarm.records)
-    gateway = Gateway(Models([model]), kept, config or GatewayConfig(drain=0.5))
+    swarms = {"tiny": swarm, **(others or {})}
+    models = [served_model(name, each.directory, each.transport, "any", CONTEXT, each.records) for name, each in swarms.items()]
+    gateway = Gateway(Models(models), kept, config or GatewayConfig(drain=0.5))
     settings = uvicorn.Config(
-        gateway_app(gateway), port=0, http=PatientHTTP, ws="websockets-sansio", log_config=None, access_log=False, lifespan="on", **server
+        gateway_app(gateway),
+        port=0,
+        http=PatientHTTP,
+        ws="websockets-sansio",
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=5,
+        **server,
     )
     uvicorn_server = uvicorn.Server(settings)
-    thread = threading.Thread(target=lambda: asyncio.run(uvicorn_server.serve()))
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(uvicorn_server, gateway)), name="gateway", daemon=True)
     thread.start()
     try:
         deadline = time.monotonic() + DEADLINE
@@ -149,6 +176,21 @@ def running(swarm: TinySwarm, database: Path | str, config: GatewayConfig | None
         yield Running(f"http://127.0.0.1:{port}", gateway, swarm, uvicorn_server)
     finally:
         uvicorn_server.should_exit = True
-        gateway.begin_to_close()
-        thread.join()
+        thread.join(DEADLINE)
+        if thread.is_alive():
+            faulthandler.dump_traceback()
+        assert not thread.is_alive(), "the gateway does not end: where its threads are stands on standard error"
         kept.close()
+
+
+async def _serve(server: uvicorn.Server, gateway: Gateway) -> None:
+    """As `gateway.serve` does it: the gateway hears at once that it is to end."""
+
+    async def tell() -> None:
+        while not server.should_exit:
+            await asyncio.sleep(0.05)
+        gateway.begin_to_close()
+
+    telling = asyncio.create_task(tell())
+    await server.serve()
+    await telling

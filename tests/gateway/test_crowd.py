@@ -17,7 +17,7 @@ from corolla.gateway.admission import AdmissionConfig
 from corolla.gateway.guard import GuardConfig
 from corolla.gateway.pool import PoolConfig
 from corolla.gateway.service import GatewayConfig
-from tests.gateway.running import Running, TinySwarm, running
+from tests.gateway.running import DEADLINE, Running, TinySwarm, all_of, running
 
 STREAMS, WAITING = 4, 6
 LONG = {"model": "tiny", "prompt": "What is the capital of France?", "max_tokens": 400, "temperature": 0, "stream": True, "seed": 1}
@@ -32,6 +32,7 @@ def small(swarm: TinySwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         pool=PoolConfig(idle=0),
         drain=0.5,
         keep_alive=0.05,
+        first_token=0.2,
     )
     with running(swarm, tmp_path_factory.mktemp("small") / "g.sqlite", config) as gateway:
         yield gateway
@@ -51,11 +52,7 @@ def test_ten_times_the_capacity(small: Running) -> None:
         with small.client() as client:
             answers.append(client.post("/v1/completions", json={**LONG, "stream": False, "max_tokens": 20}))
 
-    threads = [threading.Thread(target=ask) for _ in range(10 * (STREAMS + WAITING))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    all_of(ask, 10 * (STREAMS + WAITING))
     counts = Counter(answer.status_code for answer in answers)
     assert set(counts) <= {200, 429}
     assert counts[200] >= STREAMS + WAITING
@@ -69,7 +66,7 @@ def test_a_client_that_goes_away_frees_its_pages(small: Running, stream: bool) -
     small.wait_until(lambda: not any(engine.active for engine in small.swarm.engines.values()))
     before = small.swarm.pages_in_use
     body = json.dumps({**LONG, "stream": stream}).encode()
-    with socket.create_connection(("127.0.0.1", httpx2.URL(small.url).port or 0)) as connection:
+    with socket.create_connection(("127.0.0.1", httpx2.URL(small.url).port or 0), timeout=DEADLINE) as connection:
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
             % (len(body), body)
@@ -95,7 +92,7 @@ def test_one_that_waits_and_goes_away_leaves_the_queue(small: Running) -> None:
 
 def test_a_reader_that_takes_nothing_holds_no_place(small: Running) -> None:
     body = json.dumps({**LONG, "logprobs": 20, "n": 4}).encode()
-    with socket.create_connection(("127.0.0.1", httpx2.URL(small.url).port or 0)) as connection:
+    with socket.create_connection(("127.0.0.1", httpx2.URL(small.url).port or 0), timeout=DEADLINE) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
@@ -106,7 +103,7 @@ def test_a_reader_that_takes_nothing_holds_no_place(small: Running) -> None:
 
 
 def test_a_writer_that_is_slow_or_says_too_much_is_refused(small: Running) -> None:
-    with socket.create_connection(("127.0.0.1", httpx2.URL(small.url).port or 0), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", httpx2.URL(small.url).port or 0), timeout=DEADLINE) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
     with small.client() as client:
@@ -115,19 +112,22 @@ def test_a_writer_that_is_slow_or_says_too_much_is_refused(small: Running) -> No
 
 
 def test_a_silent_stream_is_kept_alive(small: Running, swarm: TinySwarm) -> None:
-    with small.client() as client, client.stream("POST", "/v1/chat/completions", json=_chat(300)) as stream:
-        engine = swarm.engines["first"]
-        lines = stream.iter_lines()
-        next(lines)
-        stop = threading.Event()
-        engine.call(_holding(stop))  # computes nothing until it is told
-        threading.Timer(1.0, stop.set).start()
-        assert any(line.startswith(": ") for line in lines)
+    """As during a long prefill: the first server computes nothing until a sign of life has come."""
+    heard = threading.Event()
+    swarm.engines["first"].call(_holding(heard))
+    try:
+        with small.client() as client, client.stream("POST", "/v1/chat/completions", json=_chat(5)) as stream:
+            lines = stream.iter_lines()
+            assert any(line.startswith(": ") for line in lines)
+            heard.set()
+            assert "data: [DONE]" in list(lines)
+    finally:
+        heard.set()
 
 
-def _holding(stop: threading.Event) -> Iterator[None]:
+def _holding(until: threading.Event) -> Iterator[None]:
     """A job that keeps the engine's thread to itself."""
-    stop.wait(30)
+    until.wait(DEADLINE)
     yield
 
 
@@ -138,14 +138,15 @@ def _chat(tokens: int) -> dict[str, object]:
 def test_a_socket_that_goes_away_ends_its_answer(small: Running) -> None:
     with connect(small.url.replace("http", "ws") + "/api/v2/generate") as connection:
         connection.send(json.dumps({"type": "open_inference_session", "max_length": 500}))
-        connection.recv()
+        connection.recv(DEADLINE)
         connection.send(json.dumps({"type": "generate", "inputs": "hello", "max_new_tokens": 1, "stop_sequence": "\x07\x07"}))
-        connection.recv()
+        connection.recv(DEADLINE)
     small.wait_until(lambda: small.gateway.gate.active == 0)
 
 
-def test_an_answer_goes_on_when_a_server_dies_and_says_so(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_answer_goes_on_when_a_server_dies_and_says_so(tiny_model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     swarm = TinySwarm(tiny_model, {"first": (0, 2), "last": (2, 4), "spare": (2, 4)})
+    request.addfinalizer(swarm.close)
     settings = {"settings": {"max_tokens_to_generate": 120, "do_sample": False}}
     with running(swarm, tmp_path / "g.sqlite") as gateway, gateway.client() as client:
 
@@ -165,4 +166,3 @@ def test_an_answer_goes_on_when_a_server_dies_and_says_so(tiny_model: Path, tmp_
     assert disturbed["text"] == undisturbed["text"]
     assert disturbed["state"] == "done"
     assert disturbed["notices"] == ["A server was lost; the answer goes on with others."]
-    swarm.close()

@@ -37,13 +37,13 @@ def test_a_gateway_answers_loses_a_server_and_finishes_what_it_began(tmp_path: P
                 dying = swarm.servers[1]
                 answers: list[str] = []
                 asking = threading.Thread(
-                    target=lambda: answers.append(client.post("/v1/completions", json=body).json()["choices"][0]["text"])
+                    target=lambda: answers.append(client.post("/v1/completions", json=body).json()["choices"][0]["text"]), daemon=True
                 )
                 asking.start()
                 time.sleep(0.1)
                 dying.kill()
                 swarm.replace(dying)
-                asking.join()
+                asking.join(DEADLINE)
                 assert answers == [whole]
 
                 with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import httpx2
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
-from tests.gateway.running import Running
+from tests.gateway.running import DEADLINE, Running, all_of
 
 PROMPT = "What is the capital of France?"
 
@@ -55,11 +54,7 @@ def test_two_requests_at_once_on_one_session_queue(client: httpx2.Client, gatewa
         with gateway.client() as other:
             outputs.append(generate(other, inputs=PROMPT, max_new_tokens=10, session_id=session))
 
-    threads = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    all_of(ask, 3)
     assert len(outputs) == 3
     tokens = gateway.gateway.sessions.get(session, "").tokens
     assert len(tokens) == 3 * (len(gateway.gateway.models.named(None).tokenizer.encode(PROMPT)) + 10)
@@ -92,16 +87,16 @@ def socket(gateway: Running, **opening: Any) -> Iterator[ClientConnection]:
     """A client as the v2 protocol has it, its session opened."""
     with connect(gateway.url.replace("http", "ws") + "/api/v2/generate") as connection:
         connection.send(json.dumps({"type": "open_inference_session", **(opening or {"max_length": 200})}))
-        assert json.loads(connection.recv()) == {"ok": True}
+        assert json.loads(connection.recv(DEADLINE)) == {"ok": True}
         yield connection
 
 
 def ask(connection: ClientConnection, **request: Any) -> list[dict[str, Any]]:
     """The replies up to the one that stops."""
     connection.send(json.dumps({"type": "generate", **request}))
-    replies = [json.loads(connection.recv())]
+    replies = [json.loads(connection.recv(DEADLINE))]
     while replies[-1]["ok"] and not replies[-1]["stop"]:
-        replies.append(json.loads(connection.recv()))
+        replies.append(json.loads(connection.recv(DEADLINE)))
     return replies
 
 
@@ -130,7 +125,7 @@ def test_requests_sent_ahead_are_answered_in_order(gateway: Running) -> None:
     with socket(gateway) as connection:
         for _ in range(3):
             connection.send(json.dumps({"type": "generate", "inputs": PROMPT, "max_new_tokens": 4}))
-        replies = [json.loads(connection.recv()) for _ in range(3)]
+        replies = [json.loads(connection.recv(DEADLINE)) for _ in range(3)]
     assert [reply["token_count"] for reply in replies] == [4, 4, 4]
 
 
@@ -148,7 +143,7 @@ def test_requests_sent_ahead_are_answered_in_order(gateway: Running) -> None:
 def test_a_socket_says_what_is_wrong_and_closes(gateway: Running, request_: Any, word: str) -> None:
     with socket(gateway) as connection:
         connection.send(json.dumps(request_))
-        reply = json.loads(connection.recv())
+        reply = json.loads(connection.recv(DEADLINE))
         assert reply["ok"] is False
         assert word in reply["traceback"]
         assert "Traceback" not in reply["traceback"]

@@ -49,6 +49,7 @@ class Sampling(BaseModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    soft_prompt: str | None = Field(None, description="Beside OpenAI's options: a soft prompt of this gateway, by its name.")
 
     def refuse_unknown(self) -> None:
         """Raises `InvalidSetting` for options that would change the answer and cannot."""

@@ -84,7 +84,8 @@ async def chat_completions(http: HttpRequest, asked: ChatRequest, gateway: TheGa
     if not turns:
         raise EmptyPrompt
     prompt = await gateway.writers.prepare(partial(encode, template, model.tokenizer, system, turns))
-    room = model.check_room(len(prompt))
+    soft = await gateway.soft_prompt(asked.soft_prompt, model)
+    room = model.check_room(len(prompt) + (0 if soft is None else len(soft)))
     most = min(asked.max_completion_tokens or asked.max_tokens or room, room)
     requests = [
         Request(
@@ -92,6 +93,7 @@ async def chat_completions(http: HttpRequest, asked: ChatRequest, gateway: TheGa
             owner=caller.id,
             prompt=prompt,
             settings=asked.settings(choice, most, model.stop_ids(template), template.stop_sequences, top_logprobs=asked.top_logprobs or 0),
+            soft=soft,
         )
         for choice in range(asked.n or 1)
     ]

@@ -61,6 +61,8 @@ async def completions(http: HttpRequest, asked: CompletionRequest, gateway: TheG
     prompts = await asyncio.gather(*(_tokens(gateway, model, prompt) for prompt in _prompts(asked.prompt)))
     if len(prompts) * choices > _MOST_PROMPTS:
         raise InvalidSetting("prompt", f"{len(prompts)} prompts with {choices} answers each are more than {_MOST_PROMPTS} answers")
+    soft = await gateway.soft_prompt(asked.soft_prompt, model)
+    before = 0 if soft is None else len(soft)
     requests = [
         Request(
             model=model,
@@ -68,11 +70,12 @@ async def completions(http: HttpRequest, asked: CompletionRequest, gateway: TheG
             prompt=prompt,
             settings=asked.settings(
                 choice,
-                min(max(1, most), model.check_room(len(prompt))),
+                min(max(1, most), model.check_room(before + len(prompt))),
                 model.stop_ids(),
                 top_logprobs=asked.logprobs or 0,
                 prompt_logprobs=echo and scored,
             ),
+            soft=soft,
         )
         for prompt in prompts
         for choice in range(choices)
@@ -119,9 +122,11 @@ class CompletionShape:
             prompt = answer.request.prompt
             text = self._tokenizer.decode(prompt) + text
             if self._scored:
+                first = 0 if answer.request.soft is None else len(answer.request.soft)
+                found = [answer.scores[at] if at else None for at in range(first, first + len(prompt))]
                 given = [
-                    (token_id, *((answer.scores[at].logprob, answer.scores[at].top_logprobs) if at else (None, ())))
-                    for at, token_id in enumerate(prompt)
+                    (token_id, *((None, ()) if score is None else (score.logprob, score.top_logprobs)))
+                    for token_id, score in zip(prompt, found, strict=True)
                 ]
                 scores = [*given, *scores]
         logprobs = self._logprobs(scores, 0) if self._scored else None

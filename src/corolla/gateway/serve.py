@@ -73,7 +73,8 @@ def run(models: Models, database: Database, config: GatewayConfig, host: str, po
     )
     server = _Server(settings, gateway, lambda: ready(url))
     try:
-        asyncio.run(server.serve([listening]))
+        with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:  # uvloop, where it is installed
+            runner.run(server.serve([listening]))
     finally:
         gateway.writers.interrupt()  # where a second signal left something
         listening.close()

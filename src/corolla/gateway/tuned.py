@@ -65,7 +65,7 @@ class SoftPrompts:
         _, prompt, model, problem = self._load(directory)
         tuning: dict[str, Any] | None = None
         try:
-            tuning = json.loads((directory / _RECORD).read_bytes())
+            tuning = json.loads((directory / _RECORD).read_bytes(), parse_constant=lambda _: None)  # a loss may be no number
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
