@@ -18,7 +18,7 @@ from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm import frames
 from corolla.swarm.network import LocalHub
-from corolla.swarm.routing import Hop, Quality, Route
+from corolla.swarm.routing import Hop, Quality, Route, WantedAdapter
 from corolla.swarm.wire import StepFrame, TokenFrame, WireMessage
 from corolla.types import GenerationSettings, Span
 from swarm_bench import PROMPT, Bench
@@ -95,10 +95,10 @@ class OneRoute:
 
     only: Route
 
-    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
+    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None, adapter: WantedAdapter | None = None) -> Route:
         return self.only
 
-    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
+    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int, adapter: WantedAdapter | None = None) -> Route | None:
         return None
 
 

@@ -14,6 +14,7 @@ CorollaError
    . TrainingError             training cannot go on: it diverged, or what it would go on from is damaged
    . Interrupted               the caller went away, or stopped the answer
    . Conflict                  what is asked for does not fit the state that the thing is in
+   . AdapterError              a LoRA adapter's files are missing or damaged, it does not fit the model, or nobody has one of that name
  x CapacityError               the callee is full: come back after `retry_after` seconds
    . Busy
    . RateLimited               more requests than this key may make
@@ -24,6 +25,7 @@ CorollaError
    . DeadlineExceeded
  x Forgotten                   the callee no longer has what the caller named: say it again in full
    . PromptNeeded              a soft prompt
+   . AdapterNeeded             a LoRA adapter
    . ActivationsGone           what a forward left for its backward
  x StorageError                this machine's disk refused a write
 
@@ -95,6 +97,12 @@ class PromptError(CallerError):
     status = 422
 
 
+class AdapterError(CallerError):
+    """A LoRA adapter that is missing, damaged, not finite, of another model, or of a kind that is not computed."""
+
+    status = 422
+
+
 class TrainingError(CallerError):
     pass
 
@@ -139,9 +147,12 @@ class RateLimited(CapacityError):
 class NoRoute(CapacityError):
     """No route covers the blocks of `missing`, a tuple of `types.Span`."""
 
-    def __init__(self, missing: tuple[Any, ...], retry_after: float = 1.0) -> None:
+    def __init__(self, missing: tuple[Any, ...], retry_after: float = 1.0, *, adapter: str = "") -> None:
         blocks = ", ".join(map(str, missing))
-        super().__init__(f"no server that is ready and has room holds blocks {blocks}: wait for one, or start one that does", retry_after)
+        with_it = f" with the adapter {adapter[:12]}" if adapter else ""
+        super().__init__(
+            f"no server that is ready and has room holds blocks {blocks}{with_it}: wait for one, or start one that does", retry_after
+        )
         self.missing = missing
 
 
@@ -168,6 +179,11 @@ class Forgotten(CorollaError):
 class PromptNeeded(Forgotten):
     def __init__(self) -> None:
         super().__init__("the server does not have the soft prompt: send it, and the step again")
+
+
+class AdapterNeeded(Forgotten):
+    def __init__(self) -> None:
+        super().__init__("the server does not have the adapter: send it, and the step again")
 
 
 class ActivationsGone(Forgotten):

@@ -6,10 +6,10 @@ Nothing here imports torch: a thin client and `corolla --help` need these words 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from corolla.errors import CorollaError, InvalidSetting
 
@@ -154,6 +154,34 @@ class PromptPart:
     deep: torch.Tensor | None = None  # [blocks of the span, P, hidden], added at each block's input
 
 
+# LoRA adapters (Hu et al., 2021): what is added to the products of a model's blocks.
+
+
+class Factors(NamedTuple):
+    """What is added to one product of rows x: `x a' b'`, with a [rank, inputs] and b [outputs, rank], its scale in b."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterPart:
+    """What the servers of the blocks `span` need of an adapter, float32 on the CPU.
+
+    `digest` names its content, and is the hash of `digests`, which are those of every block of the model (`models.adapters`): whoever
+    gets a part sees whether it is of the adapter that is meant.
+    """
+
+    digest: str
+    span: Span
+    blocks: tuple[Mapping[str, Factors], ...]  # of each block of the span, by the product's name in `models.block.Block`
+    digests: tuple[bytes, ...]
+
+    def of(self, span: Span) -> AdapterPart:
+        """What of it the blocks `span` need, which are among its own."""
+        return AdapterPart(self.digest, span, self.blocks[span.start - self.span.start : span.end - self.span.start], self.digests)
+
+
 # Messages from a client (or the server before) to a server.
 
 
@@ -169,7 +197,7 @@ class Step:
     payload: Sequence[int] | torch.Tensor  # token ids for the span with block 0, else hidden states [tokens, hidden]
     generation: int = 0  # of the route; replies of an older one are ignored
     settings: GenerationSettings | None = None  # sample after the last token and go on, until the answer ends
-    adapter: str = ""
+    adapter: str = ""  # the digest of a LoRA adapter; a server that lacks it asks for it, or takes none
     tokens: Sequence[int] = ()  # the ids of the rows where the payload is hidden states, as far as they are known
     span: Span | None = None  # the blocks to compute, of those that the server holds; None is all of them
     asked: int = 0  # unix milliseconds when the answer was asked for: whoever asked first is served first, on every server
@@ -177,6 +205,7 @@ class Step:
     wants_hidden: bool = False  # answer with hidden states from the last block too, and sample nothing
     prompt: PromptName | None = None  # put in and added at the positions below its tokens; a server that lacks it asks for it
     client: str = ""  # whose prompt that is
+    brings_adapter: bool = False  # whether the client has the adapter, and gives it to servers that ask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,10 +256,10 @@ class Close:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Give:
-    """A soft prompt for a server that lacks it; the session's next step names it."""
+    """A soft prompt or an adapter for a server that lacks it; the session's next step names it."""
 
     session: str
-    part: PromptPart
+    part: PromptPart | AdapterPart
 
 
 Message = Step | Cancel | Close | Give

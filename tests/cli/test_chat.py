@@ -11,16 +11,20 @@ from typing import Any
 import pytest
 import torch
 import toy
+from typer.testing import CliRunner
 
 from corolla.chat.conversation import Conversation
 from corolla.chat.dialogue import Dialogue
 from corolla.chat.templates import TEMPLATES, Turn
+from corolla.cli.main import app
 from corolla.cli.repl import Repl
 from corolla.client.session import Session
+from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import ServerFault
 from corolla.models.checkpoint import read_config
 from corolla.models.families import architecture
 from corolla.models.prompts import SoftPrompt, save_prompt
+from tests.models import lora, tiny
 
 Run = Callable[..., Any]
 Talk = Callable[..., str]
@@ -190,6 +194,32 @@ def test_a_soft_prompt_stands_in_front_of_the_conversation(corolla: Run, model: 
     assert list(first.payload[:4]) == [0] * 4
     assert model.tokenizer.decode([*first.payload[4:]]) == "User: hello\nAssistant:"
     assert second.start > 4
+
+
+def test_an_adapter_is_given_to_the_model(tmp_path: Path) -> None:
+    toy.make_directory(tmp_path / "base", toy.byte_level())
+    base = tiny.save("llama", tmp_path / "base", vocab_size=400)
+    adapter = lora.save(base, tmp_path / "adapter")
+
+    def run(*arguments: str) -> str:
+        options = ["--dtype", "float32", "--max-new-tokens", "6", "--temperature", "0"]
+        done = CliRunner().invoke(app, [arguments[0], str(base), *options, *arguments[1:]], input="hello\n")
+        assert (done.exit_code, done.exception) == (0, None)
+        return done.stdout
+
+    tokens = TextTokenizer(base).encode("hello", opening=True)
+    for more, reference in ((("--adapter", str(adapter)), adapter), ((), None)):
+        answer = json.loads(run("generate", "--prompt", "hello", "--json", *more))["token_ids"]
+        assert answer == lora.Adapted(base, reference).greedy(tokens, len(answer))
+    assert run("chat", "--adapter", str(adapter)) != run("chat")
+
+
+@pytest.mark.parametrize("command", [["chat", "toy"], ["generate", "toy", "--prompt", "a"]])
+def test_an_adapter_that_is_not_there_is_one_line(corolla: Run, tmp_path: Path, command: list[str]) -> None:
+    for given, sentence in ((str(tmp_path), "adapter_config.json is missing"), ("poet", "there is no directory 'poet'")):
+        result = corolla(*command, "--adapter", given, stdin="hello\n")
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert sentence in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["chat", "toy", "--prompt"], ["generate", "toy", "--prompt", "a", "--soft-prompt"]])

@@ -19,7 +19,7 @@ from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.network import LocalHub
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.routing import Quality, Route, find_route, seconds_along
+from corolla.swarm.routing import Quality, Route, WantedAdapter, find_route, seconds_along
 from corolla.swarm.wire import CloseFrame
 from corolla.types import FinishReason, GenerationSettings, Span
 from tests.models import tiny
@@ -61,14 +61,16 @@ class Swarm:
         self.hub.kill(name)
         self.engines[name].stop()
 
-    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
-        route = find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens, like=like)
+    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None, adapter: WantedAdapter | None = None) -> Route:
+        route = find_route(
+            self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens, like=like, adapter=adapter
+        )
         self.routes.append(route)
         return route
 
-    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
+    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int, adapter: WantedAdapter | None = None) -> Route | None:
         try:
-            best = find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
+            best = find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens, adapter=adapter)
         except NoRoute:
             return None
         seconds = seconds_along(self.records.values(), route, blocks=4)

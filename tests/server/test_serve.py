@@ -18,12 +18,13 @@ from corolla.client.swarm import Patience, SwarmTransport
 from corolla.engine.engine import EngineConfig
 from corolla.errors import InvalidSetting
 from corolla.models.reference import Reference
-from corolla.server.serve import RunningServer, ServeConfig, settle_terms
+from corolla.server.serve import RunningServer
+from corolla.server.terms import ServeConfig, settle_terms
 from corolla.swarm.directory import LocalDirectory
 from corolla.swarm.network import LocalHub
 from corolla.swarm.placement import MovePolicy
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.routing import Quality, Route, find_route
+from corolla.swarm.routing import Quality, Route, WantedAdapter, find_route
 from corolla.types import GenerationSettings, Span
 from tests.models import tiny
 from tests.server.local_peer import LocalPeer
@@ -91,11 +92,11 @@ class Swarm:
         """Of the servers that are ready."""
         return {peer: record.span for peer, record in self.records().items() if record.state == "ready"}
 
-    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
+    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None, adapter: WantedAdapter | None = None) -> Route:
         records = self.records().values()
-        return find_route(records, blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens, like=like)
+        return find_route(records, blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens, like=like, adapter=adapter)
 
-    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
+    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int, adapter: WantedAdapter | None = None) -> Route | None:
         return None
 
     def close(self) -> None:

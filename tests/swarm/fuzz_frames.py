@@ -14,6 +14,7 @@ from corolla.errors import CorollaError, ProtocolError
 from corolla.swarm import convert, frames, wire
 from corolla.swarm.arrays import from_array
 from corolla.swarm.wire import (
+    AdapterFrame,
     Array,
     Ask,
     AskCounters,
@@ -30,6 +31,7 @@ from corolla.swarm.wire import (
     Leaving,
     Ping,
     Pong,
+    ProductFrame,
     PromptFrame,
     PromptNameFrame,
     Refused,
@@ -58,6 +60,9 @@ MESSAGES: tuple[WireMessage, ...] = (
     StepFrame("session", 2, 0, (5,), array("q8", 1, 70), SettingsFrame(stop_token_ids=(2, 3)), ROUTE, 2, "client"),
     StepFrame("session", 2, 0, (0, 0, 5), route=ROUTE, client="client", prompt=PromptNameFrame("f00d", 2, True)),
     PromptFrame(PromptNameFrame("f00d", 2, True), 0, 2, array("float32", 6, 4), has_input=True),
+    AdapterFrame(
+        "f00d", (bytes(32), bytes(range(32))), 1, (ProductFrame("qkv", 2, 3, 4), ProductFrame("out", 1, 4, 3)), array("float32", 3, 8)
+    ),
     CancelFrame("session", 3),
     ScoresFrame("session", 3, 1, ((-0.5, ((7, -0.5), (8, -1.5))), (-2.0, ()))),
     CloseFrame("session"),
@@ -138,6 +143,8 @@ def handle(frame: bytes) -> str:
             convert.to_message(message)
         elif isinstance(message, PromptFrame):
             convert.to_prompt_part(message)
+        elif isinstance(message, AdapterFrame):
+            convert.to_adapter_part(message)
         elif isinstance(message, ForwardFrame | BackwardFrame | ResultFrame):
             from_array(message.hidden)
         elif not isinstance(message, Ask | Whereabouts | Leaving | AskCounters | Counters | Ping | Pong | Refused):

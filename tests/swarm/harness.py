@@ -24,6 +24,7 @@ from corolla.client.link import SwarmLink
 from corolla.client.session import Session
 from corolla.client.swarm import SwarmTransport
 from corolla.errors import NetworkError, NoRoute
+from corolla.models.adapters import Adapter
 from corolla.models.prompts import SoftPrompt
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.records import ServerRecord
@@ -258,8 +259,8 @@ class Client:
     def close(self) -> None:
         self._stack.close()
 
-    def chat(self, *, patience: float = PATIENCE, prompt: SoftPrompt | None = None) -> Chat:
-        return Chat(self.transport, patience, prompt)
+    def chat(self, *, patience: float = PATIENCE, prompt: SoftPrompt | None = None, adapter: Adapter | str | None = None) -> Chat:
+        return Chat(self.transport, patience, prompt, adapter)
 
     def wait_until_known(self, *servers: Server) -> None:
         """Return when the client would take any of these servers that hold the same blocks as others."""
@@ -281,10 +282,12 @@ class Client:
 class Chat:
     """One session through the swarm that tells its route and times its tokens."""
 
-    def __init__(self, transport: SwarmTransport, patience: float, prompt: SoftPrompt | None = None) -> None:
+    def __init__(
+        self, transport: SwarmTransport, patience: float, prompt: SoftPrompt | None = None, adapter: Adapter | str | None = None
+    ) -> None:
         self._seam = _Seam(transport)
         self._patience = patience
-        self.session = Session(self._seam, "", prompt)
+        self.session = Session(self._seam, "", prompt, adapter)
 
     def __enter__(self) -> Chat:
         return self

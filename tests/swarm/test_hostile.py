@@ -132,10 +132,10 @@ class Swarm:
         self.transports.append(transport)
         return transport
 
-    def route(self, avoid: Any, needed_tokens: int, like: Quality | None = None) -> Route:
+    def route(self, avoid: Any, needed_tokens: int, like: Quality | None = None, adapter: Any = None) -> Route:
         return find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
 
-    def quicker(self, route: Route, avoid: Any, needed_tokens: int) -> Route | None:
+    def quicker(self, route: Route, avoid: Any, needed_tokens: int, adapter: Any = None) -> Route | None:
         return None
 
     def check_integrity(self) -> None:

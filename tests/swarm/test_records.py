@@ -30,6 +30,8 @@ RECORD = ServerRecord(
     version="0.2.0+local",
     state="ready",
     expires=1_800_000_000.0,
+    adapters={"poet": "0123456789abcdef" * 4},
+    takes_adapters=True,
 )
 
 
@@ -81,6 +83,9 @@ def test_a_field_of_a_later_version_is_ignored() -> None:
         {"addresses": ["/ip4/127.0.0.1/tcp/1"] * 17},
         {"addresses": ["/" + "x" * 256]},
         {"addresses": [""]},
+        {"adapters": {"a poet": "0" * 64}},
+        {"adapters": {"poet": "0" * 63}},
+        {"adapters": {f"poet-{i}": "0" * 64 for i in range(65)}},
         {"state": "asleep"},
         {"peer": None},
     ],

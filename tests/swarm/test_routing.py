@@ -9,7 +9,7 @@ import pytest
 
 from corolla.errors import CapacityError, NoRoute
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.routing import UNKNOWN_ROUND_TRIP, Hop, Route, coverage, find_route, gaps, quality
+from corolla.swarm.routing import UNKNOWN_ROUND_TRIP, Hop, Route, WantedAdapter, coverage, find_route, gaps, quality
 from corolla.types import Span
 from tests.swarm.simulation import make_record
 
@@ -120,6 +120,19 @@ def test_two_fine_tunes_of_one_configuration_never_mix() -> None:
     for mixed in (False, True):
         with pytest.raises(NoRoute):
             route(records, mixed=mixed)
+
+
+def test_an_adapter_is_served_where_it_is_held_or_taken() -> None:
+    records = [
+        make_record("plain", 0, 12, throughput=1e6, adapters={"poet": "other"}),
+        make_record("holds", 0, 6, adapters={"poet": "wanted"}),
+        make_record("takes", 6, 12, takes_adapters=True),
+    ]
+    brought = route(records, adapter=WantedAdapter("wanted", brought=True))
+    assert (brought.peers, brought.lacking) == (("holds", "takes"), {"takes"})
+    assert route(records).peers == ("plain",)
+    with pytest.raises(NoRoute, match="blocks 6:12 with the adapter wanted"):
+        route(records, adapter=WantedAdapter("wanted", brought=False))
 
 
 def test_ties_go_to_the_lowest_peers_in_any_order_of_the_records() -> None:

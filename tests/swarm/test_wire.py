@@ -24,10 +24,12 @@ from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.convert import (
     error_of,
     failed_of,
+    from_adapter_part,
     from_message,
     from_reply,
     from_settings,
     from_step,
+    to_adapter_part,
     to_message,
     to_reply,
     to_settings,
@@ -37,6 +39,7 @@ from corolla.swarm.frames import decode, encode
 from corolla.swarm.wire import (
     MAX_STEP_TOKENS,
     Q8_BLOCK,
+    AdapterFrame,
     Answer,
     Array,
     CachedFrame,
@@ -48,6 +51,7 @@ from corolla.swarm.wire import (
     Hop,
     Ping,
     Pong,
+    ProductFrame,
     Refused,
     StepFrame,
     TimingFrame,
@@ -56,7 +60,22 @@ from corolla.swarm.wire import (
     WireDtype,
     WireMessage,
 )
-from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, GenerationSettings, Hidden, Reply, Step, Token
+from corolla.types import (
+    AdapterPart,
+    Cached,
+    Cancel,
+    Close,
+    Factors,
+    Failed,
+    FinishReason,
+    Gap,
+    GenerationSettings,
+    Hidden,
+    Reply,
+    Span,
+    Step,
+    Token,
+)
 
 DTYPES: tuple[WireDtype, ...] = ("float32", "bfloat16", "float16", "q8")
 EXACT: tuple[WireDtype, ...] = ("float32", "bfloat16", "float16")
@@ -321,6 +340,25 @@ ERRORS = (
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_adapter_there_and_back_block_by_block() -> None:
+    blocks = ({"out": Factors(torch.randn(2, 5), torch.randn(700, 2))}, {}, {"up": Factors(torch.randn(1, 3), torch.randn(4, 1))})
+    got = []
+    for frame in map(sent, from_adapter_part(AdapterPart("f00d", Span(4, 7), blocks, (bytes(32),) * 9))):
+        assert isinstance(frame, AdapterFrame)
+        got.append(to_adapter_part(frame))
+    assert [(part.digest, part.span, len(part.digests)) for part in got] == [("f00d", Span(i, i + 1), 9) for i in (4, 5, 6)]
+    for part, block in zip(got, blocks, strict=True):
+        assert part.blocks[0].keys() == block.keys()
+        assert all(map(torch.equal, part.blocks[0].get("out", ()), block.get("out", ())))
+
+
+def test_an_adapter_whose_shapes_and_rows_differ_is_refused() -> None:
+    array = Array("float32", (1, 16), memoryview(bytes(64)))
+    for products in ((ProductFrame("out", 3, 3, 4),), (ProductFrame("out", 1, 1, 1),) * 2):
+        with pytest.raises(ValueError, match=r"rows|twice"):
+            AdapterFrame("f00d", (), 0, products, array)
+
+
 def test_errors_keep_their_class_sentence_and_attributes(error: CorollaError) -> None:
     frame = sent(failed_of(error, "s", 3, peer="p"))
     assert isinstance(frame, FailedFrame)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from corolla.cli import logs, options
+from corolla.cli.adapters import chosen_adapter
 from corolla.cli.logs import LogLevel
 from corolla.cli.opening import opened, soft_prompt
 from corolla.types import GenerationSettings
@@ -26,6 +27,7 @@ def chat(
         typer.Option(help='Example turns before the conversation: a JSON list of {"role": "user" or "assistant", "content": "..."}.'),
     ] = None,
     prompt: Annotated[Path | None, typer.Option("--prompt", "--soft-prompt", metavar="DIR", help=options.SOFT_PROMPT)] = None,
+    adapter: options.Adapter = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.7,
     top_p: options.TopP = 0.9,
@@ -46,6 +48,7 @@ def chat(
     input is no terminal, each line is one turn and the answers alone go to standard output.
 
     With --prompt the model answers as its soft prompt was tuned to: corolla chat smollm2 --prompt tuned/
+    With --adapter as its LoRA adapter was: corolla chat smollm2 --adapter tuned/, or by the name that servers hold it under.
     """
     sampling = {
         "max_new_tokens": max_new_tokens,
@@ -80,7 +83,7 @@ def chat(
             system=system,
             few_shot=examples,
         )
-        with Session(embedded.transport, embedded.peer, tuned) as session:
+        with Session(embedded.transport, embedded.peer, tuned, chosen_adapter(adapter, embedded)) as session:
             dialogue = Dialogue(conversation, session, sampling, timeout=options.ANSWER_TIMEOUT)
             if sys.stdin.isatty():
                 Repl(dialogue, model).run()

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from corolla.cli import logs, options
+from corolla.cli.adapters import chosen_adapter
 from corolla.cli.hops import Hops
 from corolla.cli.logs import LogLevel
 from corolla.cli.opening import opened, soft_prompt
@@ -22,6 +23,7 @@ def generate(
     model: options.Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; - reads it from standard input.")],
     tuned: Annotated[Path | None, typer.Option("--soft-prompt", metavar="DIR", help=options.SOFT_PROMPT)] = None,
+    adapter: options.Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     timings: Annotated[
         bool, typer.Option("--timings", help="With --json and --peers: where the time of a token goes, server by server.")
@@ -76,7 +78,9 @@ def generate(
         tokenizer = TextTokenizer(embedded.directory)
         settings = dataclasses.replace(settings, stop_token_ids=tokenizer.end_ids)
         tokens = tokenizer.encode(text, opening=True)
-        with Session(embedded.transport, embedded.peer, soft_prompt(tuned, embedded.directory)) as session:
+        with Session(
+            embedded.transport, embedded.peer, soft_prompt(tuned, embedded.directory), chosen_adapter(adapter, embedded)
+        ) as session:
             completion = Completion(session, tokenizer, tokens, settings, timeout=options.ANSWER_TIMEOUT)
             for piece in completion:
                 if not as_json:

@@ -67,6 +67,13 @@ LogLevel = Annotated[
     Level,
     typer.Option(help="The least that is logged, on standard error: debug, info, warning or error.", show_choices=False, metavar="LEVEL"),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR|NAME",
+        help="A LoRA adapter for this model, as corolla finetune --lora and PEFT save it; with --peers also by its name or hash there.",
+    ),
+]
 SOFT_PROMPT = "The directory of a soft prompt for this model, as corolla tune and PEFT save it."
 Database = Annotated[
     str | None,

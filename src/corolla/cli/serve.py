@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from corolla.cli import logs, options
+from corolla.cli.adapters import named_directories
 from corolla.cli.addresses import check_addresses
 from corolla.cli.logs import LogLevel
 from corolla.cli.opening import secret_bytes
@@ -68,6 +69,16 @@ def serve(
     weights: options.Weights = None,
     threads: options.Threads = None,
     batch_invariant: options.BatchInvariant = False,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Hold this LoRA adapter, which clients name by NAME (the directory's name by default) or hash; may be repeated.",
+        ),
+    ] = None,
+    allow_adapters: Annotated[
+        bool, typer.Option("--allow-adapters", help="Take LoRA adapters from clients that ask for it, up to 512 MB of them.")
+    ] = False,
     wire_dtype: Annotated[
         WireDtype | None,
         typer.Option(
@@ -97,6 +108,8 @@ def serve(
 
     Once ready it prints the line that another machine runs to join. Told to end, it lets its sessions go on at other servers
     first; a second Ctrl-C ends it at once.
+
+    With adapters: corolla serve smollm2 --new-swarm --adapters poet=tuned/poet --adapters tuned/cook
     """
     if bool(peers) == new_swarm:
         raise InvalidSetting("peers", "name a peer of the swarm with --peers, or start one with --new-swarm")
@@ -105,9 +118,11 @@ def serve(
     key = secret_bytes(secret)
     logs.set_up(log_level, swarm=True)
     joined = check_addresses(peers)
+    held = named_directories(adapters or [])
 
     from corolla.engine.engine import EngineConfig
-    from corolla.server.serve import ServeConfig, serving
+    from corolla.server.serve import serving
+    from corolla.server.terms import ServeConfig
     from corolla.swarm.peer import PeerConfig
 
     peer = PeerConfig(initial_peers=joined, host=host, port=port, announce=announce or (), identity=identity, secret=key)
@@ -121,6 +136,8 @@ def serve(
         weights=weights,  # type: ignore[arg-type]
         wire_dtype=None if wire_dtype is None else wire_dtype.value,
         threads=threads,
+        adapters=held,
+        take_adapters=allow_adapters,
         engine=EngineConfig(cache_tokens=cache_tokens, batch_invariant=batch_invariant),
     )
     with until_told_to_end() as signals, showing_progress() as progress:
@@ -133,6 +150,8 @@ def serve(
         with serving(model, peer, config, report) as server:
             if ready_file is not None:
                 write_whole(ready_file, "\n".join(server.addresses) + "\n")
+            for adapter, digest in server.adapters.items():
+                print(f"adapter {adapter} {digest[:12]}", file=sys.stderr)
             print(f"serving blocks {server.span} of {model}; another machine joins with", file=sys.stderr)
             print(join_line(model, server.addresses, secret=key is not None), flush=True)
             signals.told.wait()

@@ -13,16 +13,17 @@ from pathlib import Path
 import msgspec
 
 from corolla.client.swarm import SwarmTransport
-from corolla.errors import CorollaError, NetworkError, NoRoute
+from corolla.errors import AdapterError, CorollaError, NetworkError, NoRoute
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.records import ServerRecord, fingerprint
-from corolla.swarm.routing import Quality, Route, find_route, quality, seconds_along
+from corolla.swarm.routing import Quality, Route, WantedAdapter, find_route, quality, seconds_along
 
 _REFRESH = 2.0  # seconds between two looks into the directory
 _FIRST_LOOK = 15.0  # seconds for the first servers to appear
 _DEFAULT_CONTEXT = 2048
 _WORTH_MOVING = 2.0  # times quicker than the route that a session has: its whole history is computed again
+_SHORT_DIGEST = 8  # hexadecimal digits at least
 _MEASURED = 16  # servers whose round trips are measured
 
 
@@ -34,8 +35,13 @@ class Joined:
     peer: str
     directory: Path
     context_length: int
+    known: KnownServers
     cache_tokens: None = None  # of all sessions together: the servers' own matter
     sessions: int = 32  # at once, for the most tokens a second: a forward takes little longer for as many rows
+
+    def adapter(self, name: str) -> str:
+        """The digest of the adapter that servers hold under this name, or whose digest begins with it. Raises `AdapterError`."""
+        return adapter_named(name, self.known.records)
 
 
 class KnownServers:
@@ -63,28 +69,42 @@ class KnownServers:
         """From now on measure this client's round trips too, to those servers that its tokens go to and come from."""
         self._round_trips = round_trips
 
-    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
+    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None, adapter: WantedAdapter | None = None) -> Route:
         """See `client.swarm.Router`."""
-        return self._route(self._records, avoid, needed_tokens, like)
+        return self._route(self._records, avoid, needed_tokens, like, adapter)
 
-    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
+    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int, adapter: WantedAdapter | None = None) -> Route | None:
         """See `client.swarm.Router`. Load is left out: the session itself is part of it, and would flee from its own shadow."""
         same = [record for record in self._records if route.quality in (None, quality(record))]
         idle = [msgspec.structs.replace(record, active=0) for record in same]
         try:
-            best = self._route(idle, avoid, needed_tokens, route.quality)
+            best = self._route(idle, avoid, needed_tokens, route.quality, adapter)
         except (NoRoute, NetworkError):
             return None
         seconds = seconds_along(idle, route, blocks=self._blocks, prefer=self._prefer)
         return best if seconds is not None and best.seconds * _WORTH_MOVING < seconds else None
 
-    def _route(self, records: list[ServerRecord], avoid: Collection[str], needed_tokens: int, like: Quality | None) -> Route:
+    def _route(
+        self,
+        records: list[ServerRecord],
+        avoid: Collection[str],
+        needed_tokens: int,
+        like: Quality | None,
+        adapter: WantedAdapter | None,
+    ) -> Route:
         if records:
             self._blocks = records[0].blocks
         if not self._blocks:
             raise NetworkError("no server of this swarm serves this model; `corolla status` shows which it serves")
         return find_route(
-            records, blocks=self._blocks, now=time.time(), banned=avoid, needed_tokens=needed_tokens, prefer=self._prefer, like=like
+            records,
+            blocks=self._blocks,
+            now=time.time(),
+            banned=avoid,
+            needed_tokens=needed_tokens,
+            prefer=self._prefer,
+            like=like,
+            adapter=adapter,
         )
 
     @property
@@ -124,12 +144,28 @@ def join_swarm(directory: Path, config: PeerConfig, *, timed: bool = False) -> I
         transport = SwarmTransport(peer.network, known, vocabulary=vocabulary_of(described), timed=timed)
         known.measure(transport.round_trips)
         try:
-            yield Joined(transport, "swarm", directory, context_length_of(described))
+            yield Joined(transport, "swarm", directory, context_length_of(described), known)
         finally:
             known.close()
             transport.close()
     finally:
         peer.close()
+
+
+def adapter_named(name: str, records: Collection[ServerRecord]) -> str:
+    """The digest of the adapter that the servers hold under this name, or whose digest begins with it (of at least 8 digits).
+
+    Raises `AdapterError` when there is none, or several.
+    """
+    held = {(known, digest) for record in records for known, digest in record.adapters.items()}
+    found = {digest for known, digest in held if known == name or (len(name) >= _SHORT_DIGEST and digest.startswith(name))}
+    if len(found) > 1:
+        which = ", ".join(sorted(digest[:12] for digest in found))
+        raise AdapterError(f"{name!r} names several adapters of this swarm: give the beginning of one's digest, of {which}")
+    if not found:
+        names = ", ".join(sorted({known for known, _ in held})) or "none"
+        raise AdapterError(f"no server of this model has an adapter {name!r}, and there is no such directory; they have: {names}")
+    return found.pop()
 
 
 def vocabulary_of(described: dict[str, object]) -> int | None:

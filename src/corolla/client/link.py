@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from corolla.errors import NetworkError, NoRoute, PromptNeeded, ProtocolError
+from corolla.errors import AdapterNeeded, Forgotten, NetworkError, NoRoute, ProtocolError
 from corolla.swarm.bans import blameworthy
 from corolla.swarm.convert import error_of, from_message, from_prompt_name, from_settings, to_reply
-from corolla.swarm.routing import Quality, Route
+from corolla.swarm.routing import Quality, Route, WantedAdapter
 from corolla.swarm.transport import Deliver
 from corolla.swarm.wire import (
     MAX_STEP_TOKENS,
@@ -30,7 +30,7 @@ from corolla.swarm.wire import (
     TokenFrame,
     Whereabouts,
 )
-from corolla.types import Close, Gap, Give, Message, PromptPart, Span, Step
+from corolla.types import AdapterPart, Close, Gap, Give, Message, PromptPart, Span, Step
 
 if TYPE_CHECKING:
     from corolla.client.swarm import SwarmTransport
@@ -50,6 +50,8 @@ class SwarmLink:
         self._route: Route | None = None
         self._taken = 0.0  # when the route was, or was last compared with others
         self._quality: Quality | None = None  # of the route before this one
+        self._adapter: WantedAdapter | None = None
+        self._lacking: set[str] = set()  # servers of the route that have not the adapter
         self._cold = True  # nobody on the route has anything of the session yet
         self._step: Step | None = None  # under way
         self._position = 0  # of the next token to come
@@ -100,8 +102,11 @@ class SwarmLink:
             if isinstance(frame, FailedFrame) and blameworthy(error := error_of(frame)):
                 self.lost(frame.peer if frame.peer in route.peers else sender, error)
                 return
-            if isinstance(frame, FailedFrame) and isinstance(error_of(frame), PromptNeeded):
-                self._transport.lacks_prompts(frame.peer if frame.peer in route.peers else sender)
+            if isinstance(frame, FailedFrame) and isinstance(needed := error_of(frame), Forgotten):
+                lacking = frame.peer if frame.peer in route.peers else sender
+                self._transport.lacks_parts(lacking)
+                if isinstance(needed, AdapterNeeded):
+                    self._lacking.add(lacking)
             if isinstance(frame, TokenFrame) and frame.position < self._position:
                 return
             if problem := self._problem(sender, frame):
@@ -159,7 +164,7 @@ class SwarmLink:
             if self._route is None or peer not in self._route.peers:
                 return
             try:
-                route = self._transport.router.route(self._transport.avoided, self._needed, self._quality)
+                route = self._transport.router.route(self._transport.avoided, self._needed, self._quality, self._adapter)
             except (NoRoute, NetworkError) as error:
                 log.info("server %s wants to leave and must stay: %s", peer, error, extra={"session": self._session, "peer": peer})
                 return
@@ -188,7 +193,7 @@ class SwarmLink:
                 return
             else:
                 gap = None
-                silent = [peer for peer in self._route.peers if transport.heard(peer) < self._asked]
+                silent = [peer for peer in self._route.peers if transport.heard(peer) < self._asked and not transport.carrying(peer)]
                 for peer in silent:
                     transport.silent(peer)
                 self._since, self._asked = now, None
@@ -235,7 +240,7 @@ class SwarmLink:
         if self._route is None or now - self._taken < transport.patience.reconsider:
             return None
         self._taken = now
-        route = transport.router.quicker(self._route, transport.avoided, self._needed)
+        route = transport.router.quicker(self._route, transport.avoided, self._needed, self._adapter)
         return None if route is None else self._move(route)
 
     def _move(self, route: Route) -> Gap | None:
@@ -257,12 +262,14 @@ class SwarmLink:
     def _take(self, route: Route) -> None:
         self._route, self._taken, self._cold = route, time.monotonic(), True
         self._quality = route.quality
+        self._lacking = set(route.lacking)
         self._gaps = self._stood_still = 0
 
     def _send_step(self, step: Step) -> None:
         tokens = tuple(step.payload)
+        self._adapter = WantedAdapter(step.adapter, step.brings_adapter) if step.adapter else None
         if self._route is None:
-            self._take(self._transport.router.route(self._transport.avoided, step.start + len(tokens), self._quality))
+            self._take(self._transport.router.route(self._transport.avoided, step.start + len(tokens), self._quality, self._adapter))
         if self._cold and step.start:
             self._deliver(Gap(step.session, step.generation, 0))
             return
@@ -292,9 +299,14 @@ class SwarmLink:
             )
             self._transport.network.send(hops[0].peer, frame)
 
-    def _give(self, part: PromptPart) -> None:
-        """To all servers of the route at once: they were started, or chosen, together. Each gets what its own blocks need."""
+    def _give(self, part: PromptPart | AdapterPart) -> None:
+        """To all servers of the route at once, if they may lack it: they were started, or chosen, together. Each gets what its own
+        blocks need."""
         for hop in self._route.hops if self._route is not None else ():
+            if isinstance(part, AdapterPart):
+                if hop.peer in self._lacking:
+                    self._transport.give_adapter(hop.peer, part.of(Span(hop.start, hop.end)))
+                continue
             rows = part.input if hop.start == 0 else None
             deep = None if part.deep is None else part.deep[hop.start : hop.end]
             if rows is not None or deep is not None:

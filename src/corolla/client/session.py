@@ -10,9 +10,20 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-from corolla.errors import CallerError, CapacityError, DeadlineExceeded, EmptyPrompt, NetworkError, PromptNeeded, ServerFault
+from corolla.errors import (
+    AdapterError,
+    CallerError,
+    CapacityError,
+    DeadlineExceeded,
+    EmptyPrompt,
+    Forgotten,
+    NetworkError,
+    PromptNeeded,
+    ServerFault,
+)
 from corolla.swarm.transport import Transport
 from corolla.types import (
+    AdapterPart,
     Cancel,
     Close,
     Failed,
@@ -30,6 +41,7 @@ from corolla.types import (
 )
 
 if TYPE_CHECKING:
+    from corolla.models.adapters import Adapter
     from corolla.models.prompts import SoftPrompt
 
 _PLACEHOLDER = 0  # a token for each position that a soft prompt takes; which one is of no matter
@@ -41,19 +53,22 @@ class Session:
 
     `tokens` holds every token in order: prompts and answers, sampled end tokens included. The server's cache is only a
     copy of its beginning, so a server that forgot (evicted, restarted, replaced) is sent what it lacks.
-    With a soft `prompt` the history begins with a placeholder for each of its tokens: `prefix`.
+    With a soft `prompt` the history begins with a placeholder for each of its tokens: `prefix`. An `adapter` is given to servers that
+    ask for it; one that is named by its digest has to be there.
     Not for several threads at once. Raises `NetworkError` when `peer` cannot be reached.
     """
 
-    def __init__(self, transport: Transport, peer: str, prompt: SoftPrompt | None = None) -> None:
+    def __init__(self, transport: Transport, peer: str, prompt: SoftPrompt | None = None, adapter: Adapter | str | None = None) -> None:
         self.name = uuid.uuid4().hex
         self.prompt = prompt
+        self._brings = None if isinstance(adapter, str) else adapter
+        self.adapter = adapter if isinstance(adapter, str) else "" if adapter is None else adapter.digest  # its digest
         self.prefix = [] if prompt is None else [_PLACEHOLDER] * len(prompt)
         self.tokens = list(self.prefix)
         self.scores: dict[int, Score] = {}  # of the tokens that the last answer continued, by position, where they were asked for
         self._cached = 0  # how many tokens the server is known to have
         self._generation = 0
-        self._given = 0  # times that servers were sent the soft prompt, since the last token
+        self._given = 0  # times that servers were sent the soft prompt or the adapter, since the last token
         self._asked = 0  # when the answer under way was, in unix milliseconds
         self._replies: SimpleQueue[Reply] = SimpleQueue()
         self._link = transport.connect(peer, self._replies.put)
@@ -125,7 +140,7 @@ class Session:
                     self._close_gap(reply.have)
                     self._step(self._remaining(settings, expected), deadline)
                 elif isinstance(reply, Failed):
-                    if isinstance(reply.error, PromptNeeded):
+                    if isinstance(reply.error, Forgotten):
                         self._give(reply.error)
                         self._step(self._remaining(settings, expected), deadline)
                         continue
@@ -162,13 +177,15 @@ class Session:
                         tuple(self.tokens[start:]),
                         self._generation,
                         settings,
+                        self.adapter,
                         asked=self._asked,
                         prompt=self._prompt_name,
+                        brings_adapter=self._brings is not None,
                     )
                 )
             except CapacityError as full:
                 self._sleep(full, deadline)
-            except PromptNeeded as lacking:
+            except Forgotten as lacking:
                 self._give(lacking)
             else:
                 return
@@ -178,15 +195,25 @@ class Session:
         prompt = self.prompt
         return None if prompt is None else PromptName(prompt.digest, len(prompt), deep=prompt.deep is not None)
 
-    def _give(self, lacking: PromptNeeded) -> None:
-        """Send the soft prompt to servers that do not have it, again and again as they forget it or are replaced. Raises `lacking`
-        when they ask for it too often."""
-        prompt, name = self.prompt, self._prompt_name
+    def _give(self, lacking: Forgotten) -> None:
+        """Send the soft prompt or the adapter to servers that do not have it, again and again as they forget it or are replaced. Raises
+        `lacking` when they ask for it too often, and `AdapterError` for an adapter that this session only knows the name of."""
+        part = self._prompt_part() if isinstance(lacking, PromptNeeded) else self._adapter_part()
+        if part is None and self.adapter:
+            raise AdapterError(f"a server does not have the adapter {self.adapter[:12]}: name its directory, so that it can be sent")
         self._given += 1
-        if prompt is None or name is None or self._given > _MOST_GIVEN:
+        if part is None or self._given > _MOST_GIVEN:
             raise lacking
-        span = Span(0, 1 if prompt.deep is None else len(prompt.deep))
-        self._link.send(Give(self.name, PromptPart(name, span, prompt.input, prompt.deep)))
+        self._link.send(Give(self.name, part))
+
+    def _prompt_part(self) -> PromptPart | None:
+        prompt, name = self.prompt, self._prompt_name
+        if prompt is None or name is None:
+            return None
+        return PromptPart(name, Span(0, 1 if prompt.deep is None else len(prompt.deep)), prompt.input, prompt.deep)
+
+    def _adapter_part(self) -> AdapterPart | None:
+        return None if self._brings is None else self._brings.part(Span(0, len(self._brings.blocks)))
 
     def _close_gap(self, have: int) -> None:
         start = min(self._cached, self.position - 1)

@@ -16,10 +16,10 @@ from typing import Protocol
 from corolla.client.link import SwarmLink
 from corolla.errors import NetworkError
 from corolla.swarm.bans import Bans
-from corolla.swarm.convert import from_prompt_part
+from corolla.swarm.convert import from_adapter_part, from_prompt_part
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
-from corolla.swarm.routing import Quality, Route
+from corolla.swarm.routing import Quality, Route, WantedAdapter
 from corolla.swarm.transport import Deliver
 from corolla.swarm.wire import (
     CachedFrame,
@@ -33,19 +33,21 @@ from corolla.swarm.wire import (
     Whereabouts,
     WireMessage,
 )
-from corolla.types import PromptPart, Span
+from corolla.types import AdapterPart, PromptPart, Span
+
+_SLOWEST = 128 * 2**10  # bytes a second that every link between peers carries, as in `swarm.p2p`
 
 
 class Router(Protocol):
     """Chooses routes for sessions."""
 
-    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
-        """The route to take, around the peers of `avoid`, with room for so many tokens, of the quality `like` if there is one.
-        Raises `NoRoute`.
+    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None, adapter: WantedAdapter | None = None) -> Route:
+        """The route to take, around the peers of `avoid`, with room for so many tokens, of the quality `like` if there is one, over
+        servers that have the `adapter` or take it. Raises `NoRoute`.
         """
         ...
 
-    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int) -> Route | None:
+    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int, adapter: WantedAdapter | None = None) -> Route | None:
         """A route that is so much quicker than `route` has become that a session should move there."""
 
 
@@ -100,7 +102,9 @@ class SwarmTransport:
         self._heard: dict[str, float] = {}  # when a peer last sent anything
         self._leaving: dict[str, float] = {}  # when a peer said that it leaves
         self._silent: dict[str, float] = {}  # when a peer was given up because nothing came from it
-        self._given: dict[str, set[tuple[str, Span]]] = {}  # soft prompts by name, for which blocks, that a peer should have
+        # Soft prompts and adapters by name, for which blocks, that a peer should have; and until when adapters may be on their way.
+        self._given: dict[str, set[tuple[str, Span]]] = {}
+        self._carrying: dict[str, float] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
         network.listen(self._receive, self._lose)
@@ -136,7 +140,22 @@ class SwarmTransport:
             given.add((part.name.name, part.span))
             self.network.send(peer, from_prompt_part(part))
 
-    def lacks_prompts(self, peer: str) -> None:
+    def give_adapter(self, peer: str, part: AdapterPart) -> None:
+        """Send an adapter, or a part of it, to `peer`, unless it should have it."""
+        given = self._given.setdefault(peer, set())
+        if (part.digest, part.span) in given:
+            return
+        given.add((part.digest, part.span))
+        for frame in from_adapter_part(part):
+            now = time.monotonic()
+            self._carrying[peer] = max(now, self._carrying.get(peer, now)) + frame.hidden.nbytes / _SLOWEST
+            self.network.send(peer, frame)
+
+    def carrying(self, peer: str) -> bool:
+        """Whether an adapter may still be on its way to `peer`, which answers nothing until it is there."""
+        return self._carrying.get(peer, 0.0) > max(time.monotonic(), self.heard(peer))
+
+    def lacks_parts(self, peer: str) -> None:
         """`peer` has forgotten what it was given."""
         self._given.pop(peer, None)
 
@@ -172,7 +191,8 @@ class SwarmTransport:
 
     def _lose(self, peer: str) -> None:
         self.round_trips.forget(peer)
-        self.lacks_prompts(peer)
+        self.lacks_parts(peer)
+        self._carrying.pop(peer, None)
         for link in self._all():
             link.lost(peer, NetworkError(f"the connection to {peer} broke"))
 

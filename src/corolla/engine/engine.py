@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from corolla.engine.adapters import AdapterStore
 from corolla.engine.cache import KVCache
 from corolla.engine.executor import INVARIANT_ROWS, Executor
 from corolla.engine.pages import PagePool
@@ -24,9 +25,35 @@ from corolla.engine.scheduler import Scheduler
 from corolla.engine.scores import scores_of
 from corolla.engine.sequence import Conversation, Deliver
 from corolla.engine.work import Computed, Work
-from corolla.errors import Busy, CapacityError, CorollaError, EmptyPrompt, InvalidSetting, PromptNeeded, PromptTooLong, ServerFault
+from corolla.errors import (
+    AdapterNeeded,
+    Busy,
+    CapacityError,
+    CorollaError,
+    EmptyPrompt,
+    InvalidSetting,
+    PromptNeeded,
+    PromptTooLong,
+    ServerFault,
+)
 from corolla.models.span import SpanModel
-from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, Give, Hidden, Message, Reply, Span, Step, Token
+from corolla.types import (
+    AdapterPart,
+    Cached,
+    Cancel,
+    Close,
+    Failed,
+    FinishReason,
+    Gap,
+    Give,
+    Hidden,
+    Message,
+    PromptPart,
+    Reply,
+    Span,
+    Step,
+    Token,
+)
 
 _LIGHT_ROWS = 32
 _LINGER = 0.1  # of the last forward's time, until sessions that are expected back are waited for no longer
@@ -41,6 +68,7 @@ class EngineConfig:
     step_rows: int = 256  # rows of one forward: larger prefills faster, smaller lets others decode in between
     max_active: int = 256  # sessions with a step under way; one more is Busy
     retry_after: float = 1.0  # seconds, told to who is turned away
+    take_adapters: bool = True  # that clients send
     batch_invariant: bool = False  # the same bits whatever shares the batch, at the cost that docs/performance.md shows
 
 
@@ -76,6 +104,7 @@ class Engine:
         self.pool = PagePool(pages, config.page_size)
         self.cache = KVCache(model.arch, model.span, pages * config.page_size, config.page_size, model.dtype, model.device)
         self.prompts = PromptStore(model)
+        self.adapters = AdapterStore(model, takes=config.take_adapters)
         self._executor = Executor(model, self.cache, batch_invariant=config.batch_invariant)
         rows = INVARIANT_ROWS if config.batch_invariant else config.step_rows
         self._scheduler = Scheduler(self.pool, rows)
@@ -133,7 +162,8 @@ class Engine:
         Raises:
             Busy: too many sessions have a step under way.
             EmptyPrompt, PromptTooLong, InvalidSetting: the step can never be computed.
-            PromptNeeded: the step's soft prompt has to be given first.
+            PromptNeeded, AdapterNeeded: the step's soft prompt or adapter has to be given first.
+            NetworkError: its adapter is not here, and none are taken.
         """
         if isinstance(message, Step):
             self._check(message)
@@ -141,10 +171,17 @@ class Engine:
             if (known is None or known.idle) and self._computing >= self.config.max_active:
                 raise Busy(self.config.retry_after)
         elif isinstance(message, Give):
-            self.prompts.put("", message.part)
+            self._keep(message.part)
             return
         self._inbox.append((message, deliver))
         self._awake.set()
+
+    def _keep(self, part: PromptPart | AdapterPart) -> None:
+        """What somebody in this process gives: an adapter for good, as its memory is theirs, too."""
+        if isinstance(part, AdapterPart):
+            self.adapters.hold(part)
+        else:
+            self.prompts.put("", part)
 
     def call(self, job: Iterator[None], on_stop: Callable[[], None] = lambda: None) -> None:
         """Work for the engine's thread beside the sessions, from any thread: one `next` after each step, so that nobody's
@@ -185,6 +222,7 @@ class Engine:
         if step.settings is not None:
             check_vocabulary(step.settings, arch.vocabulary)
         self.prompts.check(step, span)
+        self.adapters.check(step, span)
 
     def _take(self, message: Message, deliver: Deliver | None) -> None:
         known = self._conversations.get(message.session)
@@ -204,8 +242,8 @@ class Engine:
             return
         span = step.span or self.model.span
         takes_hidden = isinstance(step.payload, torch.Tensor)
-        adapter = page_seed(step)
-        kind = adapter, span, takes_hidden
+        seed = page_seed(step)
+        kind = seed, span, takes_hidden
         if conversation is not None and (conversation.table.adapter, conversation.span, conversation.takes_hidden) != kind:
             self._forget(conversation)
             conversation = None
@@ -221,10 +259,11 @@ class Engine:
             whole = len(span) == self.model.arch.blocks and not takes_hidden
             conversation = Conversation(
                 step.session,
-                self.pool.open(adapter),
+                self.pool.open(seed),
                 span,
                 takes_hidden=takes_hidden,
                 shares_prefixes=whole,
+                adapter=step.adapter,
                 prompt=step.prompt,
                 client=step.client,
             )
@@ -281,7 +320,7 @@ class Engine:
         """One turn: receive, schedule, forward, reply, and a piece of the calls. False when there was nothing to compute."""
         while self._inbox:
             self._take(*self._inbox.popleft())
-        scheduled = self._prompted(self._schedule())
+        scheduled = self._furnished(self._schedule())
         if scheduled:
             self.counters.steps += 1
         began = time.perf_counter()
@@ -350,20 +389,30 @@ class Engine:
                 deliver(Gap(conversation.session, conversation.generation, 0))
         return schedule.work
 
-    def _prompted(self, scheduled: list[tuple[Conversation, Work]]) -> list[tuple[Conversation, Work]]:
-        """With what their soft prompts put in; those whose prompt was forgotten meanwhile are told."""
+    def _furnished(self, scheduled: list[tuple[Conversation, Work]]) -> list[tuple[Conversation, Work]]:
+        """With their adapters and what their soft prompts put in; those of whom something was forgotten meanwhile are told. The rows of
+        one adapter lie together."""
         ready = []
         for conversation, work in scheduled:
-            name = conversation.prompt
-            if name is None or not conversation.needs_prompt:
-                ready.append((conversation, work))
-                continue
+            try:
+                ready.append((conversation, self._furnish(conversation, work)))
+            except (PromptNeeded, AdapterNeeded) as needed:
+                self._fail([conversation], needed)
+        return sorted(ready, key=lambda both: both[0].adapter)
+
+    def _furnish(self, conversation: Conversation, work: Work) -> Work:
+        name = conversation.prompt
+        if name is not None and conversation.needs_prompt:
             part = self.prompts.find(conversation.client, name, conversation.span, with_input=conversation.puts_in)
             if part is None:
-                self._fail([conversation], PromptNeeded())
-                continue
-            ready.append((conversation, replace(work, prompt=rows_of(part, work.rows.start, work.rows.count))))
-        return ready
+                raise PromptNeeded
+            work = replace(work, prompt=rows_of(part, work.rows.start, work.rows.count))
+        if conversation.adapter:
+            adapter = self.adapters.find(conversation.adapter, conversation.span)
+            if adapter is None:
+                raise AdapterNeeded
+            work = replace(work, adapter=adapter)
+        return work
 
     def _score(self, scheduled: list[tuple[Conversation, Work]], computed: Computed) -> None:
         """Tell those that asked what their prompts' tokens score, before any token that is sampled after them."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from corolla.engine.adapters import adapting
 from corolla.engine.attention import PagedAttention
 from corolla.engine.cache import KVCache
 from corolla.engine.graphs import DecodeGraphs, fits
@@ -52,7 +53,8 @@ class Executor:
         hidden = self._inputs(works, padded, part)
         attention = PagedAttention.of(model.arch, self.cache, [w.rows for w in works], padded, model.device, invariant=self._invariant)
         entering = deep_rows(works, part.start)
-        hidden = model.forward(hidden, torch.tensor(positions, device=model.device), attention, part, entering)
+        adding = adapting(works, self._padded, padded, alone_alike=self._invariant)
+        hidden = model.forward(hidden, torch.tensor(positions, device=model.device), attention, part, entering, adding)
         return Computed(hidden[:count], self._logits(works, hidden, part))
 
     @torch.inference_mode()

@@ -19,7 +19,7 @@ MOST_ROWS = 64
 
 def fits(works: Sequence[Work]) -> bool:
     """Whether a step is one that graphs are kept for: decoding only."""
-    return len(works) <= MOST_ROWS and all(work.rows.count == 1 and work.prompt is None for work in works)
+    return len(works) <= MOST_ROWS and all(work.rows.count == 1 and work.prompt is None and work.adapter is None for work in works)
 
 
 class FixedDecode:

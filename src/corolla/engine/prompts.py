@@ -117,7 +117,8 @@ class PromptStore:
 
 
 def page_seed(step: Step) -> str:
-    """What the step's pages are found by beside its tokens: whoever has another prompt, or is another client, must not find them."""
+    """What the step's pages are found by beside its tokens: whoever has another adapter or prompt, or a prompt of another client, must
+    not find them."""
     return step.adapter if step.prompt is None else "\n".join((step.adapter, step.client, step.prompt.name))
 
 

@@ -37,6 +37,7 @@ class Conversation:
     settings: GenerationSettings | None = None
     gives_hidden: bool = False  # hidden states go out, rather than tokens
     more: bool = False  # further rows of the step are on their way
+    adapter: str = ""  # the digest of its adapter
     prompt: PromptName | None = None
     client: str = ""  # whose prompt that is
     unscored: torch.Tensor | None = None  # the last row [1, hidden] whose next token was not known when prompt tokens were scored

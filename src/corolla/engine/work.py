@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from corolla.engine.attention import Rows
+from corolla.models.adapted import Blocks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,6 +27,7 @@ class Work:
     payload: Sequence[int] | torch.Tensor
     wants_logits: bool
     prompt: PromptRows | None = None
+    adapter: Blocks | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -79,6 +79,19 @@ class Architecture:
     logits_softcap: float | None = None
 
     @property
+    def products(self) -> dict[str, tuple[int, int]]:
+        """The shape [outputs, inputs] of each product of a block, by its name in `models.block.Block`."""
+        attended = self.heads * self.head_dim
+        products = {
+            "qkv": (self.qkv_heads * self.head_dim, self.hidden),
+            "out": (self.hidden, attended),
+            "up": (self.intermediate, self.hidden),
+            "gate": (self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }
+        return {name: shape for name, shape in products.items() if name != "gate" or self.names.gate is not None}
+
+    @property
     def group(self) -> int:
         """Query heads that share one key head."""
         return self.heads // self.kv_heads
@@ -86,3 +99,9 @@ class Architecture:
     @property
     def qkv_heads(self) -> int:
         return self.heads + 2 * self.kv_heads
+
+    def ungrouped(self, fused: torch.Tensor) -> torch.Tensor:
+        """The rows of a fused QKV, stored by groups of heads, as [H query heads, K key heads, K value heads] of D."""
+        grouped = fused.view(self.kv_heads, self.group + 2, self.head_dim, *fused.shape[1:])
+        parts = grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:]
+        return torch.cat([part.reshape(-1, *fused.shape[1:]) for part in parts])

@@ -24,7 +24,7 @@ from corolla.models.quantized import INT4_GROUP, Codes, quantize
 WeightFormat = Literal["plain", "packed", "int8", "int4", "nf4"]
 _ROWS_AT_ONCE = 4096  # of a weight that is looked through, so that a head of gigabytes is not copied whole
 
-_ACTIVATE: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATE: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -53,14 +53,14 @@ class Linear(Protocol):
         ...
 
 
-class _Unfused(ABC):
+class Unfused(ABC):
     """What follows the product, as operations of its own."""
 
     @abstractmethod
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
-        return _ACTIVATE[activation](self(x))
+        return ACTIVATE[activation](self(x))
 
     def added(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return self(x).add_(other)
@@ -69,7 +69,7 @@ class _Unfused(ABC):
         return self(x).mul_(other)
 
 
-class PlainLinear(_Unfused):
+class PlainLinear(Unfused):
     """The stock product: any device and dtype, differentiable. The reference of the others."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -112,7 +112,7 @@ class PackedLinear:
         return self._weight.to_dense()
 
 
-class HalfLinear(_Unfused):
+class HalfLinear(Unfused):
     """float32 products over weights that are kept in half precision without loss (CPU; FBGEMM's fp16 kernels).
 
     Most checkpoints are published in half precision, and widening them for float32 arithmetic doubles what each token reads
@@ -155,7 +155,7 @@ def _halves(weight: torch.Tensor, scale: float) -> bool:
     return torch.equal(scaled.half().float(), scaled) and torch.equal(scaled / scale, weight)
 
 
-class Int8Linear(_Unfused):
+class Int8Linear(Unfused):
     """Symmetric int8, one scale a row, weights only; off the CPU they are widened for each product, which saves memory, not time."""
 
     def __init__(self, weight: torch.Tensor | Codes, bias: torch.Tensor | None) -> None:
@@ -173,7 +173,7 @@ class Int8Linear(_Unfused):
         return self._weight.to(self._scale.dtype) * self._scale[:, None]
 
 
-class Int4Linear(_Unfused):
+class Int4Linear(Unfused):
     """Asymmetric int4 in groups of `INT4_GROUP` inputs, weights only (CPU)."""
 
     def __init__(self, weight: torch.Tensor | Codes, bias: torch.Tensor | None) -> None:
@@ -196,7 +196,7 @@ class Int4Linear(_Unfused):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(identity, self._weight, INT4_GROUP, self._scale_and_zero).t()
 
 
-class NF4Linear(_Unfused):
+class NF4Linear(Unfused):
     """nf4, see `models.nf4`."""
 
     def __init__(self, weight: torch.Tensor | Codes, bias: torch.Tensor | None) -> None:
@@ -210,7 +210,7 @@ class NF4Linear(_Unfused):
         return self._nf4.widened()
 
 
-class Differentiable(_Unfused):
+class Differentiable(Unfused):
     """A layer with gradients with respect to its input; its weights are frozen. The product's values are those of `linear`.
 
     A gradient widens the weight, which is held until `drop`. Of 1024 x 4096, unpacking takes 2 to 3 ms on one

@@ -84,16 +84,18 @@ class SpanModel:
         attention: Attention,
         part: Span | None = None,
         entering: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+        adapting: Callable[[Block], Block] | None = None,
     ) -> torch.Tensor:
         """Hidden states [T, hidden] through every block of the span, or of a part of it.
 
-        `entering` makes of a block's index, in the whole model's numbering, and of its input what enters it.
+        `entering` makes of a block's index, in the whole model's numbering, and of its input what enters it; `adapting` of a block
+        the one that is computed in its place.
         """
         turns = rotations(self.arch, positions_T, self.dtype)
         for block in self.blocks if part is None else self.blocks_of(part):
             if entering is not None:
                 hidden_TxE = entering(block.index, hidden_TxE)
-            hidden_TxE = block(hidden_TxE, attention, turns)
+            hidden_TxE = (block if adapting is None else adapting(block))(hidden_TxE, attention, turns)
         return hidden_TxE
 
     def blocks_of(self, part: Span) -> tuple[Block, ...]:
@@ -229,18 +231,12 @@ class _Reader:
             name = f"{at}{arch.names.qkv[0]}"
             fused = self.weight(name, sum(rows), arch.hidden)
             if isinstance(fused, Codes):
-                weight = fused.rows(self._ungroup(torch.arange(sum(rows), device=self.device)))
+                weight = fused.rows(arch.ungrouped(torch.arange(sum(rows), device=self.device)))
             else:
-                weight = self._ungroup(fused)
+                weight = arch.ungrouped(fused)
             bias = self.bias(name, sum(rows))
-            bias = self._ungroup(bias) if bias is not None else None
+            bias = arch.ungrouped(bias) if bias is not None else None
         return make_linear(weight, bias, self.weights)
-
-    def _ungroup(self, fused: torch.Tensor) -> torch.Tensor:
-        arch = self.arch
-        grouped = fused.view(arch.kv_heads, arch.group + 2, arch.head_dim, *fused.shape[1:])
-        parts = grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:]
-        return torch.cat([part.reshape(-1, *fused.shape[1:]) for part in parts])
 
     def block(self, index: int) -> Block:
         arch, names = self.arch, self.arch.names

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from corolla.engine.engine import Engine, EngineConfig
-from corolla.errors import NetworkError
+from corolla.errors import AdapterError, NetworkError
+from corolla.models.adapters import load_adapter
 from corolla.models.linear import WeightFormat
 from corolla.models.span import load_span
 from corolla.server.measuring import Meter, measure_throughput
@@ -29,6 +30,15 @@ Report = Callable[[int, int], None]
 """Called with (blocks loaded, blocks in all)."""
 
 
+@dataclass(frozen=True, slots=True)
+class OfferedAdapter:
+    """A LoRA adapter by its directory and the digest that it had when the server began."""
+
+    name: str
+    directory: Path
+    digest: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
     """What stays the same in a server's life: which model it serves, and how it computes."""
@@ -40,6 +50,7 @@ class Offer:
     device: str
     wire_dtype: WireDtype
     engine: EngineConfig
+    adapters: tuple[OfferedAdapter, ...] = ()
 
     @property
     def quality(self) -> Quality:
@@ -79,8 +90,9 @@ class Holder:
     def load(self, span: Span, report: Report | None = None) -> Held:
         """Load a span and serve it.
 
-        Raises `CheckpointError`, `UnsupportedModel` and `InvalidSetting` as `load_span` does, `RuntimeError`, `MemoryError` or
-        `OSError` when the machine has no room or does not read, and `NetworkError` when this server is told to leave meanwhile.
+        Raises `CheckpointError`, `UnsupportedModel` and `InvalidSetting` as `load_span` does, `AdapterError` when an adapter is not
+        any more what it was, `RuntimeError`, `MemoryError` or `OSError` when the machine has no room or does not read, and `NetworkError`
+        when this server is told to leave meanwhile.
         """
 
         def told(done: int, total: int) -> None:
@@ -93,6 +105,7 @@ class Holder:
         offer = self._offer
         model = load_span(offer.directory, span, dtype=offer.dtype, weights=offer.weights, device=offer.device, progress=told)
         engine = Engine(model, offer.engine)
+        self._hold_adapters(engine)
         throughput = measure_throughput(engine)
         engine.start()
         with self._lock:
@@ -102,6 +115,13 @@ class Holder:
             server = SpanServer(engine, self._network, SpanServerConfig(wire_dtype=offer.wire_dtype))
             self._held = Held(engine, server, Meter(engine, throughput))
             return self._held
+
+    def _hold_adapters(self, engine: Engine) -> None:
+        for offered in self._offer.adapters:
+            adapter = load_adapter(offered.directory, engine.model.arch)
+            if adapter.digest != offered.digest:
+                raise AdapterError(f"{offered.directory} is another adapter than when this server began: start the server again")
+            engine.adapters.hold(adapter.part(engine.model.span))
 
     def let_go(self) -> None:
         """Hold nothing any more, and free its memory. Whoever has a session here is told that it ended."""

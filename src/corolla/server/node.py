@@ -23,6 +23,7 @@ from corolla.swarm.convert import (
     failed_of,
     from_reply,
     from_step,
+    to_adapter_part,
     to_message,
     to_prompt_name,
     to_prompt_part,
@@ -33,6 +34,7 @@ from corolla.swarm.convert import (
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.wire import (
+    AdapterFrame,
     Ask,
     AskCounters,
     BackwardFrame,
@@ -172,7 +174,7 @@ class SpanServer:
             self._calls.receive(sender, message)
         elif isinstance(message, (CancelFrame, CloseFrame)):
             self._end(sender, message)
-        elif isinstance(message, PromptFrame):
+        elif isinstance(message, (PromptFrame, AdapterFrame)):
             self._keep(sender, message)
         elif isinstance(message, FailedFrame):
             self._pass_back(sender, message)
@@ -212,12 +214,16 @@ class SpanServer:
             if len(self._closed) > _REMEMBERED:
                 del self._closed[next(iter(self._closed))]
 
-    def _keep(self, sender: str, frame: PromptFrame) -> None:
-        """A prompt that is refused is asked for again by the step that names it, and then its sender gives up."""
+    def _keep(self, sender: str, frame: PromptFrame | AdapterFrame) -> None:
+        """A prompt that is refused is asked for again by the step that names it, and then its sender gives up; where an adapter was
+        refused, the step is."""
         try:
-            self._engine.prompts.put(sender, to_prompt_part(frame))
+            if isinstance(frame, PromptFrame):
+                self._engine.prompts.put(sender, to_prompt_part(frame))
+            else:
+                self._engine.adapters.put(sender, to_adapter_part(frame))
         except CorollaError as error:
-            log.info("a soft prompt was refused: %s", error, extra={"peer": sender})
+            log.info("what came for a session was refused: %s", error, extra={"peer": sender})
 
     def _pass_back(self, sender: str, failed: FailedFrame) -> None:
         """A neighbour that has never heard of the session, or knows it no more, does not know its client either."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import statistics
@@ -11,65 +10,25 @@ import time
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 import corolla
-from corolla.engine.engine import EngineConfig
-from corolla.errors import CorollaError, InvalidSetting, NetworkError
+from corolla.errors import CorollaError, NetworkError
 from corolla.models.catalog import resolve
-from corolla.models.checkpoint import Checkpoint, Progress
-from corolla.models.families import architecture
-from corolla.models.linear import WeightFormat
-from corolla.models.quantized_files import settled_weights
-from corolla.models.span import DTYPES
+from corolla.models.checkpoint import Progress
 from corolla.server.announcing import Announcer, Peer, nearest, next_servers, to_ask
-from corolla.server.capacity import Footprint, available, footprint
-from corolla.server.embedded import fast_dtype
-from corolla.server.holding import Held, Holder, Offer, Report
+from corolla.server.holding import Held, Holder, Report
+from corolla.server.terms import ServeConfig, Terms, settle_terms
 from corolla.swarm.peer import PeerConfig, SwarmPeer
-from corolla.swarm.placement import MovePolicy, Mover, choose_span
-from corolla.swarm.records import MAX_ADDRESS, MAX_ADDRESSES, ServerRecord, State, fingerprint
+from corolla.swarm.placement import Mover, choose_span
+from corolla.swarm.records import MAX_ADDRESS, MAX_ADDRESSES, ServerRecord, State
 from corolla.swarm.routing import quality
-from corolla.swarm.wire import WireDtype
 from corolla.types import Span
 
 log = logging.getLogger(__name__)
 _POLL = 0.05  # seconds
 _TO_MOVE = 2.0  # seconds that an idle session has to go on elsewhere when its server ends
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig:
-    span: Span | None = None  # None: what the swarm lacks most, and another one when that changes
-    capacity: int | None = None  # blocks, where the span is chosen; None: as many as the memory holds
-    memory: int | None = None  # bytes for weights and cache; None: most of what is available on the device
-    name: str = ""
-    device: str | None = None  # "cpu", "cuda", "cuda:1"; None: a CUDA device where there is one
-    dtype: str | None = None
-    weights: WeightFormat | None = None
-    wire_dtype: WireDtype | None = None  # of the hidden states sent on; None: that of the model
-    threads: int | None = None
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    announce_every: float = 5.0  # seconds; also between two looks at the others' records
-    lifetime: float = 20.0  # of an announcement, in seconds: how long a server that died is still listed
-    drain_timeout: float = 30.0  # seconds for which answers that nobody else can take are still served when it ends
-    # Half of the usual times: records are looked up every `announce_every`, so that they spread sooner.
-    moving: MovePolicy = field(default_factory=lambda: MovePolicy(pace=10.0, settle=10.0))
-    stay_after_failure: float = 600.0  # seconds without a move after one that could not be made
-    retry_every: float = 30.0  # seconds until a span that could not be loaded is tried again
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """What a server offers for as long as it lives, once its settings are settled."""
-
-    offer: Offer
-    model_id: str
-    blocks: int
-    capacity: int  # blocks
 
 
 class RunningServer:
@@ -107,6 +66,11 @@ class RunningServer:
     @property
     def addresses(self) -> list[str]:
         return self._peer.addresses
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The digests of the adapters that it holds, by name."""
+        return {adapter.name: adapter.digest for adapter in self._terms.offer.adapters}
 
     @property
     def span(self) -> Span:
@@ -241,6 +205,8 @@ class RunningServer:
             version=corolla.__version__,
             state=state,
             expires=time.time() + self._config.lifetime,
+            adapters=self.adapters,
+            takes_adapters=offer.engine.take_adapters,
         )
 
 
@@ -249,7 +215,7 @@ def serving(model: str, peer: PeerConfig, config: ServeConfig, progress: Progres
     """Join a swarm and serve a span of `model` until the block ends, then drain; see `RunningServer.close`.
 
     Raises:
-        ModelNotFound, CheckpointError, UnsupportedModel, InvalidSetting, NetworkError: as their sentences say.
+        ModelNotFound, CheckpointError, UnsupportedModel, AdapterError, InvalidSetting, NetworkError: as their sentences say.
     """
     directory = resolve(model, progress=progress)
     joined = SwarmPeer(peer)  # before any thread of torch
@@ -269,56 +235,3 @@ def serving(model: str, peer: PeerConfig, config: ServeConfig, progress: Progres
         running.close(at_once)
         raise
     running.close()
-
-
-def settle_terms(directory: Path, config: ServeConfig) -> Terms:
-    """What a server of the model in `directory` offers on this machine, for what the configuration leaves open.
-
-    Raises `CheckpointError`, `UnsupportedModel`, and `InvalidSetting` for a device that is not there or a span that the memory
-    does not hold.
-    """
-    device = _device(config.device)
-    dtype = config.dtype or fast_dtype(device)
-    if dtype not in DTYPES:
-        raise InvalidSetting("dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
-    with Checkpoint(directory) as checkpoint:
-        weights = settled_weights(checkpoint, config.weights, "packed" if device == "cpu" else "plain")
-        arch = architecture(checkpoint.config)
-        takes = footprint(checkpoint, arch, dtype=DTYPES[dtype], weights=weights, cache_tokens=config.engine.cache_tokens)
-        digest = checkpoint.digest()
-    wire_dtype: WireDtype = config.wire_dtype or dtype  # type: ignore[assignment]
-    offer = Offer(
-        directory=directory, checkpoint=digest, dtype=dtype, weights=weights, device=device, wire_dtype=wire_dtype, engine=config.engine
-    )
-    return Terms(offer=offer, model_id=model_fingerprint(directory), blocks=arch.blocks, capacity=_capacity(takes, device, config))
-
-
-def model_fingerprint(directory: Path) -> str:
-    """What names a model in the directory: the same for everybody who has the same checkpoint's config."""
-    return fingerprint(json.loads((directory / "config.json").read_bytes()))
-
-
-def _device(device: str | None) -> str:
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise InvalidSetting("device", f"{device!r} is no device; give cpu, cuda or cuda:1") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise InvalidSetting("device", f"{device!r} is not supported; give cpu, cuda or cuda:1")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise InvalidSetting("device", f"there is no {device} on this machine, which has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _capacity(takes: Footprint, device: str, config: ServeConfig) -> int:
-    """Blocks that a span may have. What the user asks for is only held against the memory that they named too."""
-    if config.span is not None:
-        if config.memory is not None:
-            takes.check(config.span, config.memory)
-        return len(config.span)
-    if config.capacity is not None and config.memory is None:
-        return config.capacity
-    holds = takes.capacity(available(device) if config.memory is None else config.memory)
-    return holds if config.capacity is None else min(holds, config.capacity)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 from corolla import errors
@@ -10,6 +11,7 @@ from corolla.errors import CapacityError, CorollaError, InvalidSetting, PromptTo
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.wire import (
     MAX_TEXT,
+    AdapterFrame,
     Answer,
     BackwardFrame,
     CachedFrame,
@@ -20,6 +22,7 @@ from corolla.swarm.wire import (
     GapFrame,
     HiddenFrame,
     Hop,
+    ProductFrame,
     PromptFrame,
     PromptNameFrame,
     Request,
@@ -31,10 +34,12 @@ from corolla.swarm.wire import (
     WireDtype,
 )
 from corolla.types import (
+    AdapterPart,
     Cached,
     Call,
     Cancel,
     Close,
+    Factors,
     Failed,
     Gap,
     GenerationSettings,
@@ -164,6 +169,32 @@ def from_prompt_part(part: PromptPart) -> PromptFrame:
     rows = [piece.flatten(0, -2) for piece in (part.input, part.deep) if piece is not None]
     name = PromptNameFrame(part.name.name, part.name.tokens, part.name.deep)
     return PromptFrame(name, part.span.start, part.span.end, to_array(torch.cat(rows), "float32"), has_input=part.input is not None)
+
+
+_ADAPTER_ROW = 1024  # values
+
+
+def from_adapter_part(part: AdapterPart) -> Iterator[AdapterFrame]:
+    """An adapter, or the part of it that its span needs, on its way to a server: a frame for each block."""
+    import torch
+
+    for index, block in zip(range(part.span.start, part.span.end), part.blocks, strict=True):
+        products = tuple(ProductFrame(name, len(a), a.shape[1], len(b)) for name, (a, b) in block.items())
+        values = [factor.flatten() for factors in block.values() for factor in factors]
+        count = sum(map(len, values))
+        rows = max(1, math.ceil(count / _ADAPTER_ROW))
+        flat = torch.cat([*values, torch.zeros(rows * _ADAPTER_ROW - count)])
+        yield AdapterFrame(part.digest, part.digests, index, products, to_array(flat.view(rows, _ADAPTER_ROW), "float32"))
+
+
+def to_adapter_part(frame: AdapterFrame) -> AdapterPart:
+    """Raises `ProtocolError` like `from_array`."""
+    values, at, block = from_array(frame.hidden).flatten(), 0, {}
+    for product in frame.products:
+        a, b = values[at : at + product.values].split([product.rank * product.inputs, product.rank * product.outputs])
+        block[product.product] = Factors(a.view(product.rank, product.inputs), b.view(product.outputs, product.rank))
+        at += product.values
+    return AdapterPart(frame.digest, Span(frame.block, frame.block + 1), (block,), frame.digests)
 
 
 def from_timings(timings: tuple[HopTiming, ...]) -> tuple[TimingFrame, ...]:

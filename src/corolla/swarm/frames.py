@@ -18,6 +18,7 @@ import msgspec
 
 from corolla.errors import CallerError, NetworkError, ProtocolError
 from corolla.swarm.wire import (
+    AdapterFrame,
     Array,
     BackwardFrame,
     ForwardFrame,
@@ -47,7 +48,7 @@ class _AnyKind(msgspec.Struct):
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(WireMessage)
 _KIND_DECODER = msgspec.msgpack.Decoder(_AnyKind)
-_WITH_TENSOR = (StepFrame, HiddenFrame, PromptFrame, ForwardFrame, BackwardFrame, ResultFrame)
+_WITH_TENSOR = (StepFrame, HiddenFrame, PromptFrame, AdapterFrame, ForwardFrame, BackwardFrame, ResultFrame)
 _KINDS = frozenset(kind.__struct_config__.tag for kind in get_args(WireMessage))
 
 

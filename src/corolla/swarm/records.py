@@ -22,9 +22,11 @@ MAX_ADDRESSES = 16
 MAX_ADDRESS = 256  # characters
 MAX_NEIGHBOURS = 64  # entries of `round_trips`
 MAX_BLOCKS = 4096  # of a whole model
+MAX_ADAPTERS = 64  # that a server names
 MAX_COUNT = 2**53  # of tokens or sessions; also what JSON carries exactly
 
 _WORD = re.compile(r"[A-Za-z0-9._-]{1,64}")  # fingerprints, peers, dtypes and formats
+_DIGEST = re.compile(r"[0-9a-f]{64}")  # of adapters
 
 State = Literal["joining", "ready", "draining"]
 
@@ -49,6 +51,8 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     version: str  # of Corolla
     state: State
     expires: float  # unix time, seconds
+    adapters: dict[str, str] = {}  # the LoRA adapters that it holds: their digests by name
+    takes_adapters: bool = False  # whether clients may send others
 
     @property
     def span(self) -> Span:
@@ -162,6 +166,10 @@ def _problem(record: ServerRecord) -> str | None:
         return f"round_trips has {len(record.round_trips)} entries, at most {MAX_NEIGHBOURS} are read"
     if not all(is_word(peer) and _is_amount(seconds) for peer, seconds in record.round_trips.items()):
         return "round_trips is not finite seconds by peer id"
+    if len(record.adapters) > MAX_ADAPTERS:
+        return f"there are {len(record.adapters)} adapters, at most {MAX_ADAPTERS} are read"
+    if not all(is_word(name) and _DIGEST.fullmatch(digest) for name, digest in record.adapters.items()):
+        return "adapters is not digests of 64 hexadecimal digits by name"
     if len(record.addresses) > MAX_ADDRESSES:
         return f"there are {len(record.addresses)} addresses, at most {MAX_ADDRESSES} are read"
     if not all(0 < len(address) <= MAX_ADDRESS and address.isascii() and address.isprintable() for address in record.addresses):

@@ -35,6 +35,20 @@ class Quality(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class WantedAdapter:
+    """The LoRA adapter of a session; if it is `brought`, the client gives it to servers that take adapters."""
+
+    digest: str
+    brought: bool
+
+    def held_by(self, record: ServerRecord) -> bool:
+        return self.digest in record.adapters.values()
+
+    def served_by(self, record: ServerRecord) -> bool:
+        return self.held_by(record) or (self.brought and record.takes_adapters)
+
+
+@dataclass(frozen=True, slots=True)
 class Hop:
     """A server and the blocks `[start, end)` that it computes: its span or a part of it."""
 
@@ -46,12 +60,13 @@ class Hop:
 @dataclass(frozen=True, slots=True)
 class Route:
     """Hops that cover every block once, in order, each at a server of its own; `seconds` is what a step should take.
-    `quality` is that of all its servers, or None where they differ.
+    `quality` is that of all its servers, or None where they differ. `lacking` are those that have to be given the adapter.
     """
 
     hops: tuple[Hop, ...]
     seconds: float
     quality: Quality | None = None
+    lacking: frozenset[str] = frozenset()
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -93,12 +108,14 @@ def find_route(
     like: Quality | None = None,
     mixed: bool = False,
     holding: Collection[str] = (),
+    adapter: WantedAdapter | None = None,
 ) -> Route:
     """The quickest route for a session of one model, the same one for the same records in any order.
 
     Servers are used that are ready at `now` (Unix time), not among the `banned` peers, and have room for `needed_tokens`
     positions. `holding` names the servers that hold the session already: they may be draining or full.
-    `prefer` is the client's own round trip to each peer in seconds, `rows` the tokens of a step.
+    `prefer` is the client's own round trip to each peer in seconds, `rows` the tokens of a step. With an `adapter` servers are used
+    that hold it, or take it.
 
     All servers of a route have the same weights, always, and unless `mixed` is set keep them in one format and compute in one
     dtype. A session that goes on elsewhere is of the quality `like`: others count only where servers of it leave gaps.
@@ -116,7 +133,8 @@ def find_route(
         able = record.state == "ready" or (known and record.state == "draining")
         roomy = known or record.free_tokens >= needed_tokens
         sound = record.blocks == blocks and record.throughput > 0
-        if able and roomy and sound and record.expires > now and record.peer not in banned:
+        fitting = adapter is None or adapter.served_by(record)
+        if able and roomy and sound and fitting and record.expires > now and record.peer not in banned:
             qualities.setdefault(Quality("", "", record.checkpoint) if mixed else quality(record), []).append(record)
     if like in qualities and not gaps(qualities[like], blocks):
         qualities = {like: qualities[like]}
@@ -127,9 +145,11 @@ def find_route(
         if missing:
             lacking.append(missing)
         else:
-            routes.append(replace(_Ring(servers, blocks, rows, prefer).quickest(), quality=None if mixed else same))
+            route = _Ring(servers, blocks, rows, prefer).quickest()
+            ungiven = frozenset(r.peer for r in servers if r.peer in route.peers and adapter is not None and not adapter.held_by(r))
+            routes.append(replace(route, quality=None if mixed else same, lacking=ungiven))
     if not routes:
-        raise NoRoute(min(lacking, key=lambda spans: sum(map(len, spans))))
+        raise NoRoute(min(lacking, key=lambda spans: sum(map(len, spans))), adapter="" if adapter is None else adapter.digest)
     return min(routes, key=_order)
 
 

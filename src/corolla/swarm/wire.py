@@ -217,6 +217,43 @@ class PromptFrame(_Kind, frozen=True, tag="prompt"):
             raise ValueError(f"the prompt brings {self.hidden.shape[0]} rows in place of {pieces} times {self.name.tokens}")
 
 
+class ProductFrame(_Wire, frozen=True):
+    """The shapes of what is added to one product of a block: A [rank, inputs] and B [outputs, rank]."""
+
+    product: Name
+    rank: Annotated[int, msgspec.Meta(ge=1, le=MAX_HIDDEN)]
+    inputs: Annotated[int, msgspec.Meta(ge=1, le=MAX_HIDDEN)]
+    outputs: Annotated[int, msgspec.Meta(ge=1, le=MAX_HIDDEN)]
+
+    @property
+    def values(self) -> int:
+        return self.rank * (self.inputs + self.outputs)
+
+
+class AdapterFrame(_Kind, frozen=True, tag="adapter"):
+    """One block of `types.AdapterPart`: for each of its products A and then B, row by row, in float32; zeros fill the last row.
+
+    It is not answered. A server that takes adapters keeps it; a step that names an adapter that it lacks is answered by a
+    `FailedFrame` of the kind "AdapterNeeded".
+    """
+
+    digest: Name
+    digests: Annotated[tuple[Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)], ...], msgspec.Meta(max_length=1024)]
+    block: Count
+    products: Annotated[tuple[ProductFrame, ...], msgspec.Meta(max_length=8)]
+    hidden: Array
+
+    def __post_init__(self) -> None:
+        if self.hidden.dtype != "float32":
+            raise ValueError(f"an adapter travels as float32, and not as {self.hidden.dtype}")
+        if len({product.product for product in self.products}) < len(self.products):
+            raise ValueError("an adapter brings a product twice")
+        rows, width = self.hidden.shape
+        values = sum(product.values for product in self.products)
+        if rows != max(1, math.ceil(values / width)):
+            raise ValueError(f"the adapter's products take {values} values, which do not make {rows} rows of {width}")
+
+
 class CancelFrame(_Kind, frozen=True, tag="cancel"):
     """`types.Cancel`."""
 
@@ -449,6 +486,7 @@ WireMessage: TypeAlias = (
     Request
     | Answer
     | PromptFrame
+    | AdapterFrame
     | ForwardFrame
     | BackwardFrame
     | ResultFrame

@@ -1,0 +1,136 @@
+"""What a server offers for as long as it lives: its settings, with what they leave open settled for the machine that it runs on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from corolla.engine.engine import EngineConfig
+from corolla.errors import InvalidSetting
+from corolla.models.adapters import load_adapter
+from corolla.models.architecture import Architecture
+from corolla.models.checkpoint import Checkpoint
+from corolla.models.families import architecture
+from corolla.models.linear import WeightFormat
+from corolla.models.quantized_files import settled_weights
+from corolla.models.span import DTYPES
+from corolla.server.capacity import Footprint, available, footprint
+from corolla.server.embedded import fast_dtype
+from corolla.server.holding import Offer, OfferedAdapter
+from corolla.swarm.placement import MovePolicy
+from corolla.swarm.records import MAX_ADAPTERS, fingerprint, is_word
+from corolla.swarm.wire import WireDtype
+from corolla.types import Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    span: Span | None = None  # None: what the swarm lacks most, and another one when that changes
+    capacity: int | None = None  # blocks, where the span is chosen; None: as many as the memory holds
+    memory: int | None = None  # bytes for weights and cache; None: most of what is available on the device
+    name: str = ""
+    device: str | None = None  # "cpu", "cuda", "cuda:1"; None: a CUDA device where there is one
+    dtype: str | None = None
+    weights: WeightFormat | None = None
+    wire_dtype: WireDtype | None = None  # of the hidden states sent on; None: that of the model
+    threads: int | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict)  # LoRA adapters to hold: their directories by name
+    take_adapters: bool = False  # others too, from clients
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    announce_every: float = 5.0  # seconds; also between two looks at the others' records
+    lifetime: float = 20.0  # of an announcement, in seconds: how long a server that died is still listed
+    drain_timeout: float = 30.0  # seconds for which answers that nobody else can take are still served when it ends
+    # Half of the usual times: records are looked up every `announce_every`, so that they spread sooner.
+    moving: MovePolicy = field(default_factory=lambda: MovePolicy(pace=10.0, settle=10.0))
+    stay_after_failure: float = 600.0  # seconds without a move after one that could not be made
+    retry_every: float = 30.0  # seconds until a span that could not be loaded is tried again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a server offers for as long as it lives, once its settings are settled."""
+
+    offer: Offer
+    model_id: str
+    blocks: int
+    capacity: int  # blocks
+
+
+def settle_terms(directory: Path, config: ServeConfig) -> Terms:
+    """What a server of the model in `directory` offers on this machine, for what the configuration leaves open.
+
+    Raises `CheckpointError`, `UnsupportedModel`, `AdapterError`, and `InvalidSetting` for a device that is not there or a span that the
+    memory does not hold.
+    """
+    device = _device(config.device)
+    dtype = config.dtype or fast_dtype(device)
+    if dtype not in DTYPES:
+        raise InvalidSetting("dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
+    with Checkpoint(directory) as checkpoint:
+        weights = settled_weights(checkpoint, config.weights, "packed" if device == "cpu" else "plain")
+        arch = architecture(checkpoint.config)
+        takes = footprint(checkpoint, arch, dtype=DTYPES[dtype], weights=weights, cache_tokens=config.engine.cache_tokens)
+        adapters, of_adapters = _adapters(config.adapters, arch, DTYPES[dtype])
+        takes = replace(takes, block=takes.block + of_adapters)
+        digest = checkpoint.digest()
+    wire_dtype: WireDtype = config.wire_dtype or dtype  # type: ignore[assignment]
+    offer = Offer(
+        directory=directory,
+        checkpoint=digest,
+        dtype=dtype,
+        weights=weights,
+        device=device,
+        wire_dtype=wire_dtype,
+        engine=replace(config.engine, take_adapters=config.take_adapters),
+        adapters=adapters,
+    )
+    return Terms(offer=offer, model_id=model_fingerprint(directory), blocks=arch.blocks, capacity=_capacity(takes, device, config))
+
+
+def _adapters(directories: Mapping[str, Path], arch: Architecture, dtype: torch.dtype) -> tuple[tuple[OfferedAdapter, ...], int]:
+    """Every adapter looked through, and the bytes that one block of all of them takes."""
+    if len(directories) > MAX_ADAPTERS:
+        raise InvalidSetting("adapters", f"{len(directories)} are given, and a server names at most {MAX_ADAPTERS}")
+    offered, size = [], 0
+    for name, directory in directories.items():
+        if not is_word(name):
+            raise InvalidSetting("adapters", f"{name!r} is no name of 1 to 64 letters, digits, dots, dashes and underscores: give NAME=DIR")
+        adapter = load_adapter(directory, arch)
+        offered.append(OfferedAdapter(name, directory, adapter.digest))
+        size += adapter.largest_block * dtype.itemsize
+    return tuple(offered), size
+
+
+def model_fingerprint(directory: Path) -> str:
+    """What names a model in the directory: the same for everybody who has the same checkpoint's config."""
+    return fingerprint(json.loads((directory / "config.json").read_bytes()))
+
+
+def _device(device: str | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InvalidSetting("device", f"{device!r} is no device; give cpu, cuda or cuda:1") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise InvalidSetting("device", f"{device!r} is not supported; give cpu, cuda or cuda:1")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InvalidSetting("device", f"there is no {device} on this machine, which has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _capacity(takes: Footprint, device: str, config: ServeConfig) -> int:
+    """Blocks that a span may have. What the user asks for is only held against the memory that they named too."""
+    if config.span is not None:
+        if config.memory is not None:
+            takes.check(config.span, config.memory)
+        return len(config.span)
+    if config.capacity is not None and config.memory is None:
+        return config.capacity
+    holds = takes.capacity(available(device) if config.memory is None else config.memory)
+    return holds if config.capacity is None else min(holds, config.capacity)
