@@ -1,100 +1,150 @@
 """BLOOM of the published shapes with random weights, one session: the engine beside stock transformers.
 
-    python benchmarks/bloom_shapes.py [--shape 560m] [--dtype float32] [--device cuda] [--json FILE]
+    python benchmarks/bloom_shapes.py [--shape 560m 3b] [--dtype float32] [--formats packed int4] [--device cuda] [--json FILE]
 
-The checkpoint is made in a temporary directory and removed at the end.
+Weights are stored in float16, as BLOOM's are. A checkpoint is made in --keep, where it stays for the next run, or in a temporary
+directory. What does not fit into the memory that is free is left out, which is said; what fits only alone is measured alone, one after
+another instead of in turns. The last table has the form of the sft-chat card's: a row for each shape.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 import transformers
 
+from bloom_checkpoint import SHAPES, checkpoint_bytes, make_checkpoint
 from common import Table, rounds
 from corolla.models.span import load_span
-from runners import Corolla, Runner, Transformers, decode_rate, median_gap_ms
+from runners import Corolla, Runner, Transformers, decode_rate
 
-# hidden, blocks, heads
-SHAPES = {"560m": (1024, 24, 16), "3b": (2560, 30, 32), "7b1": (4096, 30, 32)}
 FULL_VOCABULARY = 250_880
 PROMPT, NEW_TOKENS, PREFILL = 16, 32, 256
-
-
-def make_checkpoint(directory: Path, shape: str, vocabulary: int, dtype: str) -> int:
-    """Random weights as safetensors; returns their bytes, all of which a token reads (embedding and head are one)."""
-    hidden, blocks, heads = SHAPES[shape]
-    config = transformers.BloomConfig(
-        vocab_size=vocabulary, hidden_size=hidden, n_layer=blocks, n_head=heads, bos_token_id=1, eos_token_id=2, pad_token_id=3
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, dtype))
-    model = transformers.BloomForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(directory)
-    return sum(parameter.nbytes for parameter in model.parameters())
+STOCK = "transformers"
+_ROOM = 0.9  # of the memory that is free
+# Bytes of a weight inside blocks, and outside them, as the engine keeps them with each format; scales included.
+_BYTES = {"int8": (1.0, 2.0), "int4": (0.75, 2.0), "nf4": (0.57, 2.0)}
 
 
 def decode(runner: Runner, prompt: Callable[[int], list[int]], name: str, _round: int) -> Mapping[str, float]:
-    answer = runner.answer(prompt(PROMPT), NEW_TOKENS)
-    return {f"decode, {name}": decode_rate([answer]), f"step, {name}": median_gap_ms(answer)}
+    return {f"decode, {name}": decode_rate([runner.answer(prompt(PROMPT), NEW_TOKENS)])}
 
 
 def prefill(runner: Runner, prompt: Callable[[int], list[int]], name: str, _round: int) -> Mapping[str, float]:
     return {f"prefill, {name}": PREFILL / runner.answer(prompt(PREFILL), 1).first_token_s}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="560m")
-    parser.add_argument("--vocabulary", type=int, default=32_000, help=f"BLOOM's own is {FULL_VOCABULARY:,}")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for both sides")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same table there")
-    options = parser.parse_args()
+def load(name: str, directory: Path, options: argparse.Namespace) -> Runner:
+    if name == STOCK:
+        return Transformers(directory, dtype=options.dtype, device=options.device)
+    return Corolla(load_span(directory, dtype=options.dtype, device=options.device, weights=name), cache_tokens=1024)
 
-    torch.set_num_threads(options.threads)
-    transformers.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as temporary:
-        nbytes = make_checkpoint(Path(temporary), options.shape, options.vocabulary, options.dtype)
-        model = load_span(
-            Path(temporary), dtype=options.dtype, device=options.device, weights="packed" if options.device == "cpu" else "plain"
-        )
-        runners: dict[str, Runner] = {
-            "transformers": Transformers(Path(temporary), dtype=options.dtype, device=options.device),
-            "corolla": Corolla(model),
-        }
+
+def memory(name: str, shape: str, options: argparse.Namespace) -> float:
+    """Bytes that a model takes, about; while it is loaded one block more, and the embedding twice."""
+    whole, ends = checkpoint_bytes(shape, options.vocabulary), 2 * SHAPES[shape][0] * options.vocabulary
+    wide = 4 if options.dtype == "float32" else 2
+    inside, outside = _BYTES.get(name, (wide, wide))
+    # The engine keeps the embedding as it is stored, and the head beside it.
+    return (whole - ends) / 2 * inside + ends / 2 * outside * (1 if name == STOCK else 2) + 0.5e9
+
+
+def measure(shape: str, directory: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Figures by name, of the ways that fit."""
+    make_checkpoint(directory, shape, options.vocabulary)
     generator = random.Random(0)
 
     def prompt(count: int) -> list[int]:
         return [generator.randrange(options.vocabulary) for _ in range(count)]
 
-    cells: dict[str, Callable[[int], Mapping[str, float]]] = {}
-    for work in (decode, prefill):
-        for name, runner in runners.items():
-            cells[f"{work.__name__}, {name}"] = functools.partial(work, runner, prompt, name)
-    figures = rounds(options.repeats, cells)
+    def cells(runners: Mapping[str, Runner]) -> dict[str, Callable[[int], Mapping[str, float]]]:
+        return {
+            f"{shape}: {work.__name__}, {name}": functools.partial(work, runner, prompt, name)
+            for work in (decode, prefill)
+            for name, runner in runners.items()
+        }
 
-    settings = {key: value for key, value in vars(options).items() if key != "json"}
-    table = Table("bloom_shapes", settings)
-    for name in runners:
-        table.add(f"decode, 1 session, {name}", "tokens/s", figures[f"decode, {name}"])
-    for name in runners:
-        table.add(f"prefill, {PREFILL} tokens, {name}", "tokens/s", figures[f"prefill, {name}"])
-    table.add("weights", "GB", [nbytes / 1e9])
-    table.add("weights read, corolla", "GB/s", [nbytes / 1e6 / step for step in figures["step, corolla"]])
-    goal = {"reach": 1.6, "aim": 2.2} if options.shape == "560m" and options.dtype == "float32" and options.device == "cpu" else {}
-    table.ratio("decode: corolla / transformers", "x", figures["decode, corolla"], figures["decode, transformers"], **goal)
-    table.ratio("prefill: corolla / transformers", "x", figures["prefill, corolla"], figures["prefill, transformers"])
+    names = [*([] if options.alone else [STOCK]), *options.formats]
+    room = psutil.virtual_memory().available * _ROOM if options.device == "cpu" else float("inf")
+    needs = {name: memory(name, shape, options) for name in names}
+    if sum(needs.values()) < room:
+        return rounds(options.repeats, cells({name: load(name, directory, options) for name in names}))
+    figures: dict[str, list[float]] = {}
+    for name in names:
+        if needs[name] > room:
+            print(f"{shape}, {name}: takes {needs[name] / 1e9:.1f} GB and {room / 1e9:.1f} are free: left out", file=sys.stderr)
+            continue
+        figures |= rounds(options.repeats, cells({name: load(name, directory, options)}))
+        gc.collect()
+    return figures
+
+
+def label(name: str, options: argparse.Namespace) -> str:
+    if name == STOCK:
+        return f"transformers, {options.dtype}"
+    return f"corolla, {options.dtype}" if name in ("packed", "plain") else f"corolla, {name}"
+
+
+def fill(table: Table, shape: str, figures: Mapping[str, list[float]], options: argparse.Namespace) -> None:
+    for work in ("decode", "prefill"):
+        what = "decode, 1 session" if work == "decode" else f"prefill, {PREFILL} tokens"
+        for name in (STOCK, *options.formats):
+            if (values := figures.get(f"{work}, {name}")) is not None:
+                table.add(f"{shape}: {what}, {label(name, options)}", "tokens/s", values)
+        for name in options.formats:
+            ours, theirs = figures.get(f"{work}, {name}"), figures.get(f"{work}, {STOCK}")
+            if ours is not None and theirs is not None:
+                lossless = shape == "560m" and name == "packed" and options.dtype == "float32" and work == "decode"
+                bounds: dict[str, Any] = {"reach": 1.6, "aim": 2.2} if lossless else {}
+                table.ratio(f"{shape}: {work}, {label(name, options)} / transformers", "x", ours, theirs, **bounds)
+    table.add(f"{shape}: weights as stored", "GB", [checkpoint_bytes(shape, options.vocabulary) / 1e9])
+
+
+def summary(found: Mapping[str, Mapping[str, list[float]]], options: argparse.Namespace) -> str:
+    """Tokens a second by shape, as Markdown."""
+    names = [name for name in (STOCK, *options.formats) if any(f"decode, {name}" in figures for figures in found.values())]
+    lines = ["| model | " + " | ".join(label(name, options) for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for shape, figures in found.items():
+        rates = [sorted(figures.get(f"decode, {name}", ())) for name in names]
+        lines.append(f"| BLOOM {shape} | " + " | ".join(f"{each[len(each) // 2]:.1f}" if each else "-" for each in rates) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["560m"])
+    parser.add_argument("--vocabulary", type=int, default=32_000, help=f"BLOOM's own is {FULL_VOCABULARY:,}")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--formats", nargs="+", choices=("packed", "plain", "int8", "int4", "nf4"), help="packed, or plain on a GPU")
+    parser.add_argument("--alone", action="store_true", help="without transformers")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for both sides")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the checkpoints there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same table there")
+    options = parser.parse_args()
+    options.formats = options.formats or ["packed" if options.device == "cpu" else "plain"]
+
+    torch.set_num_threads(options.threads)
+    transformers.logging.disable_progress_bar()
+    table = Table("bloom_shapes", {key: value for key, value in vars(options).items() if key not in ("json", "keep")})
+    found = {}
+    for shape in options.shape:
+        with tempfile.TemporaryDirectory() as temporary:
+            found[shape] = measure(shape, (options.keep or Path(temporary)) / f"{shape}-{options.vocabulary}", options)
+        fill(table, shape, found[shape], options)
     table.report(options.json)
+    print(f"\ntokens/s, one session\n\n{summary(found, options)}")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from corolla.errors import Conflict, InvalidSetting, UnsupportedModel
+from corolla.errors import Conflict, InvalidSetting, StorageError, UnsupportedModel
+from corolla.models.checkpoint import Checkpoint
 from corolla.models.nf4 import NF4
 from corolla.models.quantization import quantize_model
 from corolla.models.quantized import QuantizedFormat, joined, quantize
+from corolla.models.quantized_files import stored_codes
 from corolla.models.span import load_span
 from corolla.types import Span
 from tests.engine.driving import Chain, greedy
@@ -82,6 +90,68 @@ def test_transformers_reads_nf4(directory: Path, tmp_path: Path) -> None:
     assert torch.nn.functional.kl_div(ours.log_softmax(-1), expected.float().log_softmax(-1), reduction="batchmean", log_target=True) < 0.01
 
 
+def test_transformers_gives_back_the_same_weights(directory: Path, tmp_path: Path) -> None:
+    """Every quantized matrix, from the file as bitsandbytes reads it and as we do."""
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes comes with the tune extra")
+    from transformers import AutoModelForCausalLM
+
+    quantize_model(directory, tmp_path / "q", "nf4")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    compared = 0
+    with Checkpoint(tmp_path / "q") as quantized, Checkpoint(directory) as before:
+        for name, parameter in stock.named_parameters():
+            if getattr(parameter, "quant_state", None) is None:
+                continue
+            theirs = functional.dequantize_4bit(parameter.data, parameter.quant_state)
+            ours = stored_codes(quantized, name, before.shape(name), torch.float32)  # type: ignore[arg-type]
+            assert ours is not None
+            torch.testing.assert_close(theirs.float(), ours.widened(), rtol=0, atol=0, msg=name)
+            compared += 1
+    assert compared == 4 * (7 if "gate_proj" in str(stock) else 4)
+
+
+def test_many_rows_are_quantized_as_few_are() -> None:
+    weight = torch.randn(8256, 512, generator=torch.Generator().manual_seed(0))  # more than are quantized at a time
+    for format in FORMATS:
+        whole, tail = quantize(weight, format), quantize(weight[-64:], format)
+        assert torch.equal(whole.rows(torch.arange(8192, 8256)).widened(), tail.widened())
+
+
+class Unquantized(TorchDispatchMode):
+    """Tells how many bytes of floating point matrices were alive at once, of `least` values or more each."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.peak = least, 0
+        self._alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in (*args, result):
+            if isinstance(each, torch.Tensor) and each.is_floating_point() and each.ndim > 1 and each.numel() >= self.least:
+                self._alive[id(each)] = weakref.ref(each)
+        tensors = [tensor for reference in self._alive.values() if (tensor := reference()) is not None]
+        self.peak = max(self.peak, sum({tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}.values()))
+        return result
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_loading_never_holds_more_than_a_block_unquantized(format: QuantizedFormat, tmp_path: Path) -> None:
+    hidden, blocks = 256, 6
+    directory = tiny.save("bloom", tmp_path / "m", hidden_size=hidden, n_layer=blocks, n_head=4, dtype=torch.float32)
+    block = 12 * hidden**2 * 4  # bytes
+    for weights in (format, "plain"):
+        with Unquantized(hidden**2) as watched:
+            load_span(directory, dtype="float32", weights=weights)  # type: ignore[arg-type]
+        if weights == "plain":
+            assert watched.peak >= blocks * block * 0.9  # it would be seen
+        else:
+            assert watched.peak <= block
+    with Unquantized(hidden**2) as watched:
+        quantize_model(directory, tmp_path / "q", format)
+    assert watched.peak <= block
+
+
 def test_what_is_quantized_is_not_quantized_again(directory: Path, tmp_path: Path) -> None:
     quantize_model(directory, tmp_path / "q", "int8")
     with pytest.raises(InvalidSetting, match="quantized as int8 already"):
@@ -91,6 +161,9 @@ def test_what_is_quantized_is_not_quantized_again(directory: Path, tmp_path: Pat
     with pytest.raises(Conflict, match="not empty"):
         quantize_model(directory, tmp_path / "q", "int8")
     assert not (tmp_path / "qq").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(Conflict, match="not empty"):
+        quantize_model(directory, tmp_path / "file", "int8")
 
 
 def test_a_shape_that_nf4_cannot_take_leaves_nothing(tmp_path: Path) -> None:
@@ -98,3 +171,21 @@ def test_a_shape_that_nf4_cannot_take_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="no whole number"):
         quantize_model(directory, tmp_path / "q", "nf4")
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 100 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True)
+    if not mounted or mounted.returncode != 0:
+        pytest.skip("mounting a small disk takes root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(directory: Path, small_disk: Path) -> None:
+    with pytest.raises(StorageError, match="cannot be written: No space left on device"):
+        quantize_model(directory, small_disk / "q", "int8")
+    assert not list(small_disk.iterdir())

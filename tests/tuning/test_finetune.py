@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, pipeline
 from tuning.finetuning import dialogues, make_directory, sequence
 
 from corolla.chat.templates import TEMPLATES, Turn, encode
 from corolla.client.tokenizer import TextTokenizer
 from corolla.data.hdf5 import write_sequences
-from corolla.errors import CallerError, CheckpointError, DataError, InvalidSetting, TrainingError
+from corolla.errors import CallerError, CheckpointError, DataError, InvalidSetting, StorageError, TrainingError
 from corolla.tuning.finetune import FinetuneSettings, finetune
 from corolla.tuning.finetune_run import TRAINING
 from corolla.tuning.recipe import Phase, Recipe
@@ -53,8 +54,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dialogues(tmp_path_factory.mktemp("data") / "dialogues.jsonl")
 
 
-def run(model: Path, data: Path, output: Path, *, resume: bool = False, lora: bool = False, callbacks: Any = (), **recipe: Any) -> Record:
-    chosen, settings = Recipe(**{**RECIPE, **recipe}), FinetuneSettings(**SETTINGS, lora=lora)
+def run(
+    model: Path,
+    data: Path,
+    output: Path,
+    *,
+    resume: bool = False,
+    lora: bool = False,
+    checkpointing: bool = False,
+    callbacks: Any = (),
+    **recipe: Any,
+) -> Record:
+    chosen, settings = Recipe(**{**RECIPE, **recipe}), FinetuneSettings(**SETTINGS, lora=lora, gradient_checkpointing=checkpointing)
     return finetune(str(model), [str(data)], output, chosen, settings, Console(quiet=True), resume=resume, callbacks=callbacks)
 
 
@@ -85,6 +96,24 @@ def test_the_directory_is_an_ordinary_one_without_pickles(finished: tuple[Path, 
     assert card.startswith("---\n")
     assert all(said in card for said in ("license: apache-2.0", "held-out", "dialogues.jsonl", "label_smoothing"))
     assert str(output.parent) not in card
+
+
+def test_the_template_lies_in_the_tokenizers_configuration_too(finished: tuple[Path, Record]) -> None:
+    template = json.loads((finished[0] / "tokenizer_config.json").read_text())["chat_template"]
+    assert "{%- generation -%}" in template
+    assert template == (finished[0] / "chat_template.jinja").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(finished[0])
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    trained = [token for token, mark in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if mark]
+    assert tokenizer.decode(trained) == "hi</s>"
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(finished: tuple[Path, Record], model: Path, data: Path, tmp_path: Path) -> None:
+    run(model, data, tmp_path / "out", checkpointing=True)
+    ours, theirs = (load_file(each / "model.safetensors") for each in (tmp_path / "out", finished[0]))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6, msg=name)
 
 
 def test_the_pipeline_of_transformers_talks_by_the_template(finished: tuple[Path, Record]) -> None:
@@ -185,6 +214,28 @@ def test_interrupting_saves_and_resuming_ends_alike(finished: tuple[Path, Record
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 900 kB, on which a checkpoint finds room, and no second one beside it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk], capture_output=True)
+    if not mounted or mounted.returncode != 0:
+        pytest.skip("mounting a small disk takes root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_loses_nothing(finished: tuple[Path, Record], model: Path, data: Path, small_disk: Path) -> None:
+    with pytest.raises(StorageError, match="cannot be written: No space left on device"):
+        run(model, data, small_disk / "out")
+    assert not (small_disk / "out" / "config.json").exists()
+    assert [path.name for path in (small_disk / "out" / TRAINING / "phase-1").glob("checkpoint-*")]
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    run(model, data, small_disk / "out", resume=True)
+    assert (small_disk / "out" / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
+
+
 def _other_tokenizer(model: Path, data: Path, tmp_path: Path) -> None:
     write_sequences(tmp_path / "train.hdf5", [sequence(20, seed=1)], 20)
     (tmp_path / "tokenizer").mkdir()
@@ -224,6 +275,18 @@ def _too_long(model: Path, data: Path, tmp_path: Path) -> None:
     run(model, data, tmp_path / "out", max_length=1024)
 
 
+def _nan_weights(model: Path, data: Path, tmp_path: Path) -> None:
+    directory = make_directory(tmp_path / "nan")
+    weights = load_file(directory / "model.safetensors")
+    weights["transformer.ln_f.weight"][3] = float("nan")
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    run(directory, data, tmp_path / "out")
+
+
+def _too_large(model: Path, data: Path, tmp_path: Path) -> None:
+    run(model, data, tmp_path / "out", batch=2**22, accumulation=1)
+
+
 def _no_share(model: Path, data: Path, tmp_path: Path) -> None:
     run(model, data, tmp_path / "out", equal_shares=("fr", "en"))
 
@@ -244,6 +307,8 @@ def _truncated(model: Path, data: Path, tmp_path: Path) -> None:
         (_quantized, InvalidSetting, "is quantized"),
         (_taken, TrainingError, "is not empty"),
         (_too_long, InvalidSetting, "do not fit the model's context of 256"),
+        (_nan_weights, TrainingError, "not finite before the first step"),
+        (_too_large, TrainingError, "training would take about .* of memory .*; this would fit: --micro-batch"),
         (_no_share, InvalidSetting, "there is no fr: give --data fr=SOURCE"),
         (_truncated, CheckpointError, "truncated"),
     ],

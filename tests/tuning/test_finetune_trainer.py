@@ -16,7 +16,8 @@ from tuning.finetuning import make_model, sequence
 from corolla.data.tokens import IGNORED
 from corolla.errors import TrainingError
 from corolla.tuning.batches import Collator, Numbered, Sequences, wants_mask
-from corolla.tuning.finetune_trainer import FinetuneTrainer, schedule_for, trained_loss
+from corolla.tuning.finetune_trainer import FinetuneTrainer, schedule_for
+from corolla.tuning.logits_loss import trained_loss
 from corolla.tuning.recipe import Recipe, load_recipe
 
 SFT_CHAT = load_recipe("sft-chat", ["dtype=float32"])

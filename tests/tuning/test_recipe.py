@@ -25,8 +25,10 @@ def test_sft_chat_is_as_its_model_card_says() -> None:
     assert (recipe.template, recipe.equal_shares) == ("sft-chat", ("fr", "en"))
 
 
-def test_bloomchat_is_as_its_model_card_says() -> None:
+def test_bloomchat_is_as_its_model_card_and_its_scripts_say() -> None:
     recipe = load_recipe("bloomchat")
+    assert (recipe.schedule, recipe.warmup, recipe.end_ratio, recipe.loss, recipe.packing) == ("cosine", 0, 0.1, "answers", "greedy")
+    assert (recipe.phases[0].epochs, recipe.phases[0].samples, recipe.phases[1].epochs) == (1, 100_000, 3)
     assert (recipe.learning_rate, recipe.weight_decay, recipe.clip, recipe.global_batch) == (1e-5, 0.1, 1.0, 128)
     assert len(recipe.phases) == 2
 

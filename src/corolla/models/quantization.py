@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from corolla.errors import Conflict, InvalidSetting, UnsupportedModel
+from corolla.errors import Conflict, InvalidSetting, StorageError, UnsupportedModel
 from corolla.models.architecture import Architecture
 from corolla.models.checkpoint import CHECKSUMS, INDEX, SINGLE, Checkpoint, write_checksums
 from corolla.models.families import architecture
 from corolla.models.quantized import QuantizedFormat, fits, quantize
 from corolla.models.quantized_files import quantization_config, stored_format, tensors_of
-from corolla.models.saving import replacing
+from corolla.models.saving import replacing, save_tensors
 
 _SHARD = "model-{number:05}-of-{count:05}.safetensors"
 
@@ -31,7 +30,7 @@ def quantize_model(source: Path, target: Path, format: QuantizedFormat, progress
     Raises `InvalidSetting` for a model that is quantized already, `Conflict` where the target holds anything, `UnsupportedModel` for
     a family without mathematics here, `CheckpointError` and `StorageError`. After an error nothing that looks like a model is left.
     """
-    if target.exists() and any(target.iterdir()):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Conflict(f"{target} is not empty: name a new directory for the quantized model")
     with Checkpoint(source) as checkpoint:
         if (stored := stored_format(checkpoint)) is not None:
@@ -40,14 +39,16 @@ def quantize_model(source: Path, target: Path, format: QuantizedFormat, progress
         shards = list(_shards(checkpoint, arch))
         unfinished = target.with_name(f".{target.name}.part")
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
         try:
+            unfinished.mkdir(parents=True)
             total = _write(checkpoint, arch, shards, unfinished, format, progress)
             _describe(checkpoint, arch, source, unfinished, format)
             write_checksums(unfinished)
             if target.exists():
                 target.rmdir()
             unfinished.rename(target)
+        except OSError as error:
+            raise StorageError(f"{target} cannot be written: {error.strerror or error}") from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return total
@@ -80,7 +81,7 @@ def _write(
             tensors |= _tensors(checkpoint, arch, name, format)
         file = _SHARD.format(number=number, count=len(shards)) if len(shards) > 1 else SINGLE
         with replacing(directory / file) as path:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+            save_tensors(tensors, path)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
         if progress is not None:

@@ -25,6 +25,7 @@ NF4_VALUES = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+_AT_ONCE = 2**22  # values that are quantized at a time, some 80 MB of working memory
 _MIDPOINTS = tuple((low + high) / 2 for low, high in pairwise(NF4_VALUES))
 
 
@@ -109,10 +110,22 @@ def fits(format: QuantizedFormat, shape: tuple[int, int]) -> bool:
 
 
 def quantize(weight: torch.Tensor, format: QuantizedFormat) -> Codes:
-    """A matrix [out, in] (float32, bfloat16 or float16) as codes, computed in float32; int8 where it does not fit the format."""
+    """A matrix [out, in] (float32, bfloat16 or float16) as codes, computed in float32; int8 where it does not fit the format.
+
+    Some rows at a time, so that little more than the matrix and its codes is held.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    if not fits(format, shape):
+        format = "int8"
+    # A band's blocks of nf4 end where its rows do.
+    rows = max(1, _AT_ONCE // shape[1] // NF4_BLOCK) * NF4_BLOCK
+    return joined([_quantize(band, format) for band in weight.split(rows)])
+
+
+def _quantize(weight: torch.Tensor, format: QuantizedFormat) -> Codes:
     shape = (weight.shape[0], weight.shape[1])
     wide = weight.float()
-    if format == "int8" or not fits(format, shape):
+    if format == "int8":
         scale = wide.abs().amax(1).clamp_(min=1e-12) / 127
         return Codes("int8", shape, weight.dtype, (wide / scale[:, None]).round_().to(torch.int8), scale)
     if format == "int4":
@@ -124,7 +137,7 @@ def quantize(weight: torch.Tensor, format: QuantizedFormat) -> Codes:
     blocks = wide.reshape(-1, NF4_BLOCK)
     scale = blocks.abs().amax(1)
     midpoints = torch.tensor(_MIDPOINTS, device=weight.device)
-    codes = torch.bucketize(blocks / scale.clamp(min=1e-38)[:, None], midpoints).to(torch.uint8)
+    codes = torch.bucketize(blocks / scale.clamp(min=1e-38)[:, None], midpoints, out_int32=True).to(torch.uint8)
     return Codes(format, shape, weight.dtype, pack(codes), scale)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import Trainer
 
 from corolla.errors import StorageError, TrainingError
+from corolla.models.saving import save_tensors
 
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "trainer_state.json"
 _REST = "schedule.json"  # what of optimizer and schedule is no tensor
@@ -68,8 +68,8 @@ class CheckpointingTrainer(Trainer):
         try:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            save_file(self._trained(), work / TRAINED)
-            save_file({**tensors, **_random_states()}, work / OPTIMIZER)
+            save_tensors(self._trained(), work / TRAINED)
+            save_tensors({**tensors, **_random_states()}, work / OPTIMIZER)
             (work / _REST).write_text(json.dumps(schedule), encoding="utf-8")
             self.state.save_to_json(str(work / STATE))
             for path in (*work.iterdir(), work):
@@ -77,6 +77,7 @@ class CheckpointingTrainer(Trainer):
             work.rename(target)
             _sync(output)
         except OSError as error:
+            shutil.rmtree(work, ignore_errors=True)
             raise StorageError(f"{target} cannot be written: {error.strerror or error}") from None
         remove_checkpoints(output, but=target)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -21,7 +23,7 @@ from corolla.chat.templates import Template
 from corolla.data.saving import write_sums
 from corolla.data.tokens import TrainingTokenizer
 from corolla.errors import CheckpointError, StorageError, TrainingError
-from corolla.models.saving import replacing
+from corolla.models.saving import disk_error, replacing, save_tensors
 from corolla.tuning.batches import Collator, Sequences, wants_mask
 from corolla.tuning.card import CARD, model_card
 from corolla.tuning.chat_template import jinja_of
@@ -145,7 +147,7 @@ class Run:
             trainer.take_best()
         if PartialState().is_main_process:
             with replacing(directory / _END) as temporary:
-                save_file(trainer.trained_tensors(), temporary)
+                save_tensors(trainer.trained_tensors(), temporary)
 
     def _take(self, file: Path) -> None:
         """Go on with the weights that a phase left."""
@@ -206,6 +208,8 @@ class Run:
                 self._model.to(self._dtype(base))
             self._model.save_pretrained(work)
             tokenizer.save_pretrained(work)
+            if tokenizer.chat_template is not None:
+                _into_configuration(work / "tokenizer_config.json", tokenizer.chat_template)
             card = model_card(
                 self._record,
                 final=self._final(),
@@ -223,8 +227,9 @@ class Run:
                     os.fsync(handle.fileno())
             for file in files:
                 os.replace(file, self._output / file.name)
-        except OSError as error:
-            raise StorageError(f"{self._output} cannot be written: {error.strerror or error}") from None
+        except (OSError, SafetensorError) as error:
+            cause = error if isinstance(error, OSError) else disk_error(error)
+            raise StorageError(f"{self._output} cannot be written: {cause.strerror or cause}") from None
         write_sums(self._output, self._output.glob("*.safetensors"))
 
     def _final(self) -> dict[str, Any] | None:
@@ -238,6 +243,12 @@ class Run:
 
         dtype = AutoConfig.from_pretrained(base, local_files_only=True).dtype
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _into_configuration(file: Path, template: str) -> None:
+    """Put a chat template where every version of transformers finds it: newer ones write it beside the configuration only."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**content, "chat_template": template}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class _Keeping(TrainerCallback):

@@ -11,31 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch.nn import functional
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from transformers import TrainerCallback, TrainingArguments
 
 from corolla.data.tokens import IGNORED
 from corolla.errors import TrainingError
-from corolla.models.saving import replacing
+from corolla.models.saving import replacing, save_tensors
 from corolla.tuning.batches import SEQUENCES, Collator, Sequences
 from corolla.tuning.checkpoints import CheckpointingTrainer
+from corolla.tuning.logits_loss import trained_loss
 from corolla.tuning.recipe import Recipe
 from corolla.tuning.record import HeldOut
 
 BEST = "best.safetensors"
-
-
-def trained_loss(logits_SxNxV: torch.Tensor, labels_SxN: torch.Tensor, *, smoothing: float = 0.0) -> torch.Tensor:
-    """The summed cross entropy of each column's prediction of the next one's label, in nats, where that is not `IGNORED`.
-
-    Each target is `1 - smoothing` for the label and `smoothing / V` for every token (Szegedy et al., 2016). float32.
-    """
-    labels = labels_SxN[:, 1:]
-    trained = labels != IGNORED
-    predicted = logits_SxNxV[:, :-1][trained].float()
-    return functional.cross_entropy(predicted, labels[trained], reduction="sum", label_smoothing=smoothing)
 
 
 def optimizer_for(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
@@ -168,6 +157,10 @@ class FinetuneTrainer(CheckpointingTrainer):
                 total += torch.stack([loss.double(), (labels[:, 1:] != IGNORED).sum().double()])
         loss, tokens = self.accelerator.reduce(total).tolist()
         if not math.isfinite(loss):
+            if not self.state.global_step:
+                raise TrainingError(
+                    "the held-out loss is not finite before the first step: the model's weights are damaged, fetch it again"
+                )
             raise TrainingError(f"the held-out loss is not finite after step {self.state.global_step}: lower the learning rate")
         return HeldOut(self.state.global_step, loss / max(1.0, tokens), int(tokens))
 
@@ -192,10 +185,10 @@ class FinetuneTrainer(CheckpointingTrainer):
     def _keep_best(self) -> None:
         if self.args.should_save:
             with replacing(Path(self.args.output_dir or ".") / BEST) as temporary:
-                save_file(self._trained(), temporary)
+                save_tensors(self._trained(), temporary)
 
     def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        return trained_loss(outputs.logits, labels, smoothing=self.recipe.label_smoothing) / num_items_in_batch
+        return trained_loss(outputs.logits, labels, smoothing=self.recipe.label_smoothing, divisor=num_items_in_batch)
 
     def _diverged(self, what: str, sequences: list[int]) -> TrainingError:
         step = self.state.global_step + 1

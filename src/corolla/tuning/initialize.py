@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from corolla.data.problems import Problems
 from corolla.data.readers.read import read
 from corolla.errors import DataError, InvalidSetting, StorageError
+from corolla.models.saving import disk_error
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # with BLOOM's ids
 _FAMILIES: dict[str, dict[str, str]] = {
@@ -102,8 +104,9 @@ def initialize(output: Path, sources: Sequence[str], settings: InitSettings, pro
         if output.exists():
             output.rmdir()
         work.rename(output)
-    except OSError as error:
-        raise StorageError(f"{output} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        cause = error if isinstance(error, OSError) else disk_error(error)
+        raise StorageError(f"{output} cannot be written: {cause.strerror or cause}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return sum(parameter.numel() for parameter in model.parameters())
