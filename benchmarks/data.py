@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from corolla.chat.templates import TEMPLATES, Turn
 from corolla.cli.sizes import parse_size
 from corolla.data.problems import Problems
 from corolla.data.readers.read import read
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a file of dialogues, as Dolly; made here by default")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--speed", default="40MB", help="the input of the comparison: the dialogues over and over")
+    parser.add_argument("--speed", default="100MB", help="the input of the comparison: the dialogues over and over")
     parser.add_argument("--memory", help="also measure the memory on an input of this size, as 1GB")
     arguments = parser.parse_args()
     tokenizer = resolve(arguments.model, weights=False)
@@ -66,8 +67,8 @@ def compare(source: Path, directory: Path, tokenizer: Path) -> None:
 
 
 def tokenizer_alone(source: Path, tokenizer: Path) -> float:
-    """Tokens/s of the library's own batches over all cores; the texts lie ready in memory."""
-    texts = ["\n".join(turn.content for turn in example.turns) for example in read(source, Problems())]
+    """Tokens/s of the library's own batches over all cores; the texts, the same as the command's, lie ready in memory."""
+    texts = ["".join(map(spoken, example.turns)) for example in read(source, Problems())]
     code = (
         "import json, sys, time\n"
         "from tokenizers import Tokenizer\n"
@@ -80,6 +81,14 @@ def tokenizer_alone(source: Path, tokenizer: Path) -> float:
     )
     command = [sys.executable, "-c", code, str(tokenizer / "tokenizer.json")]
     return float(subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True).stdout)
+
+
+def spoken(turn: Turn) -> str:
+    """As the command's template has it."""
+    template = TEMPLATES["bloomchat"]
+    if turn.role == "user":
+        return f"{template.question_prefix}{turn.content}{template.question_suffix}"
+    return f"{template.answer_prefix}{turn.content}{template.answer_suffix}"
 
 
 def prepared(source: Path, output: Path, tokenizer: Path) -> dict:

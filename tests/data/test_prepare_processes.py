@@ -11,10 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from data.prepared import SLOW_START, command, contents, pairs, run, tokenizer
+from data.prepared import SLOW_START, command, contents, pairs, quiet, run, tokenizer
 
+from corolla.data.claim import claimed
 from corolla.data.dataset import PackedDataset
+from corolla.data.description import tokenizer_sums
 from corolla.data.layout import UNFINISHED
+from corolla.data.prepare import PrepareSettings
+from corolla.data.saving import SUMS
+from corolla.data.sources import sources_of
 from corolla.errors import DataError, StorageError
 
 CHUNKS = 4
@@ -50,12 +55,14 @@ def test_the_bytes_do_not_depend_on_the_workers(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX has it")
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_killed_run_goes_on(tmp_path: Path, source: Path, model: Path, expected: dict[str, bytes], workers: str) -> None:
+@pytest.mark.parametrize("moment", ["articles/00000000.articles", "done/.train_1_of_1.hdf5.*"])
+def test_a_killed_run_goes_on(tmp_path: Path, source: Path, model: Path, expected: dict[str, bytes], moment: str, workers: str) -> None:
     output = tmp_path / "out"
     begun = command(source, output, model, *OPTIONS, "--workers", workers)
     with subprocess.Popen(begun, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
-        first = _wait_for(output / UNFINISHED / "articles" / "00000000.articles", process)
+        _wait_for(output / UNFINISHED, moment, process)
         process.send_signal(signal.SIGKILL)
+    first = output / UNFINISHED / "articles" / "00000000.articles"
     made = first.stat().st_mtime_ns
     with pytest.raises(DataError, match="out is not finished: run the same `corolla prepare` again"):
         PackedDataset(output)
@@ -66,24 +73,39 @@ def test_a_killed_run_goes_on(tmp_path: Path, source: Path, model: Path, expecte
             times.add(first.stat().st_mtime_ns)
 
     run(source, output, model, progress=progress, dev=0.1, categories="auto", seed=5)
-    assert times == {made}
+    assert times <= {made}
     assert contents(output) == expected
 
 
-def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> Path:
+@pytest.mark.parametrize("moved", [0, 1, 3, 100])
+def test_killed_while_the_files_were_moved_to_their_places(
+    tmp_path: Path, source: Path, model: Path, expected: dict[str, bytes], moved: int
+) -> None:
+    output, options = tmp_path / "out", {"dev": 0.1, "categories": "auto", "seed": 5}
+    settings = PrepareSettings(inputs=(str(source),), tokenizer=model, **{"max_length": 128, **options})
+    for index, (name, content) in enumerate(sorted(expected.items(), key=lambda entry: (entry[0] == SUMS, entry[0]))):
+        path = (output if index < moved else output / UNFINISHED / "done") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with claimed(output) as claim:
+        claim.agree(settings.plan(sources_of([str(source)], quiet), tokenizer_sums(model)))
+    run(source, output, model, **options)
+    assert contents(output) == expected
+
+
+def _wait_for(directory: Path, pattern: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + SLOW_START
-    while not path.exists():
-        assert process.poll() is None, "the run ended before it was killed"
-        assert time.monotonic() < deadline, f"{path} did not come"
-        time.sleep(0.005)
-    return path
+    while not any(directory.glob(pattern)):
+        assert process.poll() is None, f"the run ended before {pattern} was seen"
+        assert time.monotonic() < deadline, f"{directory / pattern} did not come"
+        time.sleep(0.0005)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="stops a process as POSIX has it")
 def test_two_runs_into_one_directory(tmp_path: Path, source: Path, model: Path, expected: dict[str, bytes]) -> None:
     output = tmp_path / "out"
     with subprocess.Popen(command(source, output, model, *OPTIONS, "--workers", "1"), stdout=subprocess.DEVNULL) as process:
-        _wait_for(output / UNFINISHED / "articles" / "00000000.articles", process)
+        _wait_for(output / UNFINISHED, "articles/00000000.articles", process)
         process.send_signal(signal.SIGSTOP)
         try:
             with pytest.raises(DataError, match="out is being prepared by another run: wait for it, or name another directory"):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import CallerError, CheckpointError, InvalidSetting
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 Role = Literal["user", "assistant"]
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """What one side said."""
 
     role: Role

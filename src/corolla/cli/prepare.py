@@ -21,7 +21,10 @@ LOOKING = "Looking at prepared data"
 
 def prepare(
     inputs: Annotated[
-        list[str] | None, typer.Argument(metavar="INPUT...", help="Files (.gz too), directories, or datasets of the hub.")
+        list[str] | None,
+        typer.Argument(
+            metavar="INPUT...", help="Files (.gz too), directories, or datasets of the hub: dolly, oasst1, oig, personachat, owner/name."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the sequences go; new or empty, or left unfinished.")] = None,
     tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="An alias, a directory or a hub id: whose tokens to make.")] = "smollm2",

@@ -46,6 +46,8 @@ class Claim:
         plan = json.loads(json.dumps(plan))
         path = self.work / _PLAN
         if not path.exists():
+            if (self.output / SUMS).exists():
+                raise DataError(f"{self.output} holds prepared data already: name another directory, or delete it")
             with replacing(path) as temporary:
                 temporary.write_text(json.dumps(plan), encoding="utf-8")
             return
@@ -64,7 +66,7 @@ class Claim:
                     if target.is_dir():
                         shutil.rmtree(target)
                     os.replace(path, target)
-            for path in self.work.iterdir():
+            for path in sorted(self.work.iterdir(), key=lambda path: path.name == _PLAN):  # as long as it lies there, the rest may
                 if path.is_dir():
                     shutil.rmtree(path)
                 elif path.name != _LOCK:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +82,26 @@ def read_metrics(directory: Path) -> dict[str, Any]:
 
 def config_class(model_type: str) -> str:
     """The class of the model's configuration in transformers, as BLOOMChat's tools name the tokenizer's kind; else the type itself."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+    # Read, not imported: the library takes seconds and 200 MB to import, for one name.
+    library = find_spec("transformers")
+    assert library is not None, "it is declared"
+    assert library.origin is not None, "it is a package"
+    module = model_type.replace("-", "_")
+    path = Path(library.origin).parent / "models" / module / f"configuration_{module}.py"
+    for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else []:
+        if isinstance(node, ast.ClassDef) and _model_type(node) == model_type:
+            return f"<class 'transformers.models.{module}.configuration_{module}.{node.name}'>"
+    return model_type
 
-    name = CONFIG_MAPPING_NAMES.get(model_type)
-    if name is None:
-        return model_type
-    module = model_type_to_module_name(model_type)
-    return f"<class 'transformers.models.{module}.configuration_{module}.{name}'>"
+
+def _model_type(node: ast.ClassDef) -> str | None:
+    for line in node.body:
+        targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
+        value = getattr(line, "value", None)
+        named = any(isinstance(target, ast.Name) and target.id == "model_type" for target in targets)
+        if named and isinstance(value, ast.Constant):
+            return str(value.value)
+    return None
 
 
 def _write(path: Path, text: str) -> None:

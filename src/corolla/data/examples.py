@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from corolla.chat.templates import Turn
@@ -19,8 +18,7 @@ class Place(NamedTuple):
         return f"{self.source}:{self.line}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
+class Example(NamedTuple):
     """One dialogue.
 
     `system` is its own system prompt, `None` where it has none; `persona` are sentences about the assistant. What is `raw`

@@ -10,8 +10,9 @@ import numpy as np
 
 from corolla.chat.templates import Template, Turn, stop_ids
 from corolla.data.examples import Example
+from corolla.data.locating import Text
 from corolla.data.problems import Problems
-from corolla.data.spelling import COMPLETION, PROMPT, Spelled, Spelling, spelling_of
+from corolla.data.spelling import COMPLETION, PROMPT, Plan, Spelled, Spelling, carried_out, spelling_of
 from corolla.data.tokens import Kind, Tokens, TrainingTokenizer
 from corolla.errors import CallerError, InvalidSetting
 
@@ -110,31 +111,36 @@ class Renderer:
         Raises `CallerError` where the model's own template refuses the turns, does not end answers with an end token, or spells
         earlier turns differently in a longer conversation; and for what is no Unicode text.
         """
-        return (self._tokens(article, example.category) for article in self.spell(example))
+        (articles,) = self.spell_all([example])
+        if isinstance(articles, CallerError):
+            raise articles
+        yield from (self._tokens(article, example.category) for article in articles)
 
-    def spell(self, example: Example) -> Iterator[Spelled]:
-        """The articles of one example as lists, without its category. Raises as `render` does."""
-        return filter(None, map(self._fitted, self._spelled(example)))
+    def spell_all(self, examples: Sequence[Example]) -> Iterator[list[Spelled] | CallerError]:
+        """For each example its articles, without its category, or what `render` raises. All examples are tokenized together."""
+        plans = [self._plans(example) for example in examples]
+        results = iter(carried_out([plan for of_one in plans for plan in of_one], self.tokenizer))
+        for of_one in plans:
+            spelled = [next(results) for _ in of_one]
+            error = next((found for found in spelled if isinstance(found, CallerError)), None)
+            yield error or [fitted for found in spelled if (fitted := self._fitted(found)) is not None]  # type: ignore[arg-type]
 
-    def _spelled(self, example: Example) -> Iterator[Spelled]:
+    def _plans(self, example: Example) -> list[Plan]:
         if example.raw:
-            yield self._raw(example.turns)
-            return
+            return [self._raw(example.turns)]
         answers = [index for index, turn in enumerate(example.turns) if turn.role == "assistant"]
         system = instructions(example, self.template)
-        if self.settings.history is not None:
-            for index in answers:
-                turns = example.turns[max(0, index - self.settings.history) : index + 1]
-                yield self._chat(system, turns, [len(turns) - 1])
-        elif answers:
-            yield self._chat(system, example.turns[: answers[-1] + 1], answers)
+        if self.settings.history is None:
+            return [self._chat(system, example.turns[: answers[-1] + 1], answers)] if answers else []
+        before = [example.turns[max(0, index - self.settings.history) : index + 1] for index in answers]
+        return [self._chat(system, turns, [len(turns) - 1]) for turns in before]
 
-    def _raw(self, turns: Sequence[Turn]) -> Spelled:
+    def _raw(self, turns: Sequence[Turn]) -> Plan:
         """Prompts and completions as they stand; each completion ends with the end token, and so does the whole."""
         ids = list(self.tokenizer.opening_ids)
         kinds = bytearray(len(ids))
         for turn in turns:
-            tokens = self.tokenizer.encode(turn.content)
+            tokens, _ = yield Text(turn.content)
             ids += tokens
             if turn.role == "assistant":
                 ids.append(self._end)
@@ -149,8 +155,8 @@ class Renderer:
             kinds.append(Kind.END)
         return Spelled(ids, kinds)
 
-    def _chat(self, system: str, turns: Sequence[Turn], trained: Sequence[int]) -> Spelled:
-        ids, kinds = self._spelling.spell(system, turns, trained)
+    def _chat(self, system: str, turns: Sequence[Turn], trained: Sequence[int]) -> Plan:
+        ids, kinds = yield from self._spelling.spell(system, turns, trained)
         if ids[-1] in self._stops and kinds[-1] == Kind.COMPLETION:
             kinds[-1] = Kind.END
         else:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corolla.data.examples import Example
+from corolla.data.readers.hub import dataset_named
 from corolla.data.readers.read import files_of
 from corolla.errors import DataError
 
@@ -39,7 +40,9 @@ def sources_of(inputs: Sequence[str], progress: Progress) -> list[Source]:
     named: list[tuple[str, Path | None]] = []
     for given in inputs:
         root, files = Path(given), files_of(given)
-        named += [(file.relative_to(root).as_posix() if root.is_dir() else file.name, file) for file in files] or [(given, None)]
+        named += [(file.relative_to(root).as_posix() if root.is_dir() else file.name, file) for file in files] or [
+            (dataset_named(given), None)
+        ]
     total, done = sum(path.stat().st_size for _, path in named if path is not None), 0
     sources = []
     for name, path in named:

@@ -8,13 +8,14 @@ which is not spelled here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import jinja2
 
 from corolla.chat.templates import Template, Turn, environment, marks_of, stop_ids
+from corolla.data.locating import Located, Text
 from corolla.data.tokens import Kind, TrainingTokenizer
 from corolla.errors import CallerError, CheckpointError
 
@@ -28,13 +29,32 @@ class Spelled(NamedTuple):
     kinds: bytearray
 
 
-class Spelling(Protocol):
-    def spell(self, system: str, turns: Sequence[Turn], trained: Collection[int]) -> Spelled:
-        """The turns up to the end of the last one, an answer. `trained` are the indices of the answers to train on, ascending.
+Plan = Generator[Text, Located, Spelled]
+"""Asks for texts to be tokenized, one at a time, and returns what it makes of them; raises `CallerError` for what cannot be spelled."""
 
-        Raises `CallerError` for what cannot be spelled or trained on.
-        """
+
+class Spelling(Protocol):
+    def spell(self, system: str, turns: Sequence[Turn], trained: Collection[int]) -> Plan:
+        """The turns up to the end of the last one, an answer. `trained` are the indices of the answers to train on, ascending."""
         ...
+
+
+def carried_out(plans: Sequence[Plan], tokenizer: TrainingTokenizer) -> list[Spelled | CallerError]:
+    """What each of the plans returns or raises. The texts that they ask for are tokenized together."""
+    results: dict[int, Spelled | CallerError] = {}
+    given: dict[int, Located | CallerError | None] = dict.fromkeys(range(len(plans)))
+    while given:
+        asked: dict[int, Text] = {}
+        for index, answer in given.items():
+            try:
+                plan = plans[index]
+                asked[index] = plan.throw(answer) if isinstance(answer, CallerError) else plan.send(answer)  # type: ignore[arg-type]
+            except StopIteration as end:
+                results[index] = end.value
+            except CallerError as error:
+                results[index] = error
+        given = dict(zip(asked, tokenizer.locate(list(asked.values())), strict=True))
+    return [results[index] for index in range(len(plans))]
 
 
 def spelling_of(template: Template, tokenizer: TrainingTokenizer) -> Spelling:
@@ -67,15 +87,15 @@ class DeclaredSpelling:
         self._asked = marks(asked)
         self._answer = marks(template.answer_prefix[len(asked) :]), marks(template.answer_suffix)
 
-    def spell(self, system: str, turns: Sequence[Turn], trained: Collection[int]) -> Spelled:
-        run = _Run(self._tokenizer)
+    def spell(self, system: str, turns: Sequence[Turn], trained: Collection[int]) -> Plan:
+        run = _Run()
         if system:
             run.say(self._system, system, False)
         for turn in self._opening:
             self._turn(run, turn, False, False)
         for index, turn in enumerate(turns):
             self._turn(run, turn, index in trained, index - 1 in trained)
-        return run.spelled()
+        return (yield from run.plan(self._tokenizer.opening_ids))
 
     def _turn(self, run: _Run, turn: Turn, trained: bool, after_trained: bool) -> None:
         if turn.role == "user":
@@ -87,15 +107,13 @@ class DeclaredSpelling:
 
 
 class _Run:
-    """What is spelled so far. Text waits until a special token comes, because it is tokenized together."""
+    """What is said so far: text, which is tokenized together up to the next special token."""
 
-    def __init__(self, tokenizer: TrainingTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(tokenizer.opening_ids)
-        self._kinds = bytearray(len(self._ids))
-        self._waiting: list[str] = []
-        self._length = 0  # of what waits, in characters
-        self._switches: list[int] = []  # where in what waits training begins, ends, begins again
+    def __init__(self) -> None:
+        self._texts: list[list[str]] = [[]]  # between special tokens
+        self._switches: list[list[int]] = [[]]  # where in each training begins, ends, begins again
+        self._special: list[tuple[int, bytes]] = []  # after each text but the last one
+        self._length = 0  # of the last text, in characters
 
     def say(self, around: tuple[Sequence[_Mark], Sequence[_Mark]], content: str, trained: bool) -> None:
         self.mark(around[0], trained)
@@ -107,28 +125,32 @@ class _Run:
             if token_id is None:
                 self._text(text, trained)
             else:
-                self._finish()
-                self._ids.append(token_id)
-                self._kinds += COMPLETION if trained else PROMPT
+                self._special.append((token_id, COMPLETION if trained else PROMPT))
+                self._texts.append([])
+                self._switches.append([])
+                self._length = 0
 
-    def spelled(self) -> Spelled:
-        self._finish()
-        return Spelled(self._ids, self._kinds)
+    def plan(self, opening: Sequence[int]) -> Plan:
+        ids = list(opening)
+        kinds = bytearray(len(ids))
+        for index, (parts, switches) in enumerate(zip(self._texts, self._switches, strict=True)):
+            if index:
+                token_id, kind = self._special[index - 1]
+                ids.append(token_id)
+                kinds += kind
+            if text := "".join(parts):
+                found, begun = yield Text(text, switches, plain=True)
+                ids += found
+                for number, (begin, end) in enumerate(pairwise([0, *begun, len(found)])):
+                    kinds += (COMPLETION if number % 2 else PROMPT) * (end - begin)
+        return Spelled(ids, kinds)
 
     def _text(self, text: str, trained: bool) -> None:
-        if trained != len(self._switches) % 2:
-            self._switches.append(self._length)
-        self._waiting.append(text)
+        switches = self._switches[-1]
+        if trained != len(switches) % 2:
+            switches.append(self._length)
+        self._texts[-1].append(text)
         self._length += len(text)
-
-    def _finish(self) -> None:
-        if self._length:
-            ids, begun = self._tokenizer.encode_located("".join(self._waiting), self._switches, plain=True)
-            self._ids += ids
-            bounds = [0, *begun, len(ids)]
-            for number, (begin, end) in enumerate(pairwise(bounds)):
-                self._kinds += (COMPLETION if number % 2 else PROMPT) * (end - begin)
-        self._waiting, self._length, self._switches = [], 0, []
 
 
 def closing_length(template: Template) -> int:
@@ -152,7 +174,7 @@ class OwnSpelling:
         self._tokenizer = tokenizer
         self._stops = frozenset(stop_ids(template, tokenizer))
 
-    def spell(self, system: str, turns: Sequence[Turn], trained: Collection[int]) -> Spelled:
+    def spell(self, system: str, turns: Sequence[Turn], trained: Collection[int]) -> Plan:
         text = self._text(system, turns)
         begins = []
         for index in trained:
@@ -160,7 +182,7 @@ class OwnSpelling:
             if not text.startswith(prompt):
                 raise CallerError("the model's chat template spells earlier turns differently in a longer dialogue: choose another one")
             begins.append(len(prompt))
-        ids, begun = self._tokenizer.encode_located(text, begins, plain=False)
+        ids, begun = yield Text(text, begins)
         bounds = [*begun, len(ids)]
         kinds = bytearray(len(ids))
         stop = 0

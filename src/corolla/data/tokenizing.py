@@ -24,12 +24,15 @@ from corolla.data.examples import Example
 from corolla.data.layout import PARTS
 from corolla.data.render import Renderer, RenderSettings
 from corolla.data.sampling import drawn
+from corolla.data.spelling import Spelled
 from corolla.data.spool import Summary, chunk_path, read_summary, write_chunk
 from corolla.data.tokens import TrainingTokenizer
 from corolla.errors import CallerError, StorageError
 
 _CHUNK_CHARACTERS = 2**20  # about 250,000 tokens: half a second of work
 _CHUNK_EXAMPLES = 4096
+_TOGETHER = 256  # examples that are tokenized together: what the library makes of a token is twenty times as large as its number
+_PARALLEL = "TOKENIZERS_PARALLELISM"
 _AHEAD = 3  # chunks given out for each worker
 
 
@@ -101,11 +104,9 @@ def render_chunk(chunk: list[Example], rendering: Rendering, path: Path) -> Summ
     summary = Summary(counts=renderer.counts)
     numbers: dict[str, int] = {}
     ids, kinds, lengths, parts, categories = array("i"), bytearray(), array("i"), bytearray(), array("i")
-    for example in chunk:
-        try:
-            articles = list(renderer.spell(example))
-        except CallerError as error:
-            summary.problems.append((example.place, str(error)))
+    for example, articles in _spelled(chunk, renderer):
+        if isinstance(articles, CallerError):
+            summary.problems.append((example.place, str(articles)))
             continue
         part = _part(example, rendering)
         category = -1 if example.category is None else numbers.setdefault(example.category, len(numbers))
@@ -125,6 +126,12 @@ def render_chunk(chunk: list[Example], rendering: Rendering, path: Path) -> Summ
     return summary
 
 
+def _spelled(chunk: list[Example], renderer: Renderer) -> Iterator[tuple[Example, list[Spelled] | CallerError]]:
+    for start in range(0, len(chunk), _TOGETHER):
+        together = chunk[start : start + _TOGETHER]
+        yield from zip(together, renderer.spell_all(together), strict=True)
+
+
 def _part(example: Example, rendering: Rendering) -> int:
     if not rendering.dev and not rendering.test:
         return PARTS.index("train")
@@ -140,7 +147,8 @@ def _renderer(rendering: Rendering) -> Renderer:
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     if workers == 1:
-        yield None
+        with _one_thread():
+            yield None
         return
     # Fresh processes, not forks: this one has threads.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
@@ -150,7 +158,22 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The tokenizers library knows no other way to be told how many threads it may use."""
+    before = os.environ.get(_PARALLEL)
+    os.environ[_PARALLEL] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PARALLEL]
+        else:
+            os.environ[_PARALLEL] = before
+
+
 def _start_worker() -> None:
+    os.environ[_PARALLEL] = "false"  # the other workers have the other cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the parent to end
     parent = parent_process()
     assert parent is not None, "a worker is a child"

@@ -9,9 +9,9 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding
 
 from corolla.client.tokenizer import TextTokenizer
+from corolla.data.locating import Located, Locator, Text
 from corolla.errors import CallerError
 
 Ids = npt.NDArray[np.int32]
@@ -103,25 +103,16 @@ class TrainingTokenizer(TextTokenizer):
         """The text of `token_ids` with special tokens written out."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
-    def encode_located(self, text: str, places: Sequence[int], *, plain: bool) -> tuple[list[int], list[int]]:
-        """The tokens of `text`, and for each of `places` in it (in characters) how many tokens begin before it.
+    def locate(self, texts: Sequence[Text]) -> list[Located | CallerError]:
+        """The tokens of many texts: of plain ones as `encode_plain` gives them, else as `encode` does. See `Locator`."""
+        if len(kinds := {text.plain for text in texts}) > 1:
+            return [located for text in texts for located in self.locate([text])]
+        return (self._plain_locator if True in kinds else self._locator).locate(texts)
 
-        With `plain` as `encode_plain` gives them, else as `encode` does. Raises `CallerError` for what is no Unicode text.
-        """
-        tokenizer = self._plain if plain else self._tokenizer
-        try:
-            encoding = tokenizer.encode(text, add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError):
-            raise CallerError("the text is not valid Unicode: check its encoding") from None
-        ids = encoding.ids
-        return ids, [_begun_before(encoding, len(ids), place, len(text)) for place in places]
+    @cached_property
+    def _locator(self) -> Locator:
+        return Locator(self._tokenizer)
 
-
-def _begun_before(encoding: Encoding, count: int, place: int, length: int) -> int:
-    """Tokens ascend by where they begin. One by one is asked for, because a list of all places costs more than the rest does."""
-    token = next((found for at in range(place, length) if (found := encoding.char_to_token(at)) is not None), count)
-    while token < count and encoding.token_to_chars(token)[0] < place:
-        token += 1
-    while token and encoding.token_to_chars(token - 1)[0] >= place:  # some tokens have no character of their own
-        token -= 1
-    return token
+    @cached_property
+    def _plain_locator(self) -> Locator:
+        return Locator(self._plain)
