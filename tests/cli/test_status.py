@@ -63,6 +63,16 @@ def test_gaps_are_named_for_each_model() -> None:
     assert "no server is announced" in shown()
 
 
+def test_adapters_are_named_with_what_lacks_them() -> None:
+    poet, cook = "0" * 64, "1" * 64
+    first = record(0, 15, adapters={"poet": poet, "cook": cook})
+    text = shown(first, record(15, 30, adapters={"poet": poet}, takes_adapters=True))
+    assert "adapter cook 111111111111: 1 server, nobody has it for blocks 15:30" in text
+    assert "adapter poet 000000000000: 2 servers, every block has it" in text
+    assert "adapters of clients are taken by 1 server" in text
+    assert "adapter" not in shown(record(0, 30))
+
+
 def test_the_longest_line_fits() -> None:
     widest = record(
         4000,

@@ -120,6 +120,7 @@ def draw(seen: Look, width: int = WIDTH) -> Group:
             parts.append(Text(f"nobody holds blocks {', '.join(map(str, missing))}: no answer can be computed", style="bold red"))
         else:
             parts.append(Text("every block is held", style="green"))
+        parts += [Text(line) for line in adapter_lines(records, blocks)]
     if not seen.records:
         parts.append(Text("no server is announced in this swarm, or none that this secret can read: corolla doctor --peers tells which"))
     for record in seen.records:
@@ -129,6 +130,21 @@ def draw(seen: Look, width: int = WIDTH) -> Group:
     if seen.problem:
         parts.append(Text(seen.problem, style="yellow"))
     return Group(*parts)
+
+
+def adapter_lines(records: Sequence[ServerRecord], blocks: int) -> list[str]:
+    """One model's adapters: by which names servers hold them, and for which blocks nobody does."""
+    from corolla.swarm.routing import gaps
+
+    lines = []
+    for name, digest in sorted({named for record in records for named in record.adapters.items()}):
+        holders = [record for record in records if digest in record.adapters.values()]
+        missing = ", ".join(map(str, gaps(holders, blocks)))
+        where = f"nobody has it for blocks {missing}" if missing else "every block has it"
+        lines.append(f"adapter {name} {digest[:12]}: {len(holders)} server{'s' if len(holders) != 1 else ''}, {where}")
+    if takers := sum(record.takes_adapters for record in records):
+        lines.append(f"adapters of clients are taken by {takers} server{'s' if takers != 1 else ''}")
+    return lines
 
 
 def table(records: Sequence[ServerRecord], width: int) -> Table:
