@@ -1,10 +1,10 @@
 """What `corolla batch` costs over the engine that computes for it.
 
-    python benchmarks/batch.py [--model smollm2] [--requests N] [--repeats N] [--json FILE]
+    python benchmarks/batch.py [--model smollm2] [--only speed] [--only overhead] [--requests N] [--repeats N] [--json FILE]
 
-The engine by itself answers the same requests with 16, 32, 64 and 128 sessions at once, and its best figure is what the batch, with the
-concurrency that it chooses by itself, is held against, round by round. The overhead of a request is measured with a server that
-computes nothing: everything from the line of the input to the line of the results.
+`speed`: the engine by itself answers the same requests with 16, 32, 64 and 128 sessions at once, and its best figure is what the batch,
+with the concurrency that it chooses by itself, is held against, round by round. `overhead`: what a request costs is measured with a
+server that computes nothing: everything from the line of the input to the line of the results.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def instant() -> LocalTransport:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--only", action="append", choices=("speed", "overhead"), help="both by default; may be repeated")
     parser.add_argument("--requests", type=int, default=256, help="of a measurement with the model")
     parser.add_argument("--instant-requests", type=int, default=10_000, help="of the measurement without one")
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -141,20 +142,19 @@ def main() -> None:
             seconds = batch(nothing, "instant", tokenizer, requests.file(arguments.instant_requests), 1, config)
             return {"overhead": 1000 * seconds / arguments.instant_requests}
 
-        figures = rounds(arguments.repeats, {"engine": alone, "batch": together, "overhead": overhead})
+        cells = {"speed": {"engine": alone, "batch": together}, "overhead": {"overhead": overhead}}
+        wanted = {name: cell for part in arguments.only or cells for name, cell in cells[part].items()}
+        figures = rounds(arguments.repeats, wanted)
     table = Table("batch", {"model": arguments.model, "requests": count, "new tokens": new_tokens, "concurrency": config.concurrency})
-    for sessions in SESSIONS:
-        table.add(f"the engine alone, {sessions} sessions at once", "tokens/s", figures[str(sessions)])
-    table.add("batch", "tokens/s", figures["batch"])
-    best = [max(values) for values in zip(*(figures[str(sessions)] for sessions in SESSIONS), strict=True)]
-    table.ratio("batch / the engine at its best", "x", figures["batch"], best, reach=0.9)
-    table.add(
-        f"a request that costs nothing to compute, {arguments.instant_requests:,} of them",
-        "ms",
-        figures["overhead"],
-        reach=1.0,
-        at_most=True,
-    )
+    if "batch" in figures:
+        for sessions in SESSIONS:
+            table.add(f"the engine alone, {sessions} sessions at once", "tokens/s", figures[str(sessions)])
+        table.add("batch", "tokens/s", figures["batch"])
+        best = [max(values) for values in zip(*(figures[str(sessions)] for sessions in SESSIONS), strict=True)]
+        table.ratio("batch / the engine at its best", "x", figures["batch"], best, reach=0.9)
+    if "overhead" in figures:
+        name = f"a request that costs nothing to compute, {arguments.instant_requests:,} of them"
+        table.add(name, "ms", figures["overhead"], reach=1.0, at_most=True)
     table.report(arguments.json)
 
 

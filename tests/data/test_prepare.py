@@ -92,6 +92,14 @@ def test_the_files_are_those_of_bloomchats_tools(tmp_path: Path, source: Path, m
     assert (said["number_of_training_files"], said["max_batch_size_train"]) == (3, min(rows[3:]))
 
 
+def test_what_bloomchats_tools_ask_of_the_metadata_is_there_without_held_out_data(tmp_path: Path, source: Path, model: Path) -> None:
+    run(source, tmp_path / "out", model, files={"train": 2})
+    said = yaml.safe_load((tmp_path / "out" / "metadata.yaml").read_text())
+    assert said["token_type_ids"] is True
+    assert [said[f"number_of_{part}_files"] for part in ("training", "dev", "test")] == [2, 0, 0]
+    assert (said["max_batch_size_train"] > 0, said["max_batch_size_dev"]) == (True, None)
+
+
 def test_categories_by_a_mapping(tmp_path: Path, source: Path, model: Path) -> None:
     run(source, tmp_path / "out", model, categories={"kind 1": 7}, packing="single")
     with h5py.File(tmp_path / "out" / "train_1_of_1.hdf5") as file:

@@ -52,7 +52,7 @@ def write_description(
         for part in rows
         for name in ("articles", "sequences", "prompt_tokens", "completion_tokens", "padding_tokens")
     }
-    fewest = {f"max_batch_size_{part}": min(rows[part]) for part in rows if part != "test"}
+    fewest = {f"max_batch_size_{part}": min(rows.get(part, ()), default=None) for part in PARTS if part != "test"}
     named = {"train": "training", "dev": "dev", "test": "test"}
     files = {f"number_of_{named[part]}_files": len(rows.get(part, ())) for part in PARTS}
     _write(directory / METADATA, yaml.safe_dump({**metadata, **files, **fewest, **counts}, sort_keys=False, allow_unicode=True))
