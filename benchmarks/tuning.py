@@ -40,6 +40,8 @@ from swarm_servers import COROLLA, Client, CorollaSwarm, PetalsSwarm, Processes,
 from tuning_bench import Bench, layers
 from tuning_talk import chats, session
 
+PEFT, PETALS = "PEFT, one process, float32", "Petals, two servers, float32"
+FLOAT32, BFLOAT16 = "Corolla, two servers, float32", "Corolla, two servers, bfloat16"
 CLOSE, CLOSE_BF16 = 1e-3, 2e-2  # how far losses may be from PEFT's in float32, as a share; Petals predicts one token fewer
 
 
@@ -48,16 +50,14 @@ def step(bench: Bench) -> None:
     options = bench.options
     answers: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder, Processes(Path(folder)) as processes:
-        clients = {"PEFT, one process, float32": bench.client(processes, "peft", "float32", threads=options.all_threads)}
-        for dtype in ("float32", "bfloat16"):
-            address = bench.corolla(processes, dtype).address
-            clients[f"Corolla, two servers, {dtype}"] = bench.client(processes, "corolla", address, dtype)
-        if options.petals_python is not None:
+        clients = {PEFT: bench.client(processes, "peft", "float32", threads=options.all_threads)}
+        for name, dtype in ((FLOAT32, "float32"), (BFLOAT16, "bfloat16")):
+            if dtype in options.sides:
+                clients[name] = bench.client(processes, "corolla", bench.corolla(processes, dtype).address, dtype)
+        if options.petals_python is not None and "petals" in options.sides:
             threads = options.petals_threads or options.threads
             theirs = PetalsSwarm(processes, options.petals_python, bench.directory, bench.spans, threads=threads)
-            clients["Petals, two servers, float32"] = bench.client(
-                processes, "petals", theirs.address, PetalsSwarm.PREFIX, python=options.petals_python
-            )
+            clients[PETALS] = bench.client(processes, "petals", theirs.address, PetalsSwarm.PREFIX, python=options.petals_python)
 
         def measure(name: str, client: Client, number: int) -> Mapping[str, float]:
             answer = bench.ask(client)
@@ -65,24 +65,27 @@ def step(bench: Bench) -> None:
             return {name: bench.rate(answer)}
 
         figures = rounds(options.rounds, {name: functools.partial(measure, name, client) for name, client in clients.items()})
-    reference = [loss for answer in answers["PEFT, one process, float32"] for loss in answer["losses"]]
+    reference = [loss for answer in answers[PEFT] for loss in answer["losses"]]
     for name, given in answers.items():
         losses = [loss for answer in given for loss in answer["losses"]]
         furthest = max(abs(a / b - 1) for a, b in zip(losses, reference, strict=True))
-        if furthest > (CLOSE if name.startswith("Corolla") and name.endswith("float32") else CLOSE_BF16):
+        if furthest > (CLOSE if name == FLOAT32 else CLOSE_BF16):
             raise SystemExit(f"{name}: a loss is {furthest:.1%} away from PEFT's, so its speed does not count")
         bench.table.add(f"ptune step, {name}", "tokens/s", figures[name])
-    ours = figures["Corolla, two servers, float32"]
-    bench.table.ratio("ptune step: Corolla / PEFT", "x", ours, figures["PEFT, one process, float32"], reach=0.85, aim=1.0)
-    if "Petals, two servers, float32" in figures:
-        petals = figures["Petals, two servers, float32"]
-        bench.table.ratio("ptune step: Corolla / Petals", "x", ours, petals, reach=1.5, aim=1.9)
-        bf16 = figures["Corolla, two servers, bfloat16"]
-        bench.table.ratio("ptune step: Corolla, bfloat16 / Petals, float32", "x", bf16, petals, reach=3.0, aim=5.0)
-    last = answers["Corolla, two servers, float32"][-1]
+    for title, ours, other, reach, aim in (
+        ("Corolla / PEFT", FLOAT32, PEFT, 0.85, 1.0),
+        ("Corolla / Petals", FLOAT32, PETALS, 1.5, 1.9),
+        ("Corolla, bfloat16 / Petals, float32", BFLOAT16, PETALS, 3.0, 5.0),
+    ):
+        if ours in figures and other in figures:
+            bench.table.ratio(f"ptune step: {title}", "x", figures[ours], figures[other], reach=reach, aim=aim)
+    if FLOAT32 not in answers:
+        return
+    last = answers[FLOAT32][-1]
     beyond = last["resident"] - last["outer"]
     bench.table.add("client's memory beyond embeddings and head", "MB", [beyond / 1e6], reach=400.0, at_most=True)
     bench.table.add("of it, torch, transformers and hivemind", "MB", [last["imported"] / 1e6])
+    bench.table.add("of it, pages of libraries' files, which processes share", "MB", [last["mapped"] / 1e6])
 
 
 def quality(bench: Bench) -> None:
@@ -171,7 +174,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="that count")
     parser.add_argument("--threads", type=int, default=1, help="of each server")
     parser.add_argument("--petals-threads", type=int, help="of each of Petals' servers; as many as ours by default")
-    parser.add_argument("--client-threads", type=int, default=1, help="of the client of either system")
+    parser.add_argument("--client-threads", type=int, default=torch.get_num_threads(), help="of the client of either system")
+    sides = ("float32", "bfloat16", "petals")
+    parser.add_argument("--sides", nargs="+", choices=sides, default=sides, help="of the step part, beside PEFT")
     parser.add_argument("--all-threads", type=int, default=torch.get_num_threads(), help="of PEFT's one process")
     parser.add_argument("--session-tokens", type=int, default=32)
     parser.add_argument("--run", type=Path, metavar="DIR", help="of the quality part, which stays there; new where that is measured")

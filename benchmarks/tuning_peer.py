@@ -5,8 +5,9 @@
     PYTHON benchmarks/tuning_peer.py petals THREADS DIRECTORY ADDRESS DHT_PREFIX
 
 One JSON request a line, one JSON answer a line. {"steps": n, "batch": s, "length": t} gives {"seconds": [...], "losses": [...]} of
-each step, and in bytes {"resident", "imported", "outer"}: this process's memory at its highest and after its imports, and that of
-the embeddings and the head. All of them begin with the same 16 soft tokens and see the same random tokens. {"prompt": [token ids],
+each step, and in bytes {"resident", "mapped", "imported", "outer"}: this process's memory at its highest, what of it are pages of files
+(libraries, which all processes share), its memory after its imports, and that of the embeddings and the head. All of them begin with
+the same 16 soft tokens and see the same random tokens. {"prompt": [token ids],
 "new_tokens": n, "beams": b} gives {"token_ids": [...], "times": [...]} of the bare model's `generate`: seconds from the request to each
 token, or, with several beams, to the end. With Petals nothing of Corolla is needed.
 """
@@ -20,6 +21,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from petals_peer import Clock
@@ -122,7 +124,7 @@ def main() -> None:
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - began)
             losses.append(float(loss))
-        memory = {"resident": resident(highest=True), "imported": imported, "outer": sum(ends.values())}
+        memory = {"resident": resident(highest=True), "mapped": mapped(), "imported": imported, "outer": sum(ends.values())}
         print(json.dumps({"seconds": seconds, "losses": losses, **memory}), file=pipe, flush=True)
 
 
@@ -154,6 +156,13 @@ def resident(*, highest: bool = False) -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def mapped() -> int:
+    """Bytes of files that are in memory for this process, now; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile:"))
 
 
 if __name__ == "__main__":

@@ -86,14 +86,17 @@ def main(arguments: list[str] | None = None) -> None:
     with model.inference_session(max_length=512) as session:
         for said in options.say if options.say is not None else spoken():
             inputs: torch.Tensor | None = tokenizer(f"{said}{TURN_END}", return_tensors="pt")["input_ids"]
-            print("Friend:", end="", flush=True)
+            print("Friend: ", end="", flush=True)
+            begun = False
             for _ in range(60):
                 answer = model.generate(inputs, max_new_tokens=1, do_sample=True, temperature=0.7, top_k=50, session=session)
-                piece = tokenizer.decode(answer[0, -1:])
-                if "\n" in piece or answer[0, -1] == tokenizer.eos_token_id:
-                    break
-                print(piece, end="", flush=True)
                 inputs = None
+                piece = tokenizer.decode(answer[0, -1:])
+                begun = begun or bool(piece.strip("-\n "))  # after few steps it begins with another ruler
+                if begun and ("\n" in piece or answer[0, -1] == tokenizer.eos_token_id):
+                    break
+                if begun:
+                    print(piece, end="", flush=True)
             print()
     model.close()
 

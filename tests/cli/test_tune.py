@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,22 @@ from tests.models import tiny
 
 DEADLINE = 180.0  # seconds for a process on a loaded machine
 
-# Beside the command line: no connection leaves this machine, whatever libraries would like to send.
-OFFLINE = """
-import sys
+# Beside the command line: no connection leaves this machine, whatever libraries would like to send; and where there is a file "hold",
+# the first record with a step waits until the file is gone, so that a signal finds the run in its middle.
+WATCHED = """
+import os, sys, time
 def watch(event, arguments):
     if event == "socket.connect" and isinstance(arguments[1], tuple) and arguments[1][0] not in ("127.0.0.1", "::1", "localhost"):
         print(f"CONNECTS TO {arguments[1]}", file=sys.stderr, flush=True)
     if event == "socket.getaddrinfo" and arguments[0] not in ("127.0.0.1", "::1", "localhost", None):
         print(f"CONNECTS TO {arguments[0]}", file=sys.stderr, flush=True)
+    if event == "os.rename" and str(arguments[1]).endswith("tuning.json") and os.path.exists("hold"):
+        with open(arguments[0]) as file:
+            if '"curve": []' in file.read():
+                return
+        os.rename("hold", "held")
+        while os.path.exists("held"):
+            time.sleep(0.05)
 sys.addaudithook(watch)
 from corolla.cli.main import app
 app()
@@ -45,38 +54,55 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", OFFLINE, "tune", *arguments]
-    environment = {"PATH": "", "HOME": str(folder), "TRACKIO_DIR": str(folder / "trackio"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Runs `corolla tune` in `tmp_path`; what still runs at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", WATCHED, "tune", *arguments]
+        environment = {"PATH": "", "HOME": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio"), "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment))
+        return started[-1]
+
+    yield run
+    for process in started:
+        with process:  # which closes its pipes
+            process.kill()
 
 
-def test_it_is_interrupted_and_resumed_and_tells_nobody(model: Path, data: Path, tmp_path: Path) -> None:
+def test_it_is_interrupted_and_resumed_and_tells_nobody(
+    start: Callable[..., subprocess.Popen[str]], model: Path, data: Path, tmp_path: Path
+) -> None:
     arguments = [str(model), "--data", str(data), "--out", "prompt", "--held-out", "0.2", "--batch", "2", "--dtype", "float32"]
-    process = start(tmp_path, *arguments, "--steps", "60", "--save-every", "1000")
+    arguments += ["--steps", "12"]
+    (tmp_path / "hold").touch()
+    process = start(*arguments, "--save-every", "2")
     deadline = time.monotonic() + DEADLINE
-    while not ((tmp_path / "prompt" / "tuning.json").exists() and (record := read_record(tmp_path / "prompt")) and record.curve):
-        assert process.poll() is None, process.communicate()
+    while not (tmp_path / "held").exists():
+        assert process.poll() is None, process.communicate(timeout=DEADLINE)
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
+    (tmp_path / "held").unlink()
     _, stderr = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130, stderr
     halted = read_record(tmp_path / "prompt")
     assert halted is not None
     assert halted.status == "interrupted"
+    assert halted.steps["done"] < 12
     assert f"step {halted.steps['done']} is saved" in stderr
     assert "corolla tune" in stderr
     assert "--resume" in stderr
     assert (tmp_path / "prompt" / "adapter_model.safetensors").exists()
-    resumed = start(tmp_path, *arguments, "--steps", "60", "--save-every", "1000", "--resume")
+    resumed = start(*arguments, "--resume")
     stdout, stderr = resumed.communicate(timeout=DEADLINE)
     assert resumed.returncode == 0, stderr
     assert "corolla chat" in stdout
     assert "--prompt prompt" in stdout
     done = read_record(tmp_path / "prompt")
     assert done is not None
-    assert [entry["step"] for entry in done.curve] == list(range(1, 61))
+    assert [entry["step"] for entry in done.curve] == list(range(1, 13))
     assert list((tmp_path / "trackio").glob("*.db"))
     assert "CONNECTS TO" not in stderr
 

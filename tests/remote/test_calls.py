@@ -10,7 +10,7 @@ import torch
 from msgspec import structs
 
 from corolla.engine.calls import backward, forward
-from corolla.errors import Busy, InvalidSetting, NoRoute, ServerFault
+from corolla.errors import ActivationsGone, Busy, CorollaError, InvalidSetting, NoRoute, PromptNeeded, ServerFault
 from corolla.models.span import load_span
 from corolla.remote.servers import RemoteConfig
 from corolla.swarm.arrays import to_array
@@ -88,6 +88,18 @@ def test_a_prompt_is_sent_once(make_swarm: MakeSwarm, llama: Path) -> None:
     assert_equal(step(local, prompts=3), expected(llama, prompts=3))
     assert sorted(peer for peer, message in seen if isinstance(message, PromptFrame)) == ["a", "b"]
     assert sum(isinstance(message, ForwardFrame) for _, message in seen) == 6
+
+
+@pytest.mark.parametrize(("servers", "calls"), [({"a": (0, 4)}, 2), ({"a": (0, 2), "b": (2, 4)}, 6)])
+def test_a_batch_is_cut_so_that_several_servers_have_work(
+    make_swarm: MakeSwarm, llama: Path, servers: dict[str, tuple[int, int]], calls: int
+) -> None:
+    local = make_swarm(llama, servers)
+    seen = watched(local)
+    local.calls.forward(WHOLE, (100,) * 6, torch.randn(600, 64))
+    assert [sum(peer == server and isinstance(message, ForwardFrame) for peer, message in seen) for server in servers] == [calls] * len(
+        servers
+    )
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -182,6 +194,20 @@ def test_a_result_that_cannot_be_true_is_the_servers_fault(make_swarm: MakeSwarm
     liar = local.hub.join("a")
     liar.listen(lambda sender, frame: liar.send(sender, ResultFrame(frame.call, to_array(wrong, "float32"))), lambda peer: None)  # type: ignore[union-attr]
     assert_equal(step(local), expected(llama))
+    assert local.servers.bans.banned() == {"a"}
+
+
+@pytest.mark.parametrize("error", [ActivationsGone(), PromptNeeded()])
+def test_a_server_that_forgets_without_end_is_left(make_swarm: MakeSwarm, llama: Path, error: CorollaError) -> None:
+    local = make_swarm(llama, SPARE)
+    liar = local.hub.join("a")
+
+    def answer(sender: str, frame: WireMessage) -> None:
+        if isinstance(frame, (ForwardFrame, BackwardFrame)):
+            liar.send(sender, failed_of(error, str(frame.call), 0, peer="a"))
+
+    liar.listen(answer, lambda peer: None)
+    assert_equal(step(local, prompts=3), expected(llama, prompts=3))
     assert local.servers.bans.banned() == {"a"}
 
 

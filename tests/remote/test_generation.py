@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LogitsProcessor, TextStreamer
+from transformers import AutoModelForCausalLM, LogitsProcessor, StoppingCriteria, TextStreamer
 
 from corolla.errors import InvalidSetting, PromptTooLong
 from corolla.remote.models import AutoDistributedModelForCausalLM
@@ -79,6 +79,32 @@ def test_scores_streamers_and_inputs_embeds(both: tuple[Any, Any]) -> None:
     torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-5)
     embedded = [model.generate(inputs_embeds=model.get_input_embeddings()(IDS), max_new_tokens=5) for model in both]
     assert torch.equal(*embedded)
+
+
+class Even(LogitsProcessor):
+    """No odd token is said."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, 1::2] = -torch.inf
+        return scores
+
+
+class AfterFour(StoppingCriteria):
+    """Four new tokens are enough."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= IDS.shape[1] + 4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=lambda settings: "-".join(settings))
+def test_processors_and_criteria_of_ones_own(both: tuple[Any, Any], settings: dict[str, Any]) -> None:
+    answers = [
+        model.generate(**PADDED, max_new_tokens=9, logits_processor=[Even()], stopping_criteria=[AfterFour()], **settings) for model in both
+    ]
+    assert torch.equal(*answers)
+    assert answers[0].shape[1] == IDS.shape[1] + 4
+    assert not (answers[0][:, IDS.shape[1] :] % 2).any()
 
 
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])

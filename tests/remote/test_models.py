@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForSequenceClassification, get_scheduler
 
 import corolla
 from corolla.errors import InvalidSetting, PromptError, UnsupportedModel
@@ -132,6 +133,33 @@ def test_prompts_are_trained(checkpoints: dict[str, Path]) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+    model.close()
+
+
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+def test_a_training_loop_as_it_is_written_for_petals(directory: Path, mode: Any) -> None:
+    """Their notebook's steps: the model on a device, padding that is not masked, an optimizer of all parameters, and talk after it."""
+    torch.manual_seed(0)
+    model = AutoDistributedModelForCausalLM.from_pretrained(directory, pre_seq_len=4, tuning_mode=mode).to("cpu")
+    texts = [{"input_ids": ids, "labels": ids} for ids in torch.nn.functional.pad(IDS.repeat(6, 1), (0, 3))]
+    loader = DataLoader(texts, shuffle=True, batch_size=4, drop_last=True)
+    trained = [name.rpartition(".prompts.")[2] for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == (["tokens", "deep"] if mode == "deep_ptune" else ["tokens"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    schedule = get_scheduler("linear", optimizer=optimizer, num_warmup_steps=0, num_training_steps=len(loader))
+    losses = []
+    for batch in loader:
+        model.train()
+        loss = model(**{name: tensor.to("cpu") for name, tensor in batch.items()}).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    said = model.generate(IDS[:1], temperature=0.6, do_sample=True, top_k=20, eos_token_id=2, max_new_tokens=5)
+    assert torch.equal(said[:, :6], IDS[:1])
+    assert 6 < said.shape[1] <= 11
     model.close()
 
 

@@ -15,6 +15,7 @@ from corolla.tuning.dialogues import DataSettings
 from corolla.tuning.prompt_tuning import TuneSettings, tune
 from corolla.tuning.record import Record, read_record
 from corolla.types import Span
+from tests.swarm.forked import ForkedSwarm
 from tests.swarm.harness import COROLLA, DEADLINE, OVER_HIVEMIND, Swarm
 from tests.tuning.conftest import Tune
 
@@ -46,7 +47,7 @@ def losses(record: Record) -> list[float]:
 
 def test_two_at_once_are_as_if_undisturbed(tuning: Tune, models: dict[str, Path], dialogues: Path, tmp_path: Path, quiet: Console) -> None:
     alone = [tuning(f"alone-{seed}", mode="deep_ptune", data={"seed": seed}) for seed in (0, 1)]
-    with Swarm(models["llama"], tmp_path, "--dtype", "float32") as swarm:
+    with ForkedSwarm(models["llama"], tmp_path, "--dtype", "float32") as swarm:
         swarm.serve("0:2", "2:4", "2:4", "2:4")
         swarm.wait_ready()
         options = ["--data", str(dialogues), "--max-length", "160", "--held-out", "0.1", "--held-out-samples", "3", "--deep", "--seed", "1"]
@@ -60,7 +61,7 @@ def test_two_at_once_are_as_if_undisturbed(tuning: Tune, models: dict[str, Path]
             assert other.wait(DEADLINE) == 0, (tmp_path / "log-of-other").read_text()
         finally:
             other.kill()
-            other.wait()
+            other.wait(DEADLINE)
     theirs = read_record(tmp_path / "other")
     assert theirs is not None
     assert len(set(killing.killed)) == 2

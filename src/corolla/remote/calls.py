@@ -25,6 +25,9 @@ from corolla.swarm.routing import Quality
 from corolla.swarm.wire import MAX_STEP_TOKENS, Array, BackwardFrame, ForwardFrame, Hop, PromptNameFrame, ResultFrame, WireDtype
 from corolla.types import Span
 
+_LEAST_ROWS = 128  # of a call, where there are more
+_CALLS = 4  # of a batch, for each server that it goes through
+
 _Done = TypeVar("_Done")
 _WIRE_DTYPES: dict[torch.dtype, WireDtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -86,7 +89,7 @@ class Calls:
         if max(lengths) > MAX_STEP_TOKENS:
             raise InvalidSetting("lengths", f"a sequence of {max(lengths)} rows; one call carries {MAX_STEP_TOKENS}")
         prompt = None if prompts_BxPxE is None else DeepPrompt(prompts_BxPxE, span.start)
-        groups = _grouped(lengths, self.servers.config.call_rows)
+        groups = _grouped(lengths, self._rows_of_a_call(span, sum(lengths)))
         pieces = hidden_TxE.detach().split([sum(group) for group in groups])
         done = self._each(lambda index: self._forward(span, groups[index], pieces[index], prompt, keep), len(groups))
         return torch.cat([out for out, _ in done]), [trail for _, trail in done]
@@ -104,6 +107,13 @@ class Calls:
             return torch.cat([rows for rows, _ in done]), None
         of_prompts = torch.stack([soft for _, soft in done if soft is not None]).sum(0)
         return torch.cat([rows for rows, _ in done]), of_prompts.to(prompts_BxPxE)
+
+    def _rows_of_a_call(self, span: Span, rows: int) -> int:
+        """At most: as many as the configuration says through one server; through several, so few that all of them have work most of
+        the time, and yet enough that a backward's widened weights are worth it."""
+        most = self.servers.config.call_rows
+        servers = len(self.servers.way(span).hops)
+        return most if servers == 1 else min(most, max(_LEAST_ROWS, rows // (_CALLS * servers)))
 
     def _each(self, work: Callable[[int], _Done], count: int) -> list[_Done]:
         return [work(0)] if count == 1 else list(self._threads.map(work, range(count)))
@@ -192,7 +202,9 @@ class Calls:
                     _, answer = mailbox.wait((hop.peer,))
                 except Forgot as error:
                     if not isinstance(error.error, PromptNeeded):
-                        raise
+                        if isinstance(frame, BackwardFrame) and frame.kept:
+                            raise
+                        raise Fault(hop.peer, ProtocolError("it says that it forgot what it was not asked to keep")) from error
                     servers.given.lose(hop.peer)
                     if given_again:
                         raise Fault(hop.peer, ProtocolError("it was sent the soft prompt twice, and says that it lacks it")) from error

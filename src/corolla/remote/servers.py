@@ -59,7 +59,7 @@ class RemoteConfig:
         allowed_servers: the only peers to use; None is all of them.
         blocked_servers: peers never to use.
         wire_dtype: of rows and gradients as they are sent; None sends them in their own.
-        call_rows: of one call, in whole sequences: a larger batch goes in several, side by side.
+        call_rows: of one call at most, in whole sequences: a larger batch goes in several, side by side.
         parallel: calls under way at once; a server takes four of one client.
         silence: seconds without an answer, until servers are asked whether they live.
         answer: seconds for them to say so; who does not is as good as dead.
@@ -73,7 +73,7 @@ class RemoteConfig:
     blocked_servers: frozenset[str] = frozenset()
     wire_dtype: WireDtype | None = None
     call_rows: int = 512
-    parallel: int = 3
+    parallel: int = 4
     silence: float = 2.0
     answer: float = 1.0
     lost: float = 20.0
