@@ -21,6 +21,8 @@ from corolla.swarm.local import LocalTransport
 from corolla.types import GenerationSettings
 from tests.models import tiny
 
+TIMEOUT = 120.0  # seconds for a token
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
@@ -57,7 +59,7 @@ def run(
     transport: LocalTransport, peer: str, tokenizer: TextTokenizer, asked: list[BatchRequest], **config: Any
 ) -> dict[int, dict[str, Any]]:
     written: dict[int, dict[str, Any]] = {}
-    counts = Batch(transport, peer, tokenizer, prepare, written.__setitem__, BatchConfig(**config)).run(iter(asked))
+    counts = Batch(transport, peer, tokenizer, prepare, written.__setitem__, BatchConfig(timeout=TIMEOUT, **config)).run(iter(asked))
     assert counts.requests == len(written)
     return written
 
@@ -83,7 +85,9 @@ def test_answers_do_not_depend_on_how_many_are_asked_at_once(engine: Engine, tok
 
 def test_ten_thousand_short_requests_are_all_answered_once(fake: FakeEngine, tokenizer: TextTokenizer) -> None:
     seen: list[int] = []
-    Batch(fake.transport, "fake", tokenizer, prepare, lambda index, _: seen.append(index)).run(iter(requests(10_000)))
+    Batch(fake.transport, "fake", tokenizer, prepare, lambda index, _: seen.append(index), BatchConfig(timeout=TIMEOUT)).run(
+        iter(requests(10_000))
+    )
     assert sorted(seen) == list(range(10_000))
 
 
@@ -108,7 +112,7 @@ def test_a_full_disk_ends_the_run(fake: FakeEngine, tokenizer: TextTokenizer) ->
         raise StorageError("full")
 
     with pytest.raises(StorageError, match="full"):
-        Batch(fake.transport, "fake", tokenizer, prepare, write).run(iter(requests(10)))
+        Batch(fake.transport, "fake", tokenizer, prepare, write, BatchConfig(timeout=TIMEOUT)).run(iter(requests(10)))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("corolla-batch")]
 
 

@@ -121,11 +121,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, timeout=60
+    )
     if not mounted or mounted.returncode != 0:
         pytest.skip("mounting a small disk takes root")
     yield disk
-    subprocess.run(["umount", disk], check=True)
+    subprocess.run(["umount", disk], check=True, timeout=60)
 
 
 def test_a_full_disk_and_on_when_there_is_room(small_disk: Path, source: Path, model: Path, expected: dict[str, bytes]) -> None:
@@ -133,14 +135,14 @@ def test_a_full_disk_and_on_when_there_is_room(small_disk: Path, source: Path, m
         run(source, small_disk / "out", model, dev=0.1, categories="auto", seed=5, workers=2)
     with pytest.raises(DataError, match="out is not finished"):
         PackedDataset(small_disk / "out")
-    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True, timeout=60)
     run(source, small_disk / "out", model, dev=0.1, categories="auto", seed=5)
     assert contents(small_disk / "out") == expected
 
 
 @pytest.mark.parametrize("room", [1_600_000, 2_000_000])
 def test_a_disk_that_fills_up_later(tmp_path: Path, small_disk: Path, source: Path, model: Path, room: int) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={room}", small_disk], check=True)
+    subprocess.run(["mount", "-o", f"remount,size={room}", small_disk], check=True, timeout=60)
     with pytest.raises(StorageError, match=r"cannot be (written|finished): "):
         run(source, small_disk / "out", model, dev=0.1)
     assert not (small_disk / "out" / "SHA256SUMS").exists()

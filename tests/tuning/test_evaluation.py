@@ -56,7 +56,7 @@ def test_the_loss_is_that_of_the_stock_model_on_what_is_trained_on(directory: Pa
         total += float(torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum"))
         count += int((labels[1:] != -100).sum())
     told: list[int] = []
-    loss = evaluate(articles, session, report=told.append)
+    loss = evaluate(articles, session, timeout=120, report=told.append)
     assert (loss.tokens, len(loss.articles)) == (count, 5)
     assert loss.loss == pytest.approx(total / count, rel=1e-4)
     assert loss.perplexity == pytest.approx(math.exp(total / count), rel=1e-3)
@@ -65,7 +65,7 @@ def test_the_loss_is_that_of_the_stock_model_on_what_is_trained_on(directory: Pa
 
 def test_what_cannot_be_evaluated(session: Callable[[], Session]) -> None:
     with pytest.raises(PromptTooLong):
-        evaluate([article(600, 0)], session)
+        evaluate([article(600, 0)], session, timeout=120)
     with pytest.raises(DataError, match="nothing to evaluate"):
         _ = evaluate([], session).loss
 
