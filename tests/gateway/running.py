@@ -155,13 +155,12 @@ def running(
     settings = uvicorn.Config(
         gateway_app(gateway),
         port=0,
-        http=PatientHTTP,
         ws="websockets-sansio",
         log_config=None,
         access_log=False,
         lifespan="on",
         timeout_graceful_shutdown=5,
-        **server,
+        **{"http": PatientHTTP, **server},
     )
     uvicorn_server = uvicorn.Server(settings)
     thread = threading.Thread(target=lambda: asyncio.run(_serve(uvicorn_server, gateway)), name="gateway", daemon=True)

@@ -1,13 +1,14 @@
 """Answers that are written on threads and read from the event loop.
 
 A session waits for its tokens on a thread, as all clients of Corolla do; here each answer under way has one. Pieces cross to the
-event loop through a deque, and one wake-up carries all that has come since the last one.
+event loop through a deque, and one wake-up tells of all that has come, for whichever answers, since the last one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -52,6 +53,27 @@ class Request:
     session: Kept | None = None  # to be used; its owner takes care of it, and asks for one answer at a time
 
 
+class Bell:
+    """Wakes an event loop from threads: rung for several answers before it is heard, it is heard once."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._rung: deque[asyncio.Event] = deque()
+        self._heard = True
+
+    def ring(self, event: asyncio.Event) -> None:
+        """Have `event` set in the loop; from any thread."""
+        self._rung.append(event)
+        if self._heard:
+            self._heard = False
+            self._loop.call_soon_threadsafe(self._hear)
+
+    def _hear(self) -> None:
+        self._heard = True  # before looking: what is rung from now on rings anew
+        while self._rung:
+            self._rung.popleft().set()
+
+
 class Answer:
     """One answer under way, for the event loop that made it. `result` stands when `ended` is set.
 
@@ -59,7 +81,7 @@ class Answer:
     """
 
     def __init__(
-        self, request: Request, gate: Gate, threads: ThreadPoolExecutor, pool: SessionPool, metrics: Metrics, timeout: float
+        self, request: Request, gate: Gate, threads: ThreadPoolExecutor, pool: SessionPool, metrics: Metrics, bell: Bell, timeout: float
     ) -> None:
         self.request = request
         self.result: CompletionResult | None = None
@@ -71,23 +93,27 @@ class Answer:
         self._loop = asyncio.get_running_loop()
         self._items: deque[Piece | Notice | None] = deque()
         self._ready = asyncio.Event()
-        self._woken = False
-        self._kept: Kept | None = None
+        self._bell = bell
+        self._lock = threading.Lock()
+        self._kept: Kept | None = None  # while this answer is the one that uses it
         self._stopped = False
         self.began = time.perf_counter()
         self._metrics = metrics
         self.place = gate.waiting + 1  # in the queue, where there was one
         self._task = asyncio.create_task(self._live(gate, threads, pool))
+        self._task.add_done_callback(lambda _: self._end(self.error))  # one that was stopped before its turn has not said so
 
     def stop(self) -> None:
-        """End the answer where it is; the iteration ends soon, without an error."""
+        """End the answer where it is; the iteration ends soon, without an error. What has ended stays as it is."""
         if self._stopped:
             return
         self._stopped = True
         if self.queued is None:
             self._task.cancel()
-        elif self._kept is not None:
-            self._kept.seam.interrupt()
+            return
+        with self._lock:
+            if self._kept is not None:
+                self._kept.seam.interrupt()
 
     def when_ended(self, act: Callable[[], None]) -> None:
         """Have something done when nothing is left of the answer."""
@@ -134,10 +160,6 @@ class Answer:
         owner = self.request.owner
         try:
             await gate.take(owner)
-        except asyncio.CancelledError:  # `stop`
-            self._put(None)
-            self.ended.set()
-            return
         except CorollaError as error:
             self._end(error)
             return
@@ -152,10 +174,11 @@ class Answer:
             self._metrics.answered(self.request.model.name, self.queued, self.result, self.error)
             self.ended.set()
 
-    def _end(self, error: CorollaError) -> None:
-        self.error = error
-        self._put(None)
-        self.ended.set()
+    def _end(self, error: CorollaError | None) -> None:
+        if not self.ended.is_set():
+            self.error = error
+            self._put(None)
+            self.ended.set()
 
     def _write(self, pool: SessionPool) -> None:
         """On a thread: all of the answer."""
@@ -167,7 +190,8 @@ class Answer:
             kept = request.session or pool.take(request.model, request.owner, request.prompt, request.soft)
             kept.seam.begin()
             kept.seam.on_lost = self._lost
-            self._kept = kept
+            with self._lock:
+                self._kept = kept
             if self._stopped:
                 raise Interrupted
             completion = Completion(kept.session, request.model.tokenizer, request.prompt, request.settings, timeout=self._timeout)
@@ -180,6 +204,8 @@ class Answer:
         except CorollaError as error:
             self.error = error
         finally:
+            with self._lock:
+                self._kept = None  # it is the next answer's: to stop this one must not end that
             if completion is not None:
                 completion.close()
                 self.result = completion.result
@@ -196,13 +222,7 @@ class Answer:
 
     def _put(self, item: Piece | Notice | None) -> None:
         self._items.append(item)
-        if not self._woken:
-            self._woken = True
-            self._loop.call_soon_threadsafe(self._wake)
-
-    def _wake(self) -> None:
-        self._woken = False
-        self._ready.set()
+        self._bell.ring(self._ready)
 
 
 class Writers:
@@ -213,6 +233,7 @@ class Writers:
         self._timeout = timeout
         self._threads = ThreadPoolExecutor(gate.config.streams, thread_name_prefix="corolla-answer")
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="corolla-prompt")
+        self._bell: Bell | None = None
         self.under_way: set[Answer] = set()
 
     @property
@@ -223,7 +244,8 @@ class Writers:
     def begin(self, request: Request) -> Answer:
         """An answer that goes on until its end or `stop`, whether or not anybody iterates. Raises `Busy`."""
         self.gate.check(request.owner)
-        answer = Answer(request, self.gate, self._threads, self.pool, self.metrics, self._timeout)
+        self._bell = self._bell or Bell()
+        answer = Answer(request, self.gate, self._threads, self.pool, self.metrics, self._bell, self._timeout)
         self.under_way.add(answer)
         answer.when_ended(lambda: self.under_way.discard(answer))
         return answer

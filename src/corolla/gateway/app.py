@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ _NO_PAGE = (
     "The page is not built in this checkout: run `npm ci && npm run build` in web/, or install a wheel. "
     "The interfaces work: see docs/api.md.\n"
 )
-_API = ("api/", "v1/")
+_VIEWS = re.compile(r"(c/[^/]+|playground|swarm|tuning)?/?")  # the page's own paths, each the same file
 log = logging.getLogger(__name__)
 __all__ = ["gateway_app", "openai_chat", "openai_completions"]  # the last two add their routes to OpenAI's as they are imported
 
@@ -128,17 +129,23 @@ def _add_page(app: FastAPI, static: Path) -> None:
 
     @app.get("/{path:path}", include_in_schema=False)
     async def page(path: str) -> Response:
-        """The page's files; any other path is one of the page itself."""
-        if path.startswith(_API):
-            raise HTTPException(404, "there is no such route")
+        """The page and its files. Any other path is none: clients of other servers ask for routes of those, to see what this one is."""
         if not (root / "index.html").is_file():
             if path:
-                raise HTTPException(404, "there is no such file")
+                raise HTTPException(404, "there is no such route")
             return PlainTextResponse(_NO_PAGE)
-        file = (root / path).resolve()
-        if path and file.is_file() and file.is_relative_to(root):
+        if path and (file := _file(root, path)) is not None:
             lasting = "public, max-age=31536000, immutable" if path.startswith("assets/") else "no-cache"  # assets' names change with them
             return FileResponse(file, headers={"Cache-Control": lasting})
-        if "." in path.rsplit("/", 1)[-1]:
-            raise HTTPException(404, "there is no such file")
+        if _VIEWS.fullmatch(path) is None:
+            raise HTTPException(404, "there is no such route")
         return FileResponse(root / "index.html", headers={"Cache-Control": "no-cache"})
+
+
+def _file(root: Path, path: str) -> Path | None:
+    """The file below `root`, if there is one."""
+    try:
+        file = (root / path).resolve()
+        return file if file.is_file() and file.is_relative_to(root) else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None

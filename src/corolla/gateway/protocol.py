@@ -13,9 +13,11 @@ FIRST_REQUEST = 20.0  # seconds for its line and headers
 class PatientHTTP(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     """Closes connections whose first request does not come; uvicorn itself waits for it for ever."""
 
+    first_request = FIRST_REQUEST
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        asyncio.get_running_loop().call_later(FIRST_REQUEST, self._close_if_silent)
+        asyncio.get_running_loop().call_later(self.first_request, self._close_if_silent)
 
     def _close_if_silent(self) -> None:
         if self.cycle is None and self.transport.get_protocol() is self:  # else a WebSocket has taken the connection over

@@ -1,0 +1,104 @@
+"""What those who run a gateway look at: whether it lives and is ready, its metrics, its log, its connections."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from corolla.errors import InvalidSetting, StorageError
+from corolla.gateway.database import Database
+from corolla.gateway.protocol import PatientHTTP
+from corolla.gateway.service import GatewayConfig
+from tests.gateway.running import DEADLINE, Running, TinySwarm, running
+
+SECRET = "a-word-that-nobody-else-says"
+BODY = {"prompt": SECRET, "max_tokens": 4, "temperature": 0}
+
+
+def test_alive_and_ready_are_two_things(client: httpx2.Client, gateway: Running) -> None:
+    assert client.get("/healthz").text == "ok\n"
+    assert client.get("/readyz").json() == {"ready": True, "missing": {}, "ending": False}
+    gateway.swarm.gone.add("first")
+    try:
+        answer = client.get("/readyz")
+        assert (answer.status_code, answer.json()["missing"]) == (503, {"tiny": ["0:2"]})
+        assert client.get("/healthz").status_code == 200
+    finally:
+        gateway.swarm.gone.discard("first")
+
+
+def figures(client: httpx2.Client) -> dict[str, float]:
+    lines = [line for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_metrics_count_what_was_answered(client: httpx2.Client) -> None:
+    before = figures(client)
+    assert client.post("/v1/completions", json=BODY).status_code == 200
+    assert client.post("/v1/completions", json={**BODY, "temperature": 9}).status_code == 422
+    after = figures(client)
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert grown('corolla_tokens_total{model="tiny"}') == 4
+    assert grown('corolla_answers_total{end="length",model="tiny"}') == 1
+    assert grown('corolla_errors_total{kind="InvalidSetting"}') == 1
+    for name in ("first_token", "between_tokens", "queue"):
+        assert grown(f'corolla_{name}_seconds_count{{model="tiny"}}') == 1
+    assert {"corolla_streams", "corolla_waiting", "corolla_sessions", "corolla_blocks_missing", "corolla_swarm_replays"} <= set(after)
+
+
+def test_the_access_log_has_no_word_of_what_was_said(client: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        client.post("/v1/completions", json=BODY, params={"q": SECRET})
+        client.post("/api/v1/generate", params={"inputs": SECRET, "max_new_tokens": 2})
+        conversation = client.post("/api/ui/conversations", json={"title": SECRET, "system": SECRET}).json()["id"]
+        client.get("/api/ui/conversations", params={"query": SECRET})
+        client.get(f"/api/ui/conversations/{conversation}")
+    lines = [record for record in caplog.records if record.name == "corolla.access"]
+    assert [(line.method, line.path, line.status) for line in lines][:2] == [  # type: ignore[attr-defined]
+        ("POST", "/v1/completions", 200),
+        ("POST", "/api/v1/generate", 200),
+    ]
+    assert not [record for record in caplog.records if record.name.startswith("corolla") and SECRET in repr(record.__dict__)]
+
+
+def test_only_a_debugging_gateway_shows_tracebacks(swarm: TinySwarm, client: httpx2.Client, tmp_path: Path) -> None:
+    wrong = {"inputs": "x", "max_new_tokens": 1, "model": "other"}
+    with running(swarm, tmp_path / "g.sqlite", GatewayConfig(debug=True, drain=0.5)) as gateway, gateway.client() as debugging:
+        assert "Traceback (most recent call last)" in debugging.post("/api/v1/generate", data=wrong).json()["traceback"]
+    assert "Traceback" not in client.post("/api/v1/generate", data=wrong).json()["traceback"]
+
+
+class Impatient(PatientHTTP):
+    first_request = 0.3
+
+
+def test_idle_connections_are_closed(swarm: TinySwarm, tmp_path: Path) -> None:
+    with running(swarm, tmp_path / "g.sqlite", http=Impatient, timeout_keep_alive=1) as gateway:
+        address = ("127.0.0.1", httpx2.URL(gateway.url).port or 0)
+        with socket.create_connection(address, timeout=DEADLINE) as silent:
+            assert silent.recv(100) == b""
+        with socket.create_connection(address, timeout=DEADLINE) as idle:
+            idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            heard = b""
+            while piece := idle.recv(1000):
+                heard += piece
+            assert heard.endswith(b"ok\n")
+
+
+@pytest.mark.parametrize("url", ["nosuch://", "postgresql+nosuch://x/y", "://"])
+def test_a_database_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(InvalidSetting, match="database"):
+        Database(url)
+
+
+def test_a_damaged_database_is_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "g.sqlite").write_bytes(b"this is no database" * 100)
+    with pytest.raises(StorageError, match=r"g\.sqlite"):
+        Database(str(tmp_path / "g.sqlite"))
