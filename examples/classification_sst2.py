@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--out", type=Path, help="where prompt and head go, in PEFT's format; nowhere by default")
+    parser.add_argument("--output", type=Path, help="where prompt and head go, in PEFT's format; nowhere by default")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
 
@@ -67,8 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
             loss.backward()
             optimizer.step()
     print(f"right after training: {accuracy(model, tokenizer, held_out):.0%}")
-    if options.out is not None:
-        model.save_pretrained(options.out)
+    if options.output is not None:
+        model.save_pretrained(options.output)
     model.close()
 
 

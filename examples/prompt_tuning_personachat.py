@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text; a longer one is cut")
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--out", type=Path, help="where the prompt goes, in PEFT's format; nowhere by default")
+    parser.add_argument("--output", type=Path, help="where the prompt goes, in PEFT's format; nowhere by default")
     parser.add_argument("--say", nargs="*", help="what to say to the chatbot; asked for by default")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
@@ -79,8 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     print(f"loss of the first batch: {losses[0]:.3f}, of the last one: {losses[-1]:.3f}")
-    if options.out is not None:
-        model.save_pretrained(options.out)
+    if options.output is not None:
+        model.save_pretrained(options.output)
 
     # 4. A conversation in one session: a turn sends its new tokens only.
     with model.inference_session(max_length=512) as session:

@@ -74,7 +74,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 def test_it_is_interrupted_and_resumed_and_tells_nobody(
     start: Callable[..., subprocess.Popen[str]], model: Path, data: Path, tmp_path: Path
 ) -> None:
-    arguments = [str(model), "--data", str(data), "--out", "prompt", "--held-out", "0.2", "--batch", "2", "--dtype", "float32"]
+    arguments = [str(model), "--data", str(data), "--output", "prompt", "--held-out", "0.2", "--batch", "2", "--dtype", "float32"]
     arguments += ["--steps", "12"]
     (tmp_path / "hold").touch()
     process = start(*arguments, "--save-every", "2")
@@ -123,7 +123,7 @@ def test_a_mistake_is_one_sentence(model: Path, data: Path, tmp_path: Path, argu
 
     given = [str(data) if argument == "DATA" else argument for argument in arguments]
     report = [] if "--report-to" in given else ["--report-to", "none"]
-    result = CliRunner().invoke(app, ["tune", str(model), "--out", str(tmp_path / "prompt"), *given, *report])
+    result = CliRunner().invoke(app, ["tune", str(model), "--output", str(tmp_path / "prompt"), *given, *report])
     assert result.exit_code == 2
     assert words in result.stderr
     assert result.stderr.count("\n") == 1

@@ -30,7 +30,7 @@ def run(name: str, *arguments: Any) -> None:
 def test_the_personachat_chatbot(model: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "prompt"
     tuning = ["--tuning-mode", mode, "--soft-tokens", 4, "--steps", 5, "--max-length", 48]
-    run("prompt_tuning_personachat.py", "--model", model, *tuning, "--out", out, "--say", "hello", "what do you do ?")
+    run("prompt_tuning_personachat.py", "--model", model, *tuning, "--output", out, "--say", "hello", "what do you do ?")
     said = capsys.readouterr().out
     assert said.count("Friend:") == 2
     assert "loss of the first batch" in said
@@ -41,7 +41,7 @@ def test_the_personachat_chatbot(model: Path, tmp_path: Path, mode: str, capsys:
 
 
 def test_sequence_classification(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("classification_sst2.py", "--model", model, "--epochs", 2, "--soft-tokens", 3, "--out", tmp_path)
+    run("classification_sst2.py", "--model", model, "--epochs", 2, "--soft-tokens", 3, "--output", tmp_path)
     assert capsys.readouterr().out.count("right") == 2
     assert (tmp_path / "adapter_model.safetensors").exists()
 

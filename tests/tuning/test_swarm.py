@@ -52,7 +52,7 @@ def test_two_at_once_are_as_if_undisturbed(tuning: Tune, models: dict[str, Path]
         swarm.wait_ready()
         options = ["--data", str(dialogues), "--max-length", "160", "--held-out", "0.1", "--held-out-samples", "3", "--deep", "--seed", "1"]
         options += ["--prompt-tokens", "4", "--batch", "3", "--steps", "6", "--report-to", "none", "--dtype", "float32"]
-        command = [*COROLLA, "tune", str(models["llama"]), *options, "--out", str(tmp_path / "other"), "--peers", swarm.address]
+        command = [*COROLLA, "tune", str(models["llama"]), *options, "--output", str(tmp_path / "other"), "--peers", swarm.address]
         with (tmp_path / "log-of-other").open("wb") as log:
             other = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         killing = Killing(swarm)

@@ -23,10 +23,10 @@ _DATA, _TRAINING, _RUN = "Data", "Training", "The run"
 def tune(
     model: options.Model,
     data: Annotated[str, typer.Option(help="Dialogues: a file, a directory of files, or a dataset of the hub.", rich_help_panel=_DATA)],
-    out: Annotated[
+    output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the prompt goes; MODEL-prompt by default.", rich_help_panel=_RUN)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel=_RUN)] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.", rich_help_panel=_RUN)] = False,
     deep: Annotated[bool, typer.Option("--deep", help="Soft tokens at every block, not only in front.", rich_help_panel=_TRAINING)] = False,
     prompt_tokens: Annotated[int, typer.Option(help="Soft tokens.", rich_help_panel=_TRAINING)] = 16,
     batch: Annotated[int, typer.Option(help="Dialogues a step.", rich_help_panel=_TRAINING)] = 8,
@@ -74,7 +74,7 @@ def tune(
     conversation are trained. They are saved as PEFT saves them, and `corolla chat MODEL --prompt DIR` talks with them. Ctrl-C saves;
     --resume goes on.
 
-    Example: `corolla tune smollm2 --data personachat.txt --samples 500 --out persona`
+    Example: `corolla tune smollm2 --data personachat.txt --samples 500 --output persona`
     """
     logs.set_up(log_level, swarm=bool(peers))
     # accelerate imports it wherever it is installed; that it has no quick 4-bit kernel concerns nobody here.
@@ -119,7 +119,7 @@ def tune(
         dtype=dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu"),
         template=template,
     )
-    output = out or Path(f"{Path(model).name}-prompt")
+    output = output or Path(f"{Path(model).name}-prompt")
     addresses = check_addresses(peers) if peers else []
     console = Console(stderr=True)
     try:

@@ -26,7 +26,7 @@ from corolla.tuning.finetune_data import Loader, PhaseData, parse_source
 from corolla.tuning.finetune_run import Run, load_model
 from corolla.tuning.memory import Need, available, check_fits
 from corolla.tuning.recipe import Recipe
-from corolla.tuning.record import Record, read_record
+from corolla.tuning.record import Record, begun_in
 from corolla.tuning.reporting import check_reporter
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def finetune(
             gradient is not finite.
         DataError, InvalidSetting, ModelNotFound, UnsupportedModel, CheckpointError, StorageError: as they say.
     """
-    before = _found(output, resume)
+    before = begun_in(output, resume, RECORD)
     directory = resolve(name, progress=progress)
     with Checkpoint(directory) as checkpoint:
         config = checkpoint.config
@@ -163,7 +163,7 @@ def _check_memory(
         length=max(len(sequence) for phase in phases for sequence in phase.training),
         checkpointing=settings.gradient_checkpointing,
         wide=wide,
-        scores=arch.alibi is not None,
+        scores=arch.alibi is not None and arch.family != "bloom",  # whose attention is fused here
     )
     check_fits(need, available(settings.on), lora=settings.lora)
 
@@ -194,23 +194,6 @@ def _record(
         "device": settings.on.type,
     }
     record.data = {"phases": [{"name": each.name, **data.described} for each, data in zip(recipe.phases, phases, strict=True)]}
-    return record
-
-
-def _found(output: Path, resume: bool) -> Record | None:
-    """The run to go on with. Raises `TrainingError`."""
-    if output.exists() and not output.is_dir():
-        raise TrainingError(f"{output} is a file: give --output a directory")
-    record = read_record(output, RECORD) if output.is_dir() else None
-    if not resume:
-        if output.is_dir() and any(output.iterdir()):
-            what = "holds a run already: add --resume to go on with it" if record else "is not empty: empty it"
-            raise TrainingError(f"{output} {what}, or give another --output")
-        return None
-    if record is None:
-        raise TrainingError(f"{output} holds no run to go on with: leave --resume out, or give the --output of one")
-    if record.status == "done":
-        raise TrainingError(f"the run in {output} is done: give another --output to begin anew")
     return record
 
 

@@ -31,7 +31,7 @@ from corolla.remote.prompts import TuningMode, soft_prompts
 from corolla.swarm.records import fingerprint
 from corolla.tuning.checkpoints import last_checkpoint, remove_checkpoints
 from corolla.tuning.dialogues import DataSettings, Dialogues, in_order, load_dialogues
-from corolla.tuning.record import RECORD, HeldOut, Record, read_record
+from corolla.tuning.record import RECORD, HeldOut, Record, begun_in
 from corolla.tuning.replies import conversations, reply, without_prompt
 from corolla.tuning.reporting import Interruption, TrainingBar, check_reporter
 from corolla.tuning.tuned import Keeping, PromptTrainer, TunedModel
@@ -115,7 +115,7 @@ def tune(
         TrainingError: there is nothing to go on from, something else lies in `output`, or the loss is not finite any more.
         DataError, InvalidSetting, ModelNotFound, UnsupportedModel, StorageError, NoRoute, ServerFault, NetworkError: as they say.
     """
-    before = _found(output, resume)
+    before = begun_in(output, resume)
     directory = resolve(name, weights=False, progress=progress)
     tokenizer = TrainingTokenizer(directory)
     template = template_named(settings.template) if settings.template else default_template(tokenizer, name)
@@ -273,23 +273,6 @@ class _Run:
         _ = arguments.device  # which counts the devices
         arguments._n_gpu = min(1, arguments.n_gpu)  # the blocks are elsewhere: nothing is gained by copies of the rest
         return arguments
-
-
-def _found(output: Path, resume: bool) -> Record | None:
-    """The run to go on with. Raises `TrainingError`."""
-    if output.exists() and not output.is_dir():
-        raise TrainingError(f"{output} is a file: give --out a directory")
-    record = read_record(output) if output.is_dir() else None
-    if not resume:
-        if output.is_dir() and any(output.iterdir()):
-            what = "holds a run already: add --resume to go on with it" if record else "is not empty: empty it"
-            raise TrainingError(f"{output} {what}, or give another --out")
-        return None
-    if record is None:
-        raise TrainingError(f"{output} holds no run to go on with: leave --resume out, or give the --out of one")
-    if record.status == "done":
-        raise TrainingError(f"the run in {output} is done: give another --out to begin anew")
-    return record
 
 
 def _resumed(before: Record, now: Record) -> Record:

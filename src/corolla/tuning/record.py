@@ -112,6 +112,23 @@ def read_record(directory: Path, name: str = RECORD) -> Record | None:
         raise TrainingError(f"{path} is no record of a run ({error!r}): give another directory") from None
 
 
+def begun_in(output: Path, resume: bool, name: str = RECORD) -> Record | None:
+    """The run in the directory `output` to go on with, None where one begins. Raises `TrainingError`."""
+    if output.exists() and not output.is_dir():
+        raise TrainingError(f"{output} is a file: give --output a directory")
+    record = read_record(output, name) if output.is_dir() else None
+    if not resume:
+        if output.is_dir() and any(output.iterdir()):
+            what = "holds a run already: add --resume to go on with it" if record else "is not empty: empty it"
+            raise TrainingError(f"{output} {what}, or give another --output")
+        return None
+    if record is None:
+        raise TrainingError(f"{output} holds no run to go on with: leave --resume out, or give the --output of one")
+    if record.status == "done":
+        raise TrainingError(f"the run in {output} is done: give another --output to begin anew")
+    return record
+
+
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in ("corolla", "torch", "transformers")}}
 
