@@ -129,6 +129,17 @@ def test_requests_sent_ahead_are_answered_in_order(gateway: Running) -> None:
     assert [reply["token_count"] for reply in replies] == [4, 4, 4]
 
 
+def test_too_many_requests_sent_ahead_end_the_socket(gateway: Running) -> None:
+    with socket(gateway) as connection:
+        for _ in range(30):
+            connection.send(json.dumps({"type": "generate", "inputs": PROMPT, "max_new_tokens": 2}))
+        replies = [json.loads(connection.recv(DEADLINE))]
+        while replies[-1]["ok"]:
+            replies.append(json.loads(connection.recv(DEADLINE)))
+    assert len(replies) > 8
+    assert "turn" in replies[-1]["traceback"]
+
+
 @pytest.mark.parametrize(
     ("request_", "word"),
     [

@@ -49,7 +49,7 @@ class Inbox:
 
     def __init__(self, socket: WebSocket) -> None:
         self.gone = asyncio.Event()
-        self._requests: asyncio.Queue[dict[str, Any] | CallerError | None] = asyncio.Queue(_MOST_WAITING)
+        self._requests: asyncio.Queue[dict[str, Any] | CallerError | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._read(socket))
 
     async def next(self) -> dict[str, Any]:
@@ -70,9 +70,12 @@ class Inbox:
                 request = msgspec.json.decode(message.get("text") or message.get("bytes") or b"")
             except (msgspec.DecodeError, UnicodeDecodeError):
                 request = None
-            await self._requests.put(request if isinstance(request, dict) else CallerError("a request is one JSON object"))
+            if self._requests.qsize() < _MOST_WAITING:
+                self._requests.put_nowait(request if isinstance(request, dict) else CallerError("a request is one JSON object"))
+            elif self._requests.qsize() == _MOST_WAITING:  # what comes after is not kept, but read: to see the client go away
+                self._requests.put_nowait(CallerError(f"at most {_MOST_WAITING} requests may wait for their turn"))
         self.gone.set()
-        await self._requests.put(None)
+        self._requests.put_nowait(None)
 
 
 @router.websocket("/api/v2/generate")

@@ -26,6 +26,7 @@ from corolla.gateway.writing import chat_settings
 
 router = APIRouter(prefix="/api/ui", tags=["The page"], responses=ANSWERING)
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}}
+_SOON, _TRIES = 0.05, 100  # seconds, and how often
 _NAME = Annotated[str, Field(max_length=200)]
 _TEXT = Annotated[str, Field(max_length=4_000_000)]
 _ID = Annotated[str, Field(max_length=64)]
@@ -234,10 +235,14 @@ async def stop(message: str, gateway: TheGateway, caller: TheCaller) -> Response
 @router.get("/messages/{message}/events", response_class=Response, responses=_EVENTS)
 async def events(message: str, gateway: TheGateway, caller: TheCaller) -> Response:
     """How an answer gets on."""
-    known = await gateway.conversations.message(caller.id, message)
-    writing = gateway.writings.get(message)
-    if writing is not None:
-        return EventStream(writing.watch(gateway.config.keep_alive, gateway.closing))
+    for _ in range(_TRIES):
+        writing = gateway.writings.get(message)
+        if writing is not None and writing.answer.request.owner == caller.id:
+            return EventStream(writing.watch(gateway.config.keep_alive, gateway.closing))
+        known = await gateway.conversations.message(caller.id, message)
+        if known["state"] != "writing":
+            break
+        await asyncio.sleep(_SOON)  # it is about to begin, or just being kept
     tokens = (known["stats"] or {}).get("tokens", 0)
 
     async def ended():  # type: ignore[no-untyped-def]
