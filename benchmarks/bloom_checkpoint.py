@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -51,7 +52,7 @@ def make_checkpoint(directory: Path, shape: str, vocabulary: int) -> None:
         save(f"block-{index}.safetensors", {f"transformer.h.{index}.{name}": tensor for name, tensor in block.items()})
     index_file = {"metadata": {"total_size": checkpoint_bytes(shape, vocabulary)}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index_file))
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     config = transformers.BloomConfig(
         vocab_size=vocabulary, hidden_size=hidden, n_layer=blocks, n_head=heads, dtype="float16", architectures=["BloomForCausalLM"], **ids
     )

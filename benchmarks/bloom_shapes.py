@@ -2,9 +2,9 @@
 
     python benchmarks/bloom_shapes.py [--shape 560m 3b] [--dtype float32] [--formats packed int4] [--device cuda] [--json FILE]
 
-Weights are stored in float16, as BLOOM's are. A checkpoint is made in --keep, where it stays for the next run, or in a temporary
-directory. What does not fit into the memory that is free is left out, which is said; what fits only alone is measured alone, one after
-another instead of in turns. The last table has the form of the sft-chat card's: a row for each shape.
+Weights are stored in float16, as BLOOM's are. Checkpoints, and quantized ones, are made in --keep, where they stay for the next run, or
+in a temporary directory. What does not fit into the memory that is free is left out, which is said; what fits only alone is measured
+alone, one after another instead of in turns. The last table has the form of the sft-chat card's: a row for each shape.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import transformers
 
 from bloom_checkpoint import SHAPES, checkpoint_bytes, make_checkpoint
 from common import Table, rounds
+from corolla.models.quantization import quantize_model
 from corolla.models.span import load_span
 from runners import Corolla, Runner, Transformers, decode_rate
 
@@ -44,10 +45,14 @@ def prefill(runner: Runner, prompt: Callable[[int], list[int]], name: str, _roun
     return {f"prefill, {name}": PREFILL / runner.answer(prompt(PREFILL), 1).first_token_s}
 
 
-def load(name: str, directory: Path, options: argparse.Namespace) -> Runner:
+def load(name: Any, directory: Path, options: argparse.Namespace) -> Runner:
     if name == STOCK:
         return Transformers(directory, dtype=options.dtype, device=options.device)
-    return Corolla(load_span(directory, dtype=options.dtype, device=options.device, weights=name), cache_tokens=1024)
+    quantized = directory.with_name(f"{directory.name}-{name}")
+    if name in _BYTES and not quantized.exists():
+        quantize_model(directory, quantized, name)
+    source = quantized if name in _BYTES else directory
+    return Corolla(load_span(source, dtype=options.dtype, device=options.device, weights=name), cache_tokens=1024)
 
 
 def memory(name: str, shape: str, options: argparse.Namespace) -> float:

@@ -3,7 +3,8 @@
     python benchmarks/finetuning.py [--hidden 256] [--layers 4] [--steps 20] [--dtype bfloat16] [--threads 2] [--json FILE]
 
 A step is forward, backward, clipping and AdamW over --batch packed sequences of --length tokens of a BLOOM with random weights, several
-articles in each. The bare loop does nothing else: no masks for packed articles, no checks for numbers that are none, no log.
+articles in each. The bare loop does nothing else: no masks for packed articles, no checks for numbers that are none, no log. It runs over
+the stock module, and over the module as the trainer makes it quicker (`corolla.tuning.bloom.quicken`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from common import Table, rounds
 from corolla.data.tokens import Kind, Tokens
 from corolla.tuning.batches import Collator, Sequences, wants_mask
+from corolla.tuning.bloom import quicken
 from corolla.tuning.finetune_trainer import FinetuneTrainer
 from corolla.tuning.recipe import Recipe
 
@@ -83,8 +85,10 @@ def corolla(options: argparse.Namespace, rows: list[Tokens], _round: int) -> Map
     return {"corolla": options.steps * options.batch * options.length / (clock.ended - clock.begun)}
 
 
-def bare(options: argparse.Namespace, rows: list[Tokens], _round: int) -> Mapping[str, float]:
+def bare(options: argparse.Namespace, rows: list[Tokens], quickened: bool, _round: int) -> Mapping[str, float]:
     model = make_model(options).to(options.device).train()
+    if quickened:
+        quicken(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batches = [
         torch.from_numpy(np.stack([row.input_ids for row in rows[start : start + options.batch]])).long().to(options.device)
@@ -100,7 +104,7 @@ def bare(options: argparse.Namespace, rows: list[Tokens], _round: int) -> Mappin
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return {"bare": options.steps * options.batch * options.length / (time.perf_counter() - begun)}
+    return {"quickened" if quickened else "bare": options.steps * options.batch * options.length / (time.perf_counter() - begun)}
 
 
 def main() -> None:
@@ -121,12 +125,18 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     rows = make_rows(options)
-    cells = {"bare": functools.partial(bare, options, rows), "corolla": functools.partial(corolla, options, rows)}
+    cells = {
+        "bare": functools.partial(bare, options, rows, False),
+        "quickened": functools.partial(bare, options, rows, True),
+        "corolla": functools.partial(corolla, options, rows),
+    }
     figures = rounds(options.repeats, cells)
     table = Table("finetuning", {key: value for key, value in vars(options).items() if key != "json"})
     table.add("a bare PyTorch loop", "tokens/s", figures["bare"])
+    table.add("a bare loop over the quicker module", "tokens/s", figures["quickened"])
     table.add("corolla finetune's trainer", "tokens/s", figures["corolla"])
     table.ratio("corolla / bare", "x", figures["corolla"], figures["bare"], reach=0.95)
+    table.ratio("corolla / bare over the quicker module", "x", figures["corolla"], figures["quickened"], reach=0.95)
     table.report(options.json)
 
 

@@ -27,11 +27,13 @@ def test_from_nothing_to_a_model(run: Callable[..., Any], tmp_path: Path) -> Non
     shape = ("--hidden", 32, "--layers", 1, "--vocabulary", 300, "--context", 128)
     made = run("init", "--tokenizer-from", data, "--output", tmp_path / "base", *shape)
     assert (made.exit_code, "bloom of" in made.stdout) == (0, True), made.stderr
-    tuned = run("finetune", tmp_path / "base", "--data", data, "--output", tmp_path / "chat", "--recipe", "tiny-chat", *SMALL)
+    arguments = ("--data", data, "--output", tmp_path / "chat", "--recipe", "tiny-chat", "--report-to", "tensorboard", *SMALL)
+    tuned = run("finetune", tmp_path / "base", *arguments)
     assert tuned.exit_code == 0, tuned.stderr
     assert "held-out loss" in tuned.stdout
     assert f"corolla chat {tmp_path / 'chat'}" in tuned.stdout
     assert json.loads((tmp_path / "chat" / "finetuning.json").read_text())["status"] == "done"
+    assert {file.parts[-3] for file in (tmp_path / "chat" / "runs").rglob("events*")} == {"phase-1", "phase-2"}
     again = run("finetune", tmp_path / "base", "--data", data, "--output", tmp_path / "chat", *SMALL)
     assert (again.exit_code, "holds a run already" in again.stderr) == (2, True)
 

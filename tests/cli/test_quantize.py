@@ -22,7 +22,7 @@ def run() -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_directory(tmp_path_factory.mktemp("models") / "base")
+    return make_directory(tmp_path_factory.mktemp("models") / "base", "llama")
 
 
 def test_a_model_is_quantized_and_answers(run: Callable[..., Any], base: Path, tmp_path: Path) -> None:

@@ -78,6 +78,15 @@ def test_a_quantized_directory_equals_quantizing_on_load_and_so_do_its_spans(
     assert greedy(Chain(parts), PROMPTS, 12) == expected
 
 
+@pytest.mark.parametrize("family", sorted(set(tiny.CONFIGS) - {"llama", "bloom"}))
+def test_every_family_is_quantized(family: str, tmp_path: Path) -> None:
+    directory = tiny.save(family, tmp_path / "m")
+    for format in ("nf4", "int8"):
+        quantize_model(directory, tmp_path / format, format)
+        ours, expected = Chain([load_span(tmp_path / format, dtype="float32")]), Chain.load(directory, [4], dtype="float32", weights=format)
+        assert torch.equal(ours.all_logits(PROMPTS[0]), expected.all_logits(PROMPTS[0]))
+
+
 def test_transformers_reads_nf4(directory: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes comes with the tune extra")
     from transformers import AutoModelForCausalLM
@@ -166,9 +175,13 @@ def test_what_is_quantized_is_not_quantized_again(directory: Path, tmp_path: Pat
         quantize_model(directory, tmp_path / "file", "int8")
 
 
-def test_a_shape_that_nf4_cannot_take_leaves_nothing(tmp_path: Path) -> None:
-    directory = tiny.save("llama", tmp_path / "odd", hidden_size=56, intermediate_size=50)
-    with pytest.raises(UnsupportedModel, match="no whole number"):
+@pytest.mark.parametrize(
+    ("family", "shape", "said"),
+    [("llama", {"hidden_size": 56, "intermediate_size": 50}, "no whole number"), ("bloom", {"hidden_size": 32}, "cannot be parted")],
+)
+def test_a_shape_that_nf4_cannot_take_leaves_nothing(family: str, shape: dict[str, int], said: str, tmp_path: Path) -> None:
+    directory = tiny.save(family, tmp_path / "odd", **shape)
+    with pytest.raises(UnsupportedModel, match=said):
         quantize_model(directory, tmp_path / "q", "nf4")
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
 

@@ -14,7 +14,7 @@ from corolla.errors import Conflict, InvalidSetting, StorageError, UnsupportedMo
 from corolla.models.architecture import Architecture
 from corolla.models.checkpoint import CHECKSUMS, INDEX, SINGLE, Checkpoint, write_checksums
 from corolla.models.families import architecture
-from corolla.models.quantized import QuantizedFormat, fits, quantize
+from corolla.models.quantized import NF4_BLOCK, QuantizedFormat, fits, quantize
 from corolla.models.quantized_files import quantization_config, stored_format, tensors_of
 from corolla.models.saving import replacing, save_tensors
 
@@ -101,7 +101,11 @@ def _tensors(checkpoint: Checkpoint, arch: Architecture, name: str, format: Quan
     matrices = (*names.qkv, names.out, names.up, names.down, *([names.gate] if names.gate else []))
     if re.search(rf"(?:^|\.){re.escape(names.blocks)}\.\d+\.(?:{'|'.join(map(re.escape, matrices))})$", module):
         if format == "nf4" and not fits(format, (weight.shape[0], weight.shape[1])):
-            raise UnsupportedModel(f"{name} of shape {list(weight.shape)} is no whole number of nf4's blocks of 64: use int8")
+            raise UnsupportedModel(f"{name} of shape {list(weight.shape)} is no whole number of nf4's blocks of {NF4_BLOCK}: use int8")
+        if format == "nf4" and len(names.qkv) == 1 and module.endswith(names.qkv[0]) and weight.shape[1] % NF4_BLOCK:
+            raise UnsupportedModel(
+                f"nf4 keeps {NF4_BLOCK} inputs together, and {name} with rows of {weight.shape[1]} cannot be parted: use int8"
+            )
         return tensors_of(name, quantize(weight, format))
     if module == names.head and not arch.tied and format != "nf4":
         return tensors_of(name, quantize(weight, "int8"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from corolla.data.dataset import Item, item
 from corolla.data.tokens import IGNORED, Kind, Tokens, count
 from corolla.errors import InvalidSetting
+from corolla.tuning.bloom import keep_articles_apart
 
 SEQUENCES = "sequences"  # the numbers of a batch's sequences, which no model takes
 
@@ -83,26 +83,13 @@ def _without_padding(sequence: Tokens) -> Item:
 def wants_mask(model: torch.nn.Module) -> bool:
     """Whether the family needs the mask itself. Raises `InvalidSetting` for one that cannot keep articles apart.
 
-    transformers derives the mask from position ids wherever a family takes them. BLOOM takes none, and makes ALiBi of a mask [S, N]
-    only; for a mask of four dimensions it is taught here to count each article's positions from 0.
+    transformers derives the mask from position ids wherever a family takes them. BLOOM takes none, and is taught to keep them apart.
     """
     config: Any = model.config
     if config.model_type == "bloom":
-        bloom = next(module for module in model.modules() if type(module).__name__ == "BloomModel")
-        bloom.build_alibi_tensor = MethodType(_alibi, bloom)  # type: ignore[assignment]
+        keep_articles_apart(model)
         return True
     if getattr(config, "alibi", False):
         problem = "a model of this family (with ALiBi) would let articles see one another: give --set packing=single"
         raise InvalidSetting("packing", problem)
     return False
-
-
-def _alibi(self: Any, attention_mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """ALiBi [S * heads, 1, N] (Press et al., 2022) for keys at their positions within their article."""
-    if attention_mask.ndim == 2:
-        built: torch.Tensor = type(self).build_alibi_tensor(self, attention_mask, num_heads, dtype)
-        return built
-    positions = (attention_mask == 0).sum(-1).squeeze(1) - 1  # a token sees those before it and itself
-    unit = type(self).build_alibi_tensor(self, torch.ones(1, 2, device=attention_mask.device), num_heads, torch.float32)
-    slopes = unit[:, 0, 1]
-    return (slopes[None, :, None] * positions[:, None, :]).reshape(-1, 1, positions.shape[-1]).to(dtype)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 TRAINING = "training"  # the directory of checkpoints in the output, while there is something to go on with
 RECIPE = "recipe.yaml"
+_CURVES = "runs"  # where transformers has tensorboard write, in the directory of checkpoints
 _END = "end.safetensors"  # what a finished phase leaves to the next one
 _EVALUATIONS = 10  # in a phase
 
@@ -105,8 +106,17 @@ class Run:
             self._phase(index, offset)
             offset += self._steps(index)
         self._save(base)
+        self._keep_curves()
         self._record.update(status="done")
         shutil.rmtree(self._output / TRAINING, ignore_errors=True)
+
+    def _keep_curves(self) -> None:
+        """Move what tensorboard is shown out of the directory of checkpoints, which goes."""
+        for found in sorted((self._output / TRAINING).glob(f"*/{_CURVES}")):
+            place = self._output / _CURVES / found.parent.name
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(exist_ok=True)
+            shutil.move(found, place)
 
     def _steps(self, index: int) -> int:
         """As transformers counts them: what is left of an epoch is a step too."""

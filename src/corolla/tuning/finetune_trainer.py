@@ -19,6 +19,7 @@ from corolla.data.tokens import IGNORED
 from corolla.errors import TrainingError
 from corolla.models.saving import replacing, save_tensors
 from corolla.tuning.batches import SEQUENCES, Collator, Sequences
+from corolla.tuning.bloom import quicken
 from corolla.tuning.checkpoints import CheckpointingTrainer
 from corolla.tuning.logits_loss import trained_loss
 from corolla.tuning.recipe import Recipe
@@ -87,6 +88,7 @@ class FinetuneTrainer(CheckpointingTrainer):
         self._batch = 0  # of the step under way
         self._seen: list[int] = []  # the sequences of the step under way
         self._tokens = 0
+        quicken(model)
         super().__init__(
             model=model,
             args=arguments,
