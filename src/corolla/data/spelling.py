@@ -69,6 +69,14 @@ class _Mark(NamedTuple):
     token_id: int | None
 
 
+class _Around(NamedTuple):
+    """The marks before and after what is said; `texts` are both where no special token is among them."""
+
+    before: Sequence[_Mark]
+    after: Sequence[_Mark]
+    texts: tuple[str, str] | None
+
+
 class DeclaredSpelling:
     """By the marks of a declared template."""
 
@@ -79,13 +87,18 @@ class DeclaredSpelling:
         def marks(text: str) -> tuple[_Mark, ...]:
             return tuple(_Mark(piece, tokenizer.token_id(piece) if special else None) for piece, special in marks_of(template, text))
 
+        def around(prefix: str, suffix: str) -> _Around:
+            before, after = marks(prefix), marks(suffix)
+            special = any(mark.token_id is not None for mark in before + after)
+            return _Around(before, after, None if special else (prefix, suffix))
+
         asked = template.answer_prefix.rstrip()
         closing = closing_length(template)
-        self._system = marks(template.system_prefix), marks(template.system_suffix)
+        self._system = around(template.system_prefix, template.system_suffix)
         self._closing = marks(template.question_prefix[:closing])
-        self._question = marks(template.question_prefix[closing:]), marks(template.question_suffix)
+        self._question = around(template.question_prefix[closing:], template.question_suffix)
         self._asked = marks(asked)
-        self._answer = marks(template.answer_prefix[len(asked) :]), marks(template.answer_suffix)
+        self._answer = around(template.answer_prefix[len(asked) :], template.answer_suffix)
 
     def spell(self, system: str, turns: Sequence[Turn], trained: Collection[int]) -> Plan:
         run = _Run()
@@ -115,10 +128,13 @@ class _Run:
         self._special: list[tuple[int, bytes]] = []  # after each text but the last one
         self._length = 0  # of the last text, in characters
 
-    def say(self, around: tuple[Sequence[_Mark], Sequence[_Mark]], content: str, trained: bool) -> None:
-        self.mark(around[0], trained)
+    def say(self, around: _Around, content: str, trained: bool) -> None:
+        if around.texts is not None:
+            self._text(f"{around.texts[0]}{content}{around.texts[1]}", trained)
+            return
+        self.mark(around.before, trained)
         self._text(content, trained)
-        self.mark(around[1], trained)
+        self.mark(around.after, trained)
 
     def mark(self, marks: Sequence[_Mark], trained: bool) -> None:
         for text, token_id in marks:
