@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,8 +61,13 @@ def step(bench: Bench) -> None:
             clients[PETALS] = bench.client(processes, "petals", theirs.address, PetalsSwarm.PREFIX, python=options.petals_python)
 
         def measure(name: str, client: Client, number: int) -> Mapping[str, float]:
+            if number < 0:
+                client.send(steps=1, batch=2, length=16)
+                client.read()
+                return {}
             answer = bench.ask(client)
             answers.setdefault(name, []).append(answer)
+            print(f"{name}: {bench.rate(answer):.1f} tokens/s", file=sys.stderr, flush=True)
             return {name: bench.rate(answer)}
 
         figures = rounds(options.rounds, {name: functools.partial(measure, name, client) for name, client in clients.items()})
@@ -98,7 +104,7 @@ def quality(bench: Bench) -> None:
     run = ["--data", str(options.data), "--steps", str(options.quality_steps), "--batch", "4", "--max-length", "128", "--seed", "0"]
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder, Processes(Path(folder)) as processes:
         swarm = CorollaSwarm(processes, directory, even_spans(layers(directory), 2), threads=options.threads, dtype="float32")
-        command = [*COROLLA, "tune", options.model, *run, "--dtype", "float32", "--report-to", "none", "--out", str(out)]
+        command = [*COROLLA, "tune", options.model, *run, "--dtype", "float32", "--report-to", "none", "--output", str(out)]
         subprocess.run([*command, "--peers", swarm.address], check=True, stdout=subprocess.DEVNULL)
     record = json.loads((out / "tuning.json").read_text())
     bench.table.add("held-out loss without a prompt", "nats", [record["base"]["loss"]])
@@ -187,6 +193,7 @@ def main() -> None:
     packages = {"peft": version("peft")}
     if options.petals_python is not None:
         packages["petals"] = PetalsSwarm.version(options.petals_python)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing which was started outlives a time limit
     transformers.logging.disable_progress_bar()
     print(shlex.join(sys.argv), file=sys.stderr)
     table = Table("tuning", settings, packages)

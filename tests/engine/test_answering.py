@@ -101,3 +101,25 @@ def test_widened_weights_are_not_kept(tmp_path: Path) -> None:
     finish(answering.answer(call(1, keep=True), sequences.hidden))
     blocks = [block for block, _ in answering.kept.take("c", 1).blocks]
     assert all(linear._weight is None for block in blocks for linear in block.linears)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_widened_weights_stay_while_backwards_are_to_come_and_there_is_room(model: SpanModel, room: bool) -> None:
+    answering = Answering(model, PromptStore(model))
+    sequences, gradient = example(WHOLE, LENGTHS, 64, 0)
+    expected = finish(backward(model, sequences, gradient))
+    for number in (1, 2, 3):
+        finish(answering.answer(call(number, keep=True), sequences.hidden))
+    if not room:
+        answering.kept.limits = KeptLimits(size=1)
+    held = []
+    for number in (1, 2, 3):
+        rows = finish(answering.answer(call(9, back=True, kept=number), gradient))
+        torch.testing.assert_close(rows, expected.hidden, rtol=1e-5, atol=1e-5)
+        held.append(answering.kept.widened > 0)
+    assert held == [room, room, False]
+    for number in (4, 5):
+        finish(answering.answer(call(number, keep=True), sequences.hidden))
+    finish(answering.answer(call(9, back=True, kept=4), gradient))
+    answering.kept.lose("c")
+    assert answering.kept.widened == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,13 @@ class Joined:
 
     def __init__(self, directory: Path, folder: Path) -> None:
         self.reference = stock(directory)
-        self.swarm = ForkedSwarm(directory, folder, "--dtype", "float32")
-        self.swarm.serve(*dict.fromkeys(span for route in ROUTES for span in route))
-        self.swarm.wait_ready()
-        self.model = asyncio.run(self._join(directory))
+        with ExitStack() as stack:
+            self.swarm = stack.enter_context(ForkedSwarm(directory, folder, "--dtype", "float32"))
+            self.swarm.serve(*dict.fromkeys(span for route in ROUTES for span in route))
+            self.swarm.wait_ready()
+            self.model = asyncio.run(self._join(directory))
+            stack.callback(self.model.close)
+            self.close = stack.pop_all().close
         self.servers = self.model.bare.blocks.calls.servers
 
     async def _join(self, directory: Path) -> Any:
@@ -49,10 +53,6 @@ class Joined:
         self.model.bare.prompts = None
         if mode is not None:
             self.model.bare.prompts = soft_prompts(mode, P, self.reference.get_input_embeddings().weight, 4)
-
-    def close(self) -> None:
-        self.model.close()
-        self.swarm.close()
 
 
 @pytest.fixture(scope="module", params=["llama", "bloom"])

@@ -1,7 +1,8 @@
 """What a forward call leaves for its backward: the operations and values of every block, so that none is computed again.
 
 They are kept for a while, as far as there is room, for the client that sent the call. Where they are gone, the client sends what
-entered the blocks again, and the backward computes the forward first (`calls.backward`).
+entered the blocks again, and the backward computes the forward first (`calls.backward`). Backwards that follow one another, as those of
+one step do, share the weights that the first of them has widened, as far as there is room for these too.
 
 Legend: T rows of all sequences, E hidden, B blocks, P soft tokens.
 """
@@ -41,8 +42,11 @@ class Kept:
     since: float = field(default_factory=time.monotonic)
 
 
-def forward(model: SpanModel, sequences: Sequences, most: int) -> Generator[None, None, tuple[torch.Tensor, Kept | None]]:
-    """`calls.forward`, which also returns what a backward needs; None where that would take more than `most` bytes."""
+def forward(
+    model: SpanModel, sequences: Sequences, store: KeptForwards, client: str
+) -> Generator[None, None, tuple[torch.Tensor, Kept | None]]:
+    """`calls.forward`, which also returns what a backward needs, for `store`; None where that would take more than it has room for."""
+    most = store.most(client)
     pieces, prompts = pieces_of(model, sequences.lengths), AddedPrompts(model, sequences)
     kept: Kept | None = Kept(sequences.lengths, pieces, prompts, sequences.prompts is not None)
     hidden = sequences.hidden.to(model.device, model.dtype)
@@ -51,14 +55,14 @@ def forward(model: SpanModel, sequences: Sequences, most: int) -> Generator[None
         if kept is None:
             hidden = yield from through(block, hidden, pieces)
             continue
-        hidden = yield from _recorded(block.differentiable(), hidden, kept)
+        hidden = yield from _recorded(store.differentiable(block), hidden, kept)
         if kept.size > most:
             kept = None
     return hidden, kept
 
 
-def backward(model: SpanModel, kept: Kept, gradient_TxE: torch.Tensor) -> Generator[None, None, Gradients]:
-    """`calls.backward` from a forward that was kept, which is used up by it."""
+def backward(model: SpanModel, kept: Kept, store: KeptForwards, gradient_TxE: torch.Tensor) -> Generator[None, None, Gradients]:
+    """`calls.backward` from a forward that was taken from `store`, which is used up by it."""
     gradient = gradient_TxE.to(model.device, model.dtype)
     of_prompts = []
     while kept.blocks:
@@ -67,9 +71,10 @@ def backward(model: SpanModel, kept: Kept, gradient_TxE: torch.Tensor) -> Genera
         for piece, (entered, left) in zip(kept.pieces, passed, strict=True):
             (out[piece.rows],) = torch.autograd.grad(left, entered, gradient[piece.rows])
             yield
-        block.drop()
+        store.passed(block)
         gradient = out
         of_prompts.append(kept.prompts.summed(gradient))
+    store.tidy()
     return Gradients(gradient, torch.stack(of_prompts[::-1]) if kept.prompted else None)
 
 
@@ -102,6 +107,8 @@ class KeptForwards:
         self.limits = limits or KeptLimits()
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, int], Kept] = OrderedDict()  # the oldest first
+        self._blocks: dict[Block, Block] = {}  # differentiable ones, by what they are of
+        self._widened: dict[Block, int] = {}  # bytes of the differentiable ones that hold their weights widened
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -110,6 +117,11 @@ class KeptForwards:
     def size(self) -> int:
         """Bytes."""
         return sum(kept.size for kept in self._kept.values())
+
+    @property
+    def widened(self) -> int:
+        """Bytes of weights that stay widened for backwards to come."""
+        return sum(self._widened.values())
 
     def most(self, client: str) -> int:
         """Bytes that a client's next forward may take, beside its others."""
@@ -122,6 +134,9 @@ class KeptForwards:
         """Until it is taken, for as long as the limits say."""
         with self._lock:
             self._kept[client, call] = kept
+            full = self.size + self.widened > self.limits.size
+        if full:
+            self._drop_all()
 
     def take(self, client: str, call: int) -> Kept:
         """Raises `ActivationsGone`."""
@@ -137,6 +152,38 @@ class KeptForwards:
         with self._lock:
             for key in [key for key in self._kept if key[0] == client]:
                 del self._kept[key]
+        self.tidy()
+
+    def differentiable(self, block: Block) -> Block:
+        """One for all forwards: `passed` has to be told when a backward is through."""
+        with self._lock:
+            return self._blocks.setdefault(block, block.differentiable())
+
+    def passed(self, block: Block) -> None:
+        """A backward is through `block`: its widened weights stay where other backwards are to come and there is room."""
+        size = sum(linear.widened().nbytes for linear in block.linears)
+        with self._lock:
+            others = sum(held for other, held in self._widened.items() if other is not block)
+            stays = bool(self._kept) and self.size + others + size <= self.limits.size
+            if stays:
+                self._widened[block] = size
+            else:
+                self._widened.pop(block, None)
+        if not stays:
+            block.drop()
+
+    def tidy(self) -> None:
+        """Where no backward is to come, no weights stay widened."""
+        with self._lock:
+            needed = bool(self._kept)
+        if not needed:
+            self._drop_all()
+
+    def _drop_all(self) -> None:
+        with self._lock:
+            held, self._widened = self._widened, {}
+            for block in held:
+                block.drop()
 
     def _forget_old(self) -> None:
         since = time.monotonic() - self.limits.seconds
