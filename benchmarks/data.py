@@ -41,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         dialogues = Path(arguments.data) if arguments.data else made(directory / "made.jsonl")
-        print(f"{os.cpu_count()} cores, {arguments.model}'s tokenizer, 2,048 tokens, greedy, {dialogues.name}")
+        print(f"{os.cpu_count()} cores, {arguments.model}'s tokenizer, 2,048 tokens, greedy, {dialogues.name}", flush=True)
         figures = prepared(dialogues, directory / "utilization", tokenizer)
         print(f"utilization  {figures['parts']['train']['utilization']:.1%}")
         source = repeated(dialogues, directory / "speed.jsonl", parse_size("speed", arguments.speed))
@@ -62,6 +62,7 @@ def compare(source: Path, directory: Path, tokenizer: Path) -> None:
         tokens = prepared(source, directory / f"speed{pair}", tokenizer)["parts"]["train"]["rendered_tokens"]
         ours.append(tokens / (time.perf_counter() - start))
         alone.append(tokenizer_alone(source, tokenizer))
+        print(f"             {ours[-1]:,.0f} tokens/s, the tokenizer alone {alone[-1]:,.0f}", flush=True)
     rate, best = sorted(ours)[PAIRS // 2], sorted(alone)[PAIRS // 2]
     print(f"speed        {rate:,.0f} tokens/s, the tokenizer alone {best:,.0f}: {rate / best:.2f}")
 
