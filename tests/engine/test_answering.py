@@ -118,6 +118,7 @@ def test_widened_weights_stay_while_backwards_are_to_come_and_there_is_room(mode
         torch.testing.assert_close(rows, expected.hidden, rtol=1e-5, atol=1e-5)
         held.append(answering.kept.widened > 0)
     assert held == [room, room, False]
+    answering.kept.limits = KeptLimits()
     for number in (4, 5):
         finish(answering.answer(call(number, keep=True), sequences.hidden))
     finish(answering.answer(call(9, back=True, kept=4), gradient))
