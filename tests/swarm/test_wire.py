@@ -339,7 +339,6 @@ ERRORS = (
 )
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_adapter_there_and_back_block_by_block() -> None:
     blocks = ({"out": Factors(torch.randn(2, 5), torch.randn(700, 2))}, {}, {"up": Factors(torch.randn(1, 3), torch.randn(4, 1))})
     got = []
@@ -359,6 +358,7 @@ def test_an_adapter_whose_shapes_and_rows_differ_is_refused() -> None:
             AdapterFrame("f00d", (), 0, products, array)
 
 
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_errors_keep_their_class_sentence_and_attributes(error: CorollaError) -> None:
     frame = sent(failed_of(error, "s", 3, peer="p"))
     assert isinstance(frame, FailedFrame)
