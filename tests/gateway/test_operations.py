@@ -50,7 +50,7 @@ def test_metrics_count_what_was_answered(client: httpx2.Client) -> None:
     assert grown('corolla_errors_total{kind="InvalidSetting"}') == 1
     for name in ("first_token", "between_tokens", "queue"):
         assert grown(f'corolla_{name}_seconds_count{{model="tiny"}}') == 1
-    assert {"corolla_streams", "corolla_waiting", "corolla_sessions", "corolla_blocks_missing", "corolla_swarm_replays"} <= set(after)
+    assert {"corolla_streams", "corolla_waiting", "corolla_sessions", "corolla_blocks_missing"} <= set(after)
 
 
 def test_the_access_log_has_no_word_of_what_was_said(client: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:

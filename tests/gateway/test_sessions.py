@@ -40,9 +40,8 @@ def test_a_session_goes_on_after_others_took_its_room(tiny_model: Path, tmp_path
     with running(swarm, tmp_path / "g.sqlite") as gateway, gateway.client() as client:
         session = opened(client)
         first = generate(client, inputs=PROMPT, max_new_tokens=6, session_id=session)
-        for number in range(6):
-            other = opened(client)
-            generate(client, inputs=f"{number} " + "hello there " * 12, max_new_tokens=4, session_id=other)
+        for number in range(12):
+            generate(client, inputs=f"{number} {PROMPT} " * 8, max_new_tokens=4, session_id=opened(client))
         rest = generate(client, max_new_tokens=6, session_id=session)
         assert sum(engine.counters.evicted_idle for engine in swarm.engines.values()) > 0
         assert first + rest == generate(client, inputs=PROMPT, max_new_tokens=12)
