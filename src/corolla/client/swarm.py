@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 from corolla.client.link import SwarmLink
@@ -36,6 +37,7 @@ from corolla.swarm.wire import (
 from corolla.types import AdapterPart, PromptPart, Span
 
 _SLOWEST = 128 * 2**10  # bytes a second that every link between peers carries, as in `swarm.p2p`
+_OWN_PINGS = 2**32  # and above: those that do not measure a round trip
 
 
 class Router(Protocol):
@@ -102,9 +104,10 @@ class SwarmTransport:
         self._heard: dict[str, float] = {}  # when a peer last sent anything
         self._leaving: dict[str, float] = {}  # when a peer said that it leaves
         self._silent: dict[str, float] = {}  # when a peer was given up because nothing came from it
-        # Soft prompts and adapters by name, for which blocks, that a peer should have; and until when adapters may be on their way.
-        self._given: dict[str, set[tuple[str, Span]]] = {}
-        self._carrying: dict[str, float] = {}
+        self._given: dict[str, set[tuple[str, Span]]] = {}  # soft prompts and adapters by name, for which blocks, that a peer should have
+        # Until when adapters may be on their way to a peer, and the ping behind the last of them.
+        self._carrying: dict[str, tuple[float, int]] = {}
+        self._pings = count(_OWN_PINGS)
         self._lock = threading.Lock()
         self._closed = threading.Event()
         network.listen(self._receive, self._lose)
@@ -146,14 +149,16 @@ class SwarmTransport:
         if (part.digest, part.span) in given:
             return
         given.add((part.digest, part.span))
+        until, nonce = max(time.monotonic(), self._carrying.get(peer, (0.0, 0))[0]), next(self._pings)
         for frame in from_adapter_part(part):
-            now = time.monotonic()
-            self._carrying[peer] = max(now, self._carrying.get(peer, now)) + frame.hidden.nbytes / _SLOWEST
+            until += frame.hidden.nbytes / _SLOWEST
+            self._carrying[peer] = until, nonce
             self.network.send(peer, frame)
+        self.network.send(peer, Ping(nonce))
 
     def carrying(self, peer: str) -> bool:
         """Whether an adapter may still be on its way to `peer`, which answers nothing until it is there."""
-        return self._carrying.get(peer, 0.0) > max(time.monotonic(), self.heard(peer))
+        return self._carrying.get(peer, (0.0, 0))[0] > time.monotonic()
 
     def lacks_parts(self, peer: str) -> None:
         """`peer` has forgotten what it was given."""
@@ -188,6 +193,8 @@ class SwarmTransport:
             self.network.send(sender, Pong(message.nonce))
         elif isinstance(message, Pong):
             self.round_trips.answered(sender, message)
+            if self._carrying.get(sender, (0.0, 0))[1] == message.nonce:
+                self._carrying.pop(sender, None)
 
     def _lose(self, peer: str) -> None:
         self.round_trips.forget(peer)
