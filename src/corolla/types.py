@@ -217,7 +217,6 @@ class Call:
         span: the blocks to compute, of those that the server holds.
         lengths: the rows of each sequence, at least 1; they lie one behind another and each attends to itself only.
         back: whether gradients are asked for.
-        prompt_rows: rows of a deep prompt that come with the call, behind the others, block by block.
         prompt: a deep prompt that came before.
         keep: whether to keep what the forward leaves for a backward.
         kept: the number of the forward that was kept, for a backward that brings the gradients' rows only; 0 for one that brings
@@ -229,7 +228,6 @@ class Call:
     span: Span
     lengths: tuple[int, ...]
     back: bool
-    prompt_rows: int = 0
     prompt: PromptName | None = None
     keep: bool = False
     kept: int = 0

@@ -23,8 +23,8 @@ from corolla.server.calls import Calls, CallsConfig
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.network import LocalHub
-from corolla.swarm.wire import BackwardFrame, FailedFrame, ForwardFrame, Leaving, ResultFrame, WireMessage
-from corolla.types import Reply, Span, Step
+from corolla.swarm.wire import BackwardFrame, FailedFrame, ForwardFrame, Leaving, PromptNameFrame, ResultFrame, WireMessage
+from corolla.types import PromptName, PromptPart, Reply, Span, Step
 from tests.engine.stock import example, finish
 from tests.models import tiny
 
@@ -54,8 +54,12 @@ class Loop:
 
 
 class Server:
-    def __init__(self, model: SpanModel, **config: Any) -> None:
+    """With a deep prompt of the client's, called p, if there is one."""
+
+    def __init__(self, model: SpanModel, soft: torch.Tensor | None = None, **config: Any) -> None:
         self.loop = Loop(model)
+        if soft is not None:
+            self.loop.prompts.put("client", PromptPart(PromptName("p", soft.shape[1], deep=True), SPAN, deep=soft))
         self.sent: list[tuple[str, WireMessage]] = []
         self.calls = Calls(
             cast(Engine, self.loop), lambda peer, message: self.sent.append((peer, message)), me="s", config=CallsConfig(**config)
@@ -80,9 +84,9 @@ def forward_frame(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_and_gradients_come_back_in_the_dtype_they_came_in(model: SpanModel, prompts: int, dtype: Any) -> None:
     sequences, gradient = example(SPAN, LENGTHS, 64, prompts, dtype=dtype)
-    soft = [] if sequences.prompts is None else [sequences.prompts.flatten(0, 1)]
-    array = to_array(torch.cat([sequences.hidden, *soft]), dtype)
-    result = Server(model).answer(ForwardFrame(7, 1, 3, LENGTHS, array, prompts))
+    name = PromptNameFrame("p", prompts, deep=True) if prompts else None
+    array = to_array(sequences.hidden, dtype)
+    result = Server(model, soft=sequences.prompts).answer(ForwardFrame(7, 1, 3, LENGTHS, array, name))
     assert isinstance(result, ResultFrame)
     assert (result.call, result.hidden.dtype) == (7, dtype)
     assert torch.equal(from_array(result.hidden), finish(forward(model, sequences)).to(getattr(torch, dtype)))
@@ -90,8 +94,8 @@ def test_rows_and_gradients_come_back_in_the_dtype_they_came_in(model: SpanModel
     assert timing.peer == "s"
     assert timing.compute_s > 0
 
-    array = to_array(torch.cat([sequences.hidden, gradient, *soft]), dtype)
-    result = Server(model).answer(BackwardFrame(8, 1, 3, LENGTHS, array, prompts))
+    array = to_array(torch.cat([sequences.hidden, gradient]), dtype)
+    result = Server(model, soft=sequences.prompts).answer(BackwardFrame(8, 1, 3, LENGTHS, array, name))
     assert isinstance(result, ResultFrame)
     expected = finish(backward(model, sequences, gradient))
     both = expected.hidden if expected.prompts is None else torch.cat([expected.hidden, expected.prompts.flatten(0, 1)])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import queue
 import weakref
 from collections.abc import Iterator
@@ -9,8 +10,11 @@ import pytest
 from msgspec.structs import replace
 
 from corolla.engine.engine import EngineConfig
-from corolla.errors import InvalidSetting, NetworkError
-from corolla.server.holding import Holder, Offer
+from corolla.errors import AdapterError, InvalidSetting, NetworkError
+from corolla.models.adapters import load_adapter
+from corolla.models.checkpoint import read_config
+from corolla.models.families import architecture
+from corolla.server.holding import Holder, Offer, OfferedAdapter
 from corolla.swarm.network import LocalHub
 from corolla.swarm.wire import (
     Array,
@@ -27,7 +31,7 @@ from corolla.swarm.wire import (
     WireMessage,
 )
 from corolla.types import Span
-from tests.models import tiny
+from tests.models import lora, tiny
 
 TIMEOUT = 10.0
 
@@ -67,6 +71,7 @@ def client() -> Client:
 def holder(client: Client, directory: Path) -> Iterator[Holder]:
     offer = Offer(
         directory=directory,
+        checkpoint="c",
         dtype="float32",
         weights="plain",
         device="cpu",
@@ -100,6 +105,21 @@ def test_one_span_after_the_other_is_served(client: Client, holder: Holder) -> N
     assert isinstance(client.ask(step(0, 2)), FailedFrame)
     assert holder.load(Span(2, 4)).span == Span(2, 4)
     assert isinstance(client.ask(step(2, 4)), HiddenFrame)
+
+
+def test_adapters_come_along_to_every_span_while_they_are_what_they_were(
+    client: Client, holder: Holder, directory: Path, tmp_path: Path
+) -> None:
+    arch = architecture(read_config(directory))
+    offered = OfferedAdapter("poet", lora.save(directory, tmp_path), load_adapter(tmp_path, arch).digest)
+    taking = Holder(client.hub.join("another"), dataclasses.replace(holder._offer, adapters=(offered,)))
+    for span in (Span(0, 2), Span(2, 4)):
+        assert taking.load(span).engine.adapters.find(offered.digest, span) is not None
+        taking.let_go()
+    lora.save(directory, tmp_path, seed=1)
+    with pytest.raises(AdapterError, match="another adapter than when this server began"):
+        taking.load(Span(0, 2))
+    assert taking.held is None
 
 
 def test_what_is_let_go_of_is_freed(holder: Holder) -> None:

@@ -13,7 +13,7 @@ import pytest
 from corolla.client.session import Session
 from corolla.client.swarm import Patience, SwarmTransport
 from corolla.engine.engine import Engine, EngineConfig
-from corolla.errors import CapacityError, InvalidSetting, NoRoute
+from corolla.errors import CapacityError, InvalidSetting, NoRoute, Unauthorized
 from corolla.models.reference import Reference
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
@@ -288,6 +288,16 @@ def test_the_end_of_an_old_route_does_not_end_a_new_one(swarm: Swarm, directory:
         tokens += [token.token_id for token in session.generate([7], SETTINGS, timeout=TIMEOUT)]
         assert swarm.engines["b"].counters.rows - before < len(PROMPT)
     assert tokens[30:] == Reference(directory).greedy([*PROMPT, *tokens[:30], 7], 30)
+
+
+def test_a_close_that_overtakes_the_first_step_leaves_nothing_open(swarm: Swarm) -> None:
+    with Session(swarm.transport, "") as session:
+        swarm.transport.network.send("b", CloseFrame(session.name, 1))
+        with pytest.raises(Unauthorized, match="was closed"):
+            list(session.generate(PROMPT, SETTINGS, timeout=TIMEOUT))
+        assert swarm.servers["b"].sessions == 0
+        assert not swarm.transport.bans.banned()
+        assert len(list(session.generate(PROMPT, SETTINGS, timeout=TIMEOUT))) == 30
 
 
 def test_timings_name_every_server_of_the_route(swarm: Swarm) -> None:

@@ -114,7 +114,7 @@ def test_bytes_that_are_no_frame_ban_their_sender(
         hostile = asyncio.run(attack())
     assert hostile in target.lost
     assert target.network.bans.left(hostile)
-    assert [getattr(entry, "peer", None) for entry in caplog.records if entry.name == "corolla.swarm.p2p"] == [hostile]
+    assert [getattr(entry, "peer", None) for entry in caplog.records if entry.name == "corolla.swarm.channels"] == [hostile]
     honest.ping(target.me, 10)
 
 

@@ -326,19 +326,6 @@ def test_hidden_states_as_a_reply() -> None:
     assert torch.equal(reply.hidden, tensor)
 
 
-ERRORS = (
-    InvalidSetting("top_p", "7 is too much"),
-    EmptyPrompt(),
-    PromptTooLong(9, 8),
-    CheckpointError("no config.json"),
-    CapacityError("no pages", 2.5),
-    Busy(0.5),
-    ServerFault("it burns"),
-    ProtocolError("no frame"),
-    NetworkError("gone"),
-)
-
-
 def test_an_adapter_there_and_back_block_by_block() -> None:
     blocks = ({"out": Factors(torch.randn(2, 5), torch.randn(700, 2))}, {}, {"up": Factors(torch.randn(1, 3), torch.randn(4, 1))})
     got = []
@@ -356,6 +343,19 @@ def test_an_adapter_whose_shapes_and_rows_differ_is_refused() -> None:
     for products in ((ProductFrame("out", 3, 3, 4),), (ProductFrame("out", 1, 1, 1),) * 2):
         with pytest.raises(ValueError, match=r"rows|twice"):
             AdapterFrame("f00d", (), 0, products, array)
+
+
+ERRORS = (
+    InvalidSetting("top_p", "7 is too much"),
+    EmptyPrompt(),
+    PromptTooLong(9, 8),
+    CheckpointError("no config.json"),
+    CapacityError("no pages", 2.5),
+    Busy(0.5),
+    ServerFault("it burns"),
+    ProtocolError("no frame"),
+    NetworkError("gone"),
+)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

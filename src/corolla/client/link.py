@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from corolla.client.suspicion import problem_of, suspects
 from corolla.errors import AdapterNeeded, Forgotten, NetworkError, NoRoute, ProtocolError
 from corolla.swarm.bans import blameworthy
 from corolla.swarm.convert import error_of, from_message, from_prompt_name, from_settings, to_reply
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from corolla.client.swarm import SwarmTransport
 
 log = logging.getLogger(__name__)
-_MOST_GAPS = 16  # without a token between: a server that is short of room evicts a session now and then, not again and again
 
 
 class SwarmLink:
@@ -109,7 +107,16 @@ class SwarmLink:
                     self._lacking.add(lacking)
             if isinstance(frame, TokenFrame) and frame.position < self._position:
                 return
-            if problem := self._problem(sender, frame):
+            self._gaps += isinstance(frame, GapFrame)
+            problem = problem_of(
+                frame,
+                from_head=sender == route.peers[-1],
+                start=step.start,
+                position=self._position,
+                gaps=self._gaps,
+                vocabulary=self._transport.vocabulary,
+            )
+            if problem is not None:
                 self.lost(sender, ProtocolError(problem))
                 return
             if isinstance(frame, TokenFrame):
@@ -137,10 +144,10 @@ class SwarmLink:
             if not stands_still:
                 return
             self._stood_still += 1
-            suspects = _suspects(route.peers, said) if self._stood_still > 1 else []
+            suspected = suspects(route.peers, said) if self._stood_still > 1 else []
             log.warning("an answer got lost on its way: it is asked for again", extra={"session": self._session})
-            gap = None if suspects else self._start_again()
-        for peer in suspects:
+            gap = None if suspected else self._start_again()
+        for peer in suspected:
             self.lost(peer, NetworkError("answers get lost there"))
         if gap is not None:
             self._deliver(gap)
@@ -206,29 +213,6 @@ class SwarmLink:
         """The step is getting on."""
         self._replied = self._since = time.monotonic()
         self._asked = self._whereabouts = self._said_before = None
-
-    def _problem(self, sender: str, frame: TokenFrame | ScoresFrame | GapFrame | FailedFrame) -> str | None:
-        """What no honest server answers in this frame, if anything."""
-        assert self._route is not None, "a reply is looked at without a route"
-        assert self._step is not None
-        if isinstance(frame, GapFrame):
-            self._gaps += 1
-            if frame.have > self._step.start:
-                return f"it lacks what comes before {self._step.start}, and yet says that it has {frame.have}"
-            return f"it lost the session {self._gaps} times in a row" if self._gaps > _MOST_GAPS else None
-        if isinstance(frame, FailedFrame):
-            return None
-        if sender != self._route.peers[-1]:
-            return "it answered a token without having the head"
-        if isinstance(frame, ScoresFrame):
-            beyond = frame.start + len(frame.scores) > self._position
-            return f"it scored tokens from {frame.start} on of a history of {self._position}" if beyond else None
-        if frame.position > self._position:
-            return f"it answered the token at position {frame.position} before that at {self._position}"
-        vocabulary = self._transport.vocabulary
-        if vocabulary is not None and frame.token_id >= vocabulary:
-            return f"it answered token {frame.token_id} of a vocabulary of {vocabulary}"
-        return None
 
     @property
     def _needed(self) -> int:
@@ -320,11 +304,3 @@ class SwarmLink:
                 self._transport.network.send(peer, from_message(Close(self._session, self._generation)))
             except NetworkError:
                 return
-
-
-def _suspects(peers: Sequence[str], said: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Where on a route an answer stands still: at the first server that has less than the one before it, or at the head."""
-    for before, after in pairwise(peers):
-        if said[after][0] < said[before][0]:
-            return [before, after]
-    return [peers[-1]]

@@ -63,7 +63,7 @@ class Answering:
         self.counters.forwards += 1
         if not call.keep:
             return (yield from calls.forward(self._model, sequences))
-        out, activations = yield from kept.forward(self._model, sequences, self.kept, call.client)
+        out, activations = yield from kept.forward(self._model, sequences, self.kept.most(call.client))
         if activations is not None:
             self.kept.put(call.client, call.number, activations)
         return out
@@ -81,10 +81,10 @@ class Answering:
             raise
         self.counters.backwards += 1
         self.counters.backwards_from_kept += 1
-        return (yield from kept.backward(self._model, activations, self.kept, came))
+        return (yield from kept.backward(self._model, activations, came))
 
     def _sequences(self, call: Call, came: torch.Tensor) -> Sequences:
-        prompts = came[len(came) - call.prompt_rows :].unflatten(0, (len(call.span), -1)) if call.prompt_rows else None
+        prompts = None
         if call.prompt is not None:
             part = self._prompts.find(call.client, call.prompt, call.span, with_input=False)
             if part is None:

@@ -139,7 +139,6 @@ def to_call(frame: ForwardFrame | BackwardFrame, client: str) -> Call:
         span=Span(frame.start, frame.end),
         lengths=frame.lengths,
         back=isinstance(frame, BackwardFrame),
-        prompt_rows=frame.prompt_rows,
         prompt=to_prompt_name(frame.prompt),
         keep=isinstance(frame, ForwardFrame) and frame.keep,
         kept=frame.kept if isinstance(frame, BackwardFrame) else 0,

@@ -13,30 +13,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from corolla.errors import CallerError, CorollaError, DeadlineExceeded, NetworkError, ProtocolError, Unauthorized
+from corolla.errors import CallerError, CorollaError, DeadlineExceeded, NetworkError, Unauthorized
 from corolla.swarm import frames
+from corolla.swarm.accepting import Accepting
 from corolla.swarm.bans import Bans
+from corolla.swarm.channels import Channel, Channels
 from corolla.swarm.handshake import Handshake, Role
-from corolla.swarm.limits import Rate, Room
 from corolla.swarm.network import OnLost, OnMessage
+from corolla.swarm.reading import Reading
 from corolla.swarm.wire import Refused, Unknown, WireMessage
 
 if TYPE_CHECKING:
     from hivemind import DHT
     from hivemind.p2p import P2P
-    from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
 PROTOCOL = "/corolla/frames/1"
 T = TypeVar("T")
 _START_TIMEOUT = 30.0  # seconds for the daemon's connection at first
 _ONE_WRITE = 256 * 2**10  # bytes: frames that wait together go out together
-_TURN = 16  # frames of one peer, until the others get their turn
 log = logging.getLogger(__name__)
 
 
@@ -61,18 +60,6 @@ class P2PConfig:
     streams_per_peer: int = 4  # that one peer may open at once; it needs one
 
 
-@dataclass(slots=True, eq=False)
-class _Channel:
-    """What waits for one peer, and the tasks that carry it."""
-
-    rate: Rate
-    outbox: asyncio.Queue[tuple[list[bytes | memoryview], int]]  # frames and their bytes
-    waiting: int = 0  # bytes in the outbox
-    writer: asyncio.StreamWriter | None = None  # of the stream, once the peer has proved itself
-    dialled: bool = False  # and not connected yet
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-
-
 class P2PNetwork:
     """A `Network` over the libp2p daemon of a hivemind DHT node, whose peer id is this peer's.
 
@@ -80,20 +67,14 @@ class P2PNetwork:
     """
 
     def __init__(self, dht: DHT, config: P2PConfig | None = None, *, bans: Bans | None = None) -> None:
-        self._config = config or P2PConfig()
+        self._config = config = config or P2PConfig()
         self.bans = bans or Bans()
         self._me = dht.peer_id.to_base58()
-        self._channels: dict[str, _Channel] = {}
-        self._rates: dict[str, Rate] = {}  # of those connected last, so that a new connection is no new start
-        self._streams: Counter[str] = Counter()  # that each peer has opened
-        self._serving: set[asyncio.Task[None]] = set()  # those streams
-        self._strangers = 0
-        self._unfinished = Room(each=self._config.frame_limit, total=self._config.unfinished_limit)
-        self._counts: Counter[str] = Counter()
         self._on_message: OnMessage | None = None
-        self._on_lost: OnLost | None = None
-        self._closed = False
         self._loop = asyncio.new_event_loop()
+        self._channels = Channels(config, self._loop, self.bans)
+        self._reading = Reading(config, self._channels, self._handle)
+        self._accepting = Accepting(config, self._channels, shake_hands=self._listen_to, carry=self._carry)
         self._thread = threading.Thread(target=self._loop.run_forever, name="corolla-p2p", daemon=True)
         self._thread.start()
         self._p2p: P2P = self.run(dht.replicate_p2p(), _START_TIMEOUT)
@@ -105,7 +86,7 @@ class P2PNetwork:
     @property
     def counts(self) -> Mapping[str, int]:
         """How often peers were `banned`, their streams `refused`, and the reading from them `slowed`, since the start."""
-        return {name: self._counts[name] for name in ("banned", "refused", "slowed")}
+        return {name: self._channels.counts[name] for name in ("banned", "refused", "slowed")}
 
     @property
     def peers(self) -> int:
@@ -115,19 +96,19 @@ class P2PNetwork:
     @property
     def strangers(self) -> int:
         """How many streams have not proved the secret yet."""
-        return self._strangers
+        return self._accepting.strangers
 
     @property
     def unfinished(self) -> int:
         """Bytes held now of frames that came in part."""
-        return self._unfinished.held
+        return self._reading.unfinished
 
     def listen(self, on_message: OnMessage, on_lost: OnLost) -> None:
         """See `Network.listen`."""
         listening = self._on_message is not None
-        self._on_message, self._on_lost = on_message, on_lost
+        self._on_message, self._channels.on_lost = on_message, on_lost
         if not listening:
-            self.run(self._p2p.add_binary_stream_handler(PROTOCOL, self._accept), _START_TIMEOUT)
+            self.run(self._p2p.add_binary_stream_handler(PROTOCOL, self._accepting.accept), _START_TIMEOUT)
 
     def send(self, peer: str, message: WireMessage) -> None:
         """See `Network.send`; also raises `CallerError` for a message that no frame holds."""
@@ -147,7 +128,7 @@ class P2PNetwork:
 
     def _hand_over(self, encoded: list[tuple[str, list[bytes | memoryview], int]]) -> None:
         try:
-            if self._closed:
+            if self._channels.closed:
                 raise NetworkError("this peer has left the swarm")
             self._loop.call_soon_threadsafe(self._enqueue_all, encoded)
         except RuntimeError as error:  # the loop was closed just now
@@ -164,9 +145,9 @@ class P2PNetwork:
 
     def close(self) -> None:
         """See `Network.close`."""
-        if self._closed:
+        if self._channels.closed:
             return
-        self._closed = True
+        self._channels.closed = True
         self.run(self._leave(), _START_TIMEOUT)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -187,13 +168,13 @@ class P2PNetwork:
             refusal = self._no_dial(peer)
             if refusal is not None:
                 log.info("peer %s is not dialled: %s", peer, refusal, extra={"peer": peer})
-                self._tell_lost(peer)
+                self._channels.tell_lost(peer)
                 return
-            channel = self._open(peer)
+            channel = self._channels.open(peer)
             channel.dialled = True
-            self._start(channel, self._dial(peer, channel))
+            self._channels.start(channel, self._dial(peer, channel))
         if channel.outbox.full() or (channel.waiting and channel.waiting + size > self._config.queue_limit):
-            self._lose(peer, channel, "it takes nothing any more")
+            self._channels.lose(peer, channel, "it takes nothing any more")
             return
         if channel.writer is not None and not channel.waiting and not channel.writer.transport.get_write_buffer_size():
             channel.writer.writelines(buffers)  # nothing is before it: it need not wait for the task's turn
@@ -207,11 +188,11 @@ class P2PNetwork:
             return f"it is banned for another {self.bans.left(peer):.0f} s"
         if len(self._channels) >= self._config.peers:
             return f"{self._config.peers} peers are connected already"
-        if sum(channel.dialled for channel in self._channels.values()) >= self._config.dials:
+        if sum(channel.dialled for channel in self._channels) >= self._config.dials:
             return f"{self._config.dials} others are being dialled already"
         return None
 
-    async def _dial(self, peer: str, channel: _Channel) -> None:
+    async def _dial(self, peer: str, channel: Channel) -> None:
         from hivemind.p2p import PeerID
         from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, DispatchFailure, P2PHandlerError
 
@@ -221,17 +202,17 @@ class P2PNetwork:
                 _, reader, writer = await self._p2p.call_binary_stream_handler(PeerID.from_base58(peer), PROTOCOL)
                 await self._shake_hands(peer, reader, writer, "dialer")
             channel.dialled = False
-            self._start(channel, self._read(peer, channel, reader))
+            self._channels.start(channel, self._reading.read(peer, channel, reader))
             await self._write(peer, channel, writer)
         except Unauthorized as error:
-            self._ban(peer, str(error))
+            self._channels.ban(peer, str(error))
         except (CorollaError, OSError, EOFError, TimeoutError, ControlFailure, DispatchFailure, P2PHandlerError, ValueError) as error:
-            self._lose(peer, channel, f"dialling failed: {error!r}")
+            self._channels.lose(peer, channel, f"dialling failed: {error!r}")
         finally:
             if writer is not None:
                 writer.close()
 
-    async def _write(self, peer: str, channel: _Channel, writer: asyncio.StreamWriter) -> None:
+    async def _write(self, peer: str, channel: Channel, writer: asyncio.StreamWriter) -> None:
         channel.writer = writer
         try:
             while True:
@@ -245,67 +226,20 @@ class P2PNetwork:
                     await writer.drain()
                 channel.waiting -= size
         except (OSError, TimeoutError) as error:
-            self._lose(peer, channel, f"writing failed: {error!r}")
+            self._channels.lose(peer, channel, f"writing failed: {error!r}")
 
     # What comes in.
 
-    async def _accept(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Whatever a peer opens. The work is done in a task of its own, which may be cancelled."""
-        peer = info.peer_id.to_base58()
-        refusal = self._no_stream(peer)
-        if refusal is not None:
-            self._counts["refused"] += 1
-            log.debug("a stream of peer %s was refused: %s", peer, refusal, extra={"peer": peer})
-            writer.close()
-            return
-        self._streams[peer] += 1
-        serving = self._loop.create_task(self._serve(peer, reader, writer))
-        self._serving.add(serving)
-        try:
-            await asyncio.wait([serving])
-        finally:
-            self._serving.discard(serving)
-            writer.close()
-            self._streams[peer] -= 1
-            if not self._streams[peer]:
-                del self._streams[peer]
-
-    async def _serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not await self._admit(peer, reader, writer) or self.bans.left(peer):  # for what it did on another stream meanwhile
-            return
+    async def _carry(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Replies go back on the stream that the peer opened: one stream for each pair."""
         channel = self._channels.get(peer)
         if channel is None:
-            # Replies go back on the stream that the peer opened: one stream for each pair.
-            channel = self._open(peer)
-            self._start(channel, self._write(peer, channel, writer))
-        await self._start(channel, self._read(peer, channel, reader))
+            channel = self._channels.open(peer)
+            self._channels.start(channel, self._write(peer, channel, writer))
+        await self._channels.start(channel, self._reading.read(peer, channel, reader))
 
-    def _no_stream(self, peer: str) -> str | None:
-        """Why `peer` may not open a stream now, if it may not."""
-        if self.bans.left(peer):
-            return f"it is banned for another {self.bans.left(peer):.0f} s"
-        if self._streams[peer] >= self._config.streams_per_peer:
-            return f"it has {self._streams[peer]} already"
-        if self._strangers >= self._config.strangers:
-            return f"{self._strangers} others are shaking hands already"
-        if peer not in self._channels and len(self._channels) >= self._config.peers:
-            return f"{self._config.peers} peers are connected already"
-        return None
-
-    async def _admit(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Whether the dialer proves that it knows the secret."""
-        self._strangers += 1
-        try:
-            async with asyncio.timeout(self._config.handshake_timeout):
-                await self._shake_hands(peer, reader, writer, "listener")
-            return True
-        except (Unauthorized, TimeoutError) as error:
-            self._ban(peer, str(error) or f"it did not finish the handshake within {self._config.handshake_timeout:g} s")
-        except (OSError, EOFError) as error:
-            log.info("peer %s gave up the handshake: %r", peer, error, extra={"peer": peer})
-        finally:
-            self._strangers -= 1
-        return False
+    async def _listen_to(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._shake_hands(peer, reader, writer, "listener")
 
     async def _shake_hands(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, role: Role) -> None:
         async def write(message: bytes) -> None:
@@ -313,43 +247,6 @@ class P2PNetwork:
             await writer.drain()
 
         await Handshake(self._config.secret, self._me, peer, role).run(reader.readexactly, write)
-
-    async def _read(self, peer: str, channel: _Channel, reader: asyncio.StreamReader) -> None:
-        """Handle a peer's frames until the stream ends; the peer is lost then, or banned."""
-        reason = "its message could not be handled"
-        handled = 0
-        try:
-            while (length := await frames.read_length(reader, self._config.frame_limit)) is not None:
-                self._handle(peer, await self._body(peer, reader, length))
-                handled += 1
-                pause = channel.rate.take()
-                if pause:
-                    self._counts["slowed"] += 1
-                if pause or handled % _TURN == 0:
-                    await asyncio.sleep(pause)
-            reason = "it closed the stream"
-        except ProtocolError as error:
-            self._ban(peer, str(error))
-        except TimeoutError:
-            self._ban(peer, "the rest of a frame did not come")
-        except (CorollaError, OSError, EOFError) as error:
-            reason = f"reading failed: {error}"
-        finally:
-            self._lose(peer, channel, reason)
-
-    async def _body(self, peer: str, reader: asyncio.StreamReader, length: int) -> memoryview:
-        held = 0
-
-        def hold(count: int) -> None:
-            nonlocal held
-            self._unfinished.take(peer, count)
-            held += count
-
-        try:
-            async with asyncio.timeout(self._config.frame_timeout + length / self._config.slowest):
-                return await frames.read_body(reader, length, hold)
-        finally:
-            self._unfinished.give(peer, held)
 
     def _handle(self, peer: str, frame: memoryview) -> None:
         assert self._on_message is not None, "a stream was opened before `listen`"
@@ -360,47 +257,8 @@ class P2PNetwork:
         else:
             self._on_message(peer, message)
 
-    # Connections.
-
-    def _open(self, peer: str) -> _Channel:
-        rate = self._rates.pop(peer, None) or Rate(self._config.frames_per_second)
-        self._rates[peer] = rate
-        if len(self._rates) > 2 * self._config.peers:
-            del self._rates[next(iter(self._rates))]
-        channel = self._channels[peer] = _Channel(rate, asyncio.Queue(self._config.queue))
-        return channel
-
-    def _start(self, channel: _Channel, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self._loop.create_task(work)
-        channel.tasks.add(task)
-        task.add_done_callback(channel.tasks.discard)
-        return task
-
-    def _ban(self, peer: str, reason: str) -> None:
-        seconds = self.bans.blame(peer)
-        self._counts["banned"] += 1
-        log.warning("peer %s is banned for %.0f s: %s", peer, seconds, reason, extra={"peer": peer})
-        channel = self._channels.get(peer)
-        if channel is not None:
-            self._lose(peer, channel, reason)
-
-    def _lose(self, peer: str, channel: _Channel, reason: str) -> None:
-        if self._channels.get(peer) is not channel:
-            return  # already lost, or replaced
-        del self._channels[peer]
-        log.info("peer %s is lost: %s", peer, reason, extra={"peer": peer})
-        current = asyncio.current_task(self._loop)
-        for task in channel.tasks:
-            if task is not current:
-                task.cancel()
-        self._tell_lost(peer)
-
-    def _tell_lost(self, peer: str) -> None:
-        if self._on_lost is not None and not self._closed:
-            self._on_lost(peer)
-
     async def _leave(self) -> None:
-        tasks = [*self._serving, *(task for channel in self._channels.values() for task in channel.tasks)]
+        tasks = [*self._accepting.tasks, *(task for channel in self._channels for task in channel.tasks)]
         self._channels.clear()
         for task in tasks:
             task.cancel()

@@ -360,9 +360,8 @@ _Length: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]
 class _Call(_Kind, frozen=True):
     """Rows of several sequences, one behind another, through blocks `[start, end)`; each sequence attends to itself only.
 
-    `lengths` are the rows of each sequence. `prompts` soft tokens are added to the first rows of every sequence at the input of
-    each block (deep prompt tuning): their rows [blocks * prompts, hidden] come behind the others in the array, block by block.
-    Or `prompt` names a deep prompt that came before, in a `PromptFrame`.
+    `lengths` are the rows of each sequence. `prompt` names a deep prompt that came before, in a `PromptFrame`: its soft tokens are
+    added to the first rows of every sequence at the input of each block.
     """
 
     call: Count
@@ -370,7 +369,6 @@ class _Call(_Kind, frozen=True):
     end: Count
     lengths: Annotated[tuple[_Length, ...], msgspec.Meta(min_length=1, max_length=_MAX_SEQUENCES)]
     hidden: Array
-    prompts: Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP_TOKENS)] = 0
     prompt: PromptNameFrame | None = None
 
     @property
@@ -378,21 +376,15 @@ class _Call(_Kind, frozen=True):
         """Of all sequences."""
         return sum(self.lengths)
 
-    @property
-    def prompt_rows(self) -> int:
-        return self.prompts * (self.end - self.start)
-
     def _check(self, copies: int) -> None:
         if self.start >= self.end:
             raise ValueError(f"{self.start}:{self.end} is no range of blocks")
-        expected = copies * self.rows + self.prompt_rows
-        if self.hidden.shape[0] != expected:
-            raise ValueError(f"the call brings {self.hidden.shape[0]} rows, and its sequences and prompts make {expected}")
-        prompts = self.prompts if self.prompt is None else self.prompt.tokens
-        if prompts > min(self.lengths):
-            raise ValueError(f"{prompts} soft tokens are added to sequences of at least {min(self.lengths)} rows")
-        if self.prompt is not None and (self.prompts or not self.prompt.deep):
-            raise ValueError("a call names a deep prompt or brings soft tokens")
+        if self.hidden.shape[0] != copies * self.rows:
+            raise ValueError(f"the call brings {self.hidden.shape[0]} rows, and its sequences make {copies * self.rows}")
+        if self.prompt is not None and self.prompt.tokens > min(self.lengths):
+            raise ValueError(f"{self.prompt.tokens} soft tokens are added to sequences of at least {min(self.lengths)} rows")
+        if self.prompt is not None and not self.prompt.deep:
+            raise ValueError("a call names a prompt that is not deep")
 
 
 class ForwardFrame(_Call, frozen=True, tag="forward"):
@@ -405,8 +397,8 @@ class ForwardFrame(_Call, frozen=True, tag="forward"):
 
 
 class BackwardFrame(_Call, frozen=True, tag="backward"):
-    """The array holds the inputs' rows, then the gradients' with respect to the outputs, then the prompts'. Answered by the
-    gradients with respect to the inputs, then to the prompts.
+    """The array holds the inputs' rows, then the gradients' with respect to the outputs. Answered by the gradients with respect to
+    the inputs, then to the deep prompt's rows, block by block.
 
     With `kept`, the number of a forward of the same sequences that was kept, the array holds the gradients' rows only. A server
     that has it no more answers a `FailedFrame` of the kind "ActivationsGone".

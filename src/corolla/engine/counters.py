@@ -1,0 +1,23 @@
+"""What happened at an engine, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the engine was made."""
+
+    steps: int = 0
+    rows: int = 0  # tokens computed
+    reused: int = 0  # tokens found in the cache of earlier sessions
+    sampled: int = 0
+    gaps: int = 0
+    evicted_idle: int = 0
+    evicted_running: int = 0
+    call_pieces: int = 0  # of forward and backward calls
+    call_pieces_put_off: int = 0  # because sessions had steps to compute
+    # Of forwards of few rows, which take about as long as one row does: how many, and the seconds that one block of them took.
+    light_steps: int = 0
+    light_seconds: float = 0.0

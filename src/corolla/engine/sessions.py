@@ -1,0 +1,133 @@
+"""The sessions that an engine knows, and the rule of positions: a step truncates what is cached beyond its start, or meets a gap."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from corolla.engine.cache import KVCache
+from corolla.engine.counters import Counters
+from corolla.engine.pages import PagePool
+from corolla.engine.prompts import page_seed
+from corolla.engine.sequence import Conversation, Deliver
+from corolla.models.span import SpanModel
+from corolla.types import Cancel, Close, Gap, Message, Step
+
+
+class Sessions:
+    """Changed on the engine's thread alone; iterated, looked up and counted on any."""
+
+    def __init__(self, model: SpanModel, pool: PagePool, cache: KVCache, counters: Counters) -> None:
+        self._model, self._pool, self._cache, self._counters = model, pool, cache, counters
+        self._known: dict[str, Conversation] = {}
+        self._arrivals = 0
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return iter(list(self._known.values()))
+
+    def get(self, session: str) -> Conversation | None:
+        return self._known.get(session)
+
+    def take(self, message: Message, deliver: Deliver | None) -> None:
+        """What an admitted message says; a step's replies go to `deliver`."""
+        known = self._known.get(message.session)
+        if isinstance(message, Close):
+            if known is not None and (message.generation is None or known.generation <= message.generation):
+                self.forget(known)
+        elif isinstance(message, Cancel):
+            if known is not None and known.generation == message.generation:
+                self.rest(known)
+        elif isinstance(message, Step):
+            assert deliver is not None, "a step needs somewhere to send its replies"
+            self._begin(message, deliver)
+
+    def rest(self, conversation: Conversation) -> None:
+        """Idle from here on: what is cached stays, what was pending is dropped."""
+        conversation.deliver = conversation.settings = None
+        self.wait(conversation)
+
+    def wait(self, conversation: Conversation) -> None:
+        """Nothing is left to compute, until something more comes."""
+        conversation.hidden = None
+        del conversation.tokens[conversation.position :]
+        self._pool.truncate(conversation.table, conversation.position)
+
+    def forget(self, conversation: Conversation) -> None:
+        self._pool.free(conversation.table)
+        del self._known[conversation.session]
+
+    def check_integrity(self) -> None:
+        """Raises `AssertionError` where a session contradicts itself."""
+        for conversation in self:
+            known = len(conversation.tokens)
+            assert conversation.takes_hidden or conversation.position <= known, f"{conversation.session} caches more than its history"
+            assert not (conversation.idle and conversation.pending), f"{conversation.session} is idle with rows to compute"
+
+    def _begin(self, step: Step, deliver: Deliver) -> None:
+        conversation = self._known.get(step.session)
+        if conversation is not None and _continues(conversation, step, deliver):
+            return
+        span = step.span or self._model.span
+        takes_hidden = isinstance(step.payload, torch.Tensor)
+        seed = page_seed(step)
+        kind = seed, span, takes_hidden
+        if conversation is not None and (conversation.table.adapter, conversation.span, conversation.takes_hidden) != kind:
+            self.forget(conversation)
+            conversation = None
+        have = conversation.position if conversation is not None else 0
+        if have < step.start:
+            self._counters.gaps += 1
+            if conversation is not None:
+                self.rest(conversation)
+            deliver(Gap(step.session, step.generation, have))
+            return
+        if conversation is None:
+            # In a row of several servers each would find another length of a prefix: only a whole model shares them.
+            whole = len(span) == self._model.arch.blocks and not takes_hidden
+            conversation = Conversation(
+                step.session,
+                self._pool.open(seed),
+                span,
+                takes_hidden=takes_hidden,
+                shares_prefixes=whole,
+                adapter=step.adapter,
+                prompt=step.prompt,
+                client=step.client,
+            )
+            self._known[step.session] = conversation
+        self._cache.copy_pages(self._pool.truncate(conversation.table, step.start))
+        # A page that could not be copied is cut off: its tokens are still known, and are computed again.
+        if isinstance(step.payload, torch.Tensor):
+            if conversation.position < step.start:
+                deliver(Gap(step.session, step.generation, conversation.position))
+                return
+            conversation.hidden = step.payload
+            conversation.tokens[step.start :] = step.tokens
+        else:
+            conversation.hidden = None
+            conversation.tokens[step.start :] = step.payload
+        if conversation.idle or conversation.generation != step.generation:
+            self._arrivals += 1
+            conversation.unscored = None
+            conversation.generation, conversation.sampled, conversation.arrival = step.generation, 0, (step.asked, self._arrivals)
+            conversation.gives_hidden = step.wants_hidden or span.end != self._model.arch.blocks
+        _go_on(conversation, step, deliver)
+
+
+def _continues(conversation: Conversation, step: Step, deliver: Deliver) -> bool:
+    """A chunk of hidden states that follows one still waiting here: take it behind that."""
+    waiting = conversation.hidden
+    follows = step.generation == conversation.generation and step.start == conversation.position + conversation.pending
+    if waiting is None or not follows or not isinstance(step.payload, torch.Tensor):
+        return False
+    conversation.hidden = torch.cat([waiting, step.payload])
+    conversation.tokens[step.start :] = step.tokens
+    _go_on(conversation, step, deliver)
+    return True
+
+
+def _go_on(conversation: Conversation, step: Step, deliver: Deliver) -> None:
+    conversation.deliver, conversation.settings, conversation.more = deliver, step.settings, step.more
+    conversation.seen = time.monotonic()

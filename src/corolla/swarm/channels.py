@@ -1,0 +1,108 @@
+"""The peers that a network is connected to, or dials: what waits for each, and how they are lost and banned."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from corolla.swarm.bans import Bans
+from corolla.swarm.limits import Rate
+from corolla.swarm.network import OnLost
+
+if TYPE_CHECKING:
+    from corolla.swarm.p2p import P2PConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Channel:
+    """What waits for one peer, and the tasks that carry it."""
+
+    rate: Rate
+    outbox: asyncio.Queue[tuple[list[bytes | memoryview], int]]  # frames and their bytes
+    waiting: int = 0  # bytes in the outbox
+    writer: asyncio.StreamWriter | None = None  # of the stream, once the peer has proved itself
+    dialled: bool = False  # and not connected yet
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class Channels:
+    """Used on the network's event loop alone, but for `len`.
+
+    Attributes:
+        bans: of peers that broke the protocol.
+        counts: what happened to peers, by name.
+        on_lost: told of peers that are lost, until `closed`.
+    """
+
+    def __init__(self, config: P2PConfig, loop: asyncio.AbstractEventLoop, bans: Bans) -> None:
+        self.bans = bans
+        self.counts: Counter[str] = Counter()
+        self.on_lost: OnLost | None = None
+        self.closed = False
+        self._config, self._loop = config, loop
+        self._open: dict[str, Channel] = {}
+        self._rates: dict[str, Rate] = {}  # of those connected last, so that a new connection is no new start
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[Channel]:
+        return iter(self._open.values())
+
+    def __contains__(self, peer: str) -> bool:
+        return peer in self._open
+
+    def get(self, peer: str) -> Channel | None:
+        return self._open.get(peer)
+
+    def clear(self) -> None:
+        """Forget all of them; nobody is told."""
+        self._open.clear()
+
+    def open(self, peer: str) -> Channel:
+        """A channel to a peer that has none."""
+        rate = self._rates.pop(peer, None) or Rate(self._config.frames_per_second)
+        self._rates[peer] = rate
+        if len(self._rates) > 2 * self._config.peers:
+            del self._rates[next(iter(self._rates))]
+        channel = self._open[peer] = Channel(rate, asyncio.Queue(self._config.queue))
+        return channel
+
+    def start(self, channel: Channel, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that ends with the channel."""
+        task = self._loop.create_task(work)
+        channel.tasks.add(task)
+        task.add_done_callback(channel.tasks.discard)
+        return task
+
+    def ban(self, peer: str, reason: str) -> None:
+        """For breaking the protocol; the peer is lost, too."""
+        seconds = self.bans.blame(peer)
+        self.counts["banned"] += 1
+        log.warning("peer %s is banned for %.0f s: %s", peer, seconds, reason, extra={"peer": peer})
+        channel = self._open.get(peer)
+        if channel is not None:
+            self.lose(peer, channel, reason)
+
+    def lose(self, peer: str, channel: Channel, reason: str) -> None:
+        """End a channel and its tasks, and tell of it."""
+        if self._open.get(peer) is not channel:
+            return  # already lost, or replaced
+        del self._open[peer]
+        log.info("peer %s is lost: %s", peer, reason, extra={"peer": peer})
+        current = asyncio.current_task(self._loop)
+        for task in channel.tasks:
+            if task is not current:
+                task.cancel()
+        self.tell_lost(peer)
+
+    def tell_lost(self, peer: str) -> None:
+        """The peer cannot be reached, or no longer."""
+        if self.on_lost is not None and not self.closed:
+            self.on_lost(peer)
