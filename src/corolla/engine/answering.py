@@ -63,7 +63,7 @@ class Answering:
         self.counters.forwards += 1
         if not call.keep:
             return (yield from calls.forward(self._model, sequences))
-        out, activations = yield from kept.forward(self._model, sequences, self.kept.most(call.client))
+        out, activations = yield from kept.forward(self._model, sequences, self.kept, call.client)
         if activations is not None:
             self.kept.put(call.client, call.number, activations)
         return out
@@ -81,7 +81,7 @@ class Answering:
             raise
         self.counters.backwards += 1
         self.counters.backwards_from_kept += 1
-        return (yield from kept.backward(self._model, activations, came))
+        return (yield from kept.backward(self._model, activations, self.kept, came))
 
     def _sequences(self, call: Call, came: torch.Tensor) -> Sequences:
         prompts = None
