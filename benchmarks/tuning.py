@@ -164,6 +164,12 @@ def peft_held_out(directory: Path, record: Mapping[str, Any]) -> float:
 PARTS: dict[str, Callable[[Bench], None]] = {"step": step, "quality": quality, "peft": peft, "chats": chats, "session": session}
 
 
+def end(*_signal: object) -> None:
+    """Nothing that was started outlives a time limit."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit("ended by a signal")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
@@ -193,7 +199,7 @@ def main() -> None:
     packages = {"peft": version("peft")}
     if options.petals_python is not None:
         packages["petals"] = PetalsSwarm.version(options.petals_python)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing which was started outlives a time limit
+    signal.signal(signal.SIGTERM, end)
     transformers.logging.disable_progress_bar()
     print(shlex.join(sys.argv), file=sys.stderr)
     table = Table("tuning", settings, packages)
