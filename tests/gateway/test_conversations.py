@@ -55,6 +55,19 @@ def test_an_answer_comes_as_events_and_is_kept(client: httpx2.Client) -> None:
     assert events(client, done["id"])[-1][1]["message"]["text"] == text
 
 
+def test_a_conversation_may_begin_with_its_question(client: httpx2.Client) -> None:
+    made = client.post("/api/ui/conversations", json={"settings": SHORT, "text": "hello there"})
+    assert made.status_code == 201
+    assert made.json()["title"] == "hello there"
+    assert made.json()["leaf"] == made.json()["answer"]["id"]
+    done = events(client, made.json()["answer"]["id"])[-1][1]["message"]
+    assert done["text"] == ask(client, new(client), "hello there")["text"]
+    before = client.get("/api/ui/conversations").json()["conversations"]
+    for text, status in ((" ", 422), ("x" * 100_000, 413)):
+        assert client.post("/api/ui/conversations", json={"text": text}).status_code == status
+    assert client.get("/api/ui/conversations").json()["conversations"] == before
+
+
 def test_edits_and_regenerations_are_branches(client: httpx2.Client) -> None:
     conversation = new(client)
     first = ask(client, conversation, "hello there")

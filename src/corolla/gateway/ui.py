@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 import corolla
 from corolla.chat.templates import TEMPLATES
-from corolla.errors import EmptyPrompt
+from corolla.errors import CorollaError, EmptyPrompt
 from corolla.gateway.guard import COOKIE, cookie_of
 from corolla.gateway.inference import SETTINGS
 from corolla.gateway.keys import LOGIN_SECONDS
@@ -48,6 +48,10 @@ class Conversation(BaseModel):
     prompt: _NAME | None = None
     settings: dict[str, Any] | None = None
     leaf: _ID | None = None
+
+
+class NewConversation(Conversation):
+    text: _TEXT | None = None
 
 
 class Question(BaseModel):
@@ -144,10 +148,18 @@ async def conversations(
 
 
 @router.post("/conversations", status_code=201)
-async def create(asked: Conversation, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
-    """A new conversation."""
-    values = _checked(gateway, asked.model_dump(exclude_unset=True, exclude={"leaf"}))
-    return await gateway.conversations.create(caller.id, values)
+async def create(asked: NewConversation, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+    """A new conversation, and its first question if there is a `text`: then there is none where that cannot be answered."""
+    values = _checked(gateway, asked.model_dump(exclude_unset=True, exclude={"leaf", "text"}))
+    if asked.text is None:
+        return await gateway.conversations.create(caller.id, values)
+    made = await gateway.conversations.create(caller.id, values)
+    try:
+        begun = await ask(made["id"], Question(text=asked.text), gateway, caller)
+    except CorollaError:
+        await gateway.conversations.delete(caller.id, made["id"])
+        raise
+    return {**await gateway.conversations.get(caller.id, made["id"], whole=False), **begun}
 
 
 @router.post("/conversations/import", status_code=201)

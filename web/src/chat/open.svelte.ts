@@ -5,6 +5,11 @@ import { follow, get, patch, post } from '../lib/api.ts'
 import { branch, newestLeaf } from '../lib/tree.ts'
 import type { Conversation, Manner, Message } from '../lib/types.ts'
 
+interface Asked {
+  user: Message
+  answer: Message
+}
+
 interface Delta {
   text: string
   tokens: number
@@ -64,14 +69,7 @@ export class OpenConversation {
     if (this.sending) return false
     this.sending = true
     try {
-      if (this.id === null) {
-        const conversation = await post<Conversation>('conversations', $state.snapshot(this.manner))
-        this.id = conversation.id
-        this.take(conversation)
-        app.go(`/c/${conversation.id}`, { replace: true })
-      }
-      const body = { text, parent: parent === undefined ? this.leaf : parent }
-      const { user, answer } = await post<{ user: Message; answer: Message }>(`conversations/${this.id}/messages`, body)
+      const { user, answer } = this.id === null ? await this.begin(text) : await post<Asked>(`conversations/${this.id}/messages`, { text, parent: parent === undefined ? this.leaf : parent })
       this.messages.push(user, answer)
       this.leaf = answer.id
       this.title ||= text.slice(0, 60)
@@ -122,6 +120,14 @@ export class OpenConversation {
     if (this.id === null || !title.trim()) return
     await app.trying(conversations.rename(this.id, title.trim()))
     this.title = title.trim()
+  }
+
+  private async begin(text: string): Promise<Asked> {
+    const { user, answer, ...conversation } = await post<Conversation & Asked>('conversations', { ...$state.snapshot(this.manner), text })
+    this.id = conversation.id
+    this.take(conversation)
+    app.go(`/c/${conversation.id}`, { replace: true })
+    return { user, answer }
   }
 
   private take(conversation: Conversation): void {
