@@ -34,7 +34,7 @@ from typing import Any
 import torch
 import transformers
 
-from common import Table, rounds
+from common import Table
 from corolla.models.catalog import resolve
 from swarm_petals import SHAPES
 from swarm_servers import COROLLA, Client, CorollaSwarm, PetalsSwarm, Processes, even_spans
@@ -67,10 +67,9 @@ def step(bench: Bench) -> None:
                 return {}
             answer = bench.ask(client)
             answers.setdefault(name, []).append(answer)
-            print(f"{name}: {bench.rate(answer):.1f} tokens/s", file=sys.stderr, flush=True)
             return {name: bench.rate(answer)}
 
-        figures = rounds(options.rounds, {name: functools.partial(measure, name, client) for name, client in clients.items()})
+        figures = bench.rounds({name: functools.partial(measure, name, client) for name, client in clients.items()})
     reference = [loss for answer in answers[PEFT] for loss in answer["losses"]]
     for name, given in answers.items():
         losses = [loss for answer in given for loss in answer["losses"]]

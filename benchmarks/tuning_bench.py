@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common import Table
+from common import Table, rounds
 from swarm_petals import SHAPES, Shape, make_bloom
 from swarm_servers import Client, CorollaSwarm, Processes, even_spans
 
+Cell = Callable[[int], Mapping[str, float]]
 HERE = Path(__file__).parent
 TINY = Shape("a tiny BLOOM", 64, 4, 4, 24, (1,), single=(0, 0), together=(0, 0))
 
@@ -55,6 +57,17 @@ class Bench:
     def ask(self, client: Client) -> dict[str, Any]:
         client.send(steps=self.options.steps, batch=self.options.batch, length=self.options.length)
         return client.read()
+
+    def rounds(self, cells: Mapping[str, Cell]) -> dict[str, list[float]]:
+        """`common.rounds`, telling each figure when it is there: what a time limit cuts off has measured something."""
+
+        def telling(cell: Cell, number: int) -> Mapping[str, float]:
+            figures = cell(number)
+            for name, value in figures.items():
+                print(f"  {number + 1}  {name}: {value:.2f}", file=sys.stderr, flush=True)
+            return figures
+
+        return rounds(self.options.rounds, {name: functools.partial(telling, cell) for name, cell in cells.items()})
 
     def rate(self, answer: Mapping[str, Any]) -> float:
         """Tokens a second, soft ones not counted."""

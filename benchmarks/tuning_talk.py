@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 
-from common import rounds
 from corolla.models.catalog import resolve
 from runners import Answer, decode_rate, median_gap_ms
 from swarm_servers import Client, CorollaSwarm, Processes, even_spans
@@ -39,7 +38,7 @@ def chats(bench: Bench) -> None:
                 figures[f"slowed {together}"] = sum(bench.rate(client.read()) for client in tuning[:together])
             return figures
 
-        figures = rounds(options.rounds, {"chats": measure})
+        figures = bench.rounds({"chats": measure})
     bench.table.add("a chat's time per token, alone", "ms", figures["quiet"])
     for together, who in ((1, "one who trains"), (2, "two who train")):
         bench.table.add(f"the same beside {who}", "ms", figures[f"beside {together}"])
@@ -55,7 +54,7 @@ def session(bench: Bench) -> None:
     ):
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder, Processes(Path(folder)) as processes:
             both = BothWays(bench, processes, directory, dtype)
-            figures = rounds(bench.options.rounds, {name: both.measure})
+            figures = bench.rounds({name: both.measure})
         name = f"{name}, {dtype}"
         bench.table.add(f"{name}: the tokens' way", "tokens/s", figures["tokens"])
         bench.table.add(f"{name}: generate(session=...)", "tokens/s", figures["hidden"])
