@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer, decoders
 
+from corolla.data.words import words_of
 from corolla.errors import CallerError
 
 _ANY = 2**40
@@ -44,6 +45,7 @@ class Locator:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._widths = _widths(tokenizer)
+        self._words = words_of(tokenizer)
 
     def locate(self, texts: Sequence[Text]) -> list[Located | CallerError]:
         """Each text's tokens, without those that the tokenizer puts around; an error for what is no Unicode text."""
@@ -58,7 +60,7 @@ class Locator:
         if self._widths is None:
             encodings = self._tokenizer.encode_batch([text.text for text in texts], add_special_tokens=False)
             return [_asked(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
-        ids = [found.ids for found in self._tokenizer.encode_batch_fast([text.text for text in texts], add_special_tokens=False)]
+        ids = self._tokens([text.text for text in texts])
         firsts = list(accumulate(map(len, ids), initial=0))
         flat = np.fromiter(chain.from_iterable(ids), np.int32, firsts[-1])
         begins = np.concatenate([[0], np.cumsum(self._widths[flat])])  # of each token, in bytes of all texts together
@@ -73,6 +75,12 @@ class Locator:
                 found = _asked(self._tokenizer.encode(text.text, add_special_tokens=False), text)
             located.append(found)
         return located
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        known = [None if self._words is None else self._words.tokens(text) for text in texts]
+        asked = [text for text, ids in zip(texts, known, strict=True) if ids is None]
+        found = iter(self._tokenizer.encode_batch_fast(asked, add_special_tokens=False))
+        return [next(found).ids if ids is None else ids for ids in known]
 
 
 def _widths(tokenizer: Tokenizer) -> npt.NDArray[np.int64] | None:

@@ -31,14 +31,14 @@ def plot_evaluation(
     for place, part in enumerate(parts, start=1):
         axes = figure.add_subplot(1, len(parts), place)
         if part == "loss":
-            axes.hist(list(losses.values()), bins=_BINS, label=list(losses))
+            axes.hist(list(losses.values()), bins=_BINS, label=[Path(name).name for name in losses])
             axes.set(xlabel="loss of an article, nats a token", ylabel="articles")
             axes.legend()
         elif part == "words":
             languages = list(next(iter(words.values())))
             width = 0.8 / len(words)
             for index, (tokenizer, figures_of) in enumerate(words.items()):
-                axes.bar([i + index * width for i in range(len(languages))], list(figures_of.values()), width, label=tokenizer)
+                axes.bar([i + index * width for i in range(len(languages))], list(figures_of.values()), width, label=Path(tokenizer).name)
             axes.set(ylabel="tokens a word")
             axes.set_xticks([i + 0.4 - width / 2 for i in range(len(languages))], languages)
             axes.legend()
