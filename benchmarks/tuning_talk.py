@@ -47,22 +47,18 @@ def chats(bench: Bench) -> None:
 
 
 def session(bench: Bench) -> None:
-    """Greedy tokens a second of one session by both ways through the same servers, and of beams."""
-    for name, directory, dtype in (
-        (bench.shape.name, bench.directory, "float32"),
-        (bench.options.model, resolve(bench.options.model), "bfloat16"),
-    ):
-        with tempfile.TemporaryDirectory(dir=bench.folder) as folder, Processes(Path(folder)) as processes:
-            both = BothWays(bench, processes, directory, dtype)
-            figures = bench.rounds({name: both.measure})
-        name = f"{name}, {dtype}"
-        bench.table.add(f"{name}: the tokens' way", "tokens/s", figures["tokens"])
-        bench.table.add(f"{name}: generate(session=...)", "tokens/s", figures["hidden"])
-        ratio = functools.partial(bench.table.ratio, unit="x", reach=0.7, aim=0.9)
-        ratio(f"{name}: generate(session=...) / the tokens' way", ours=figures["hidden"], theirs=figures["tokens"])
-        bench.table.add(f"{name}: {BEAMS} beams, prompt of {PROMPT} included", "tokens/s", figures["beams"])
-        name = f"{name}: {BEAMS} beams / transformers' in one process"
-        bench.table.ratio(name, "x", figures["beams"], figures["stock beams"])
+    """Greedy tokens a second of one session of the default model, by both ways through the same servers, and of beams."""
+    dtype, directory = bench.options.session_dtype, resolve(bench.options.model)
+    name = f"{bench.options.model}, {dtype}"
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder, Processes(Path(folder)) as processes:
+        figures = bench.rounds({name: BothWays(bench, processes, directory, dtype).measure})
+    bench.table.add(f"{name}: the tokens' way", "tokens/s", figures["tokens"])
+    bench.table.add(f"{name}: generate(session=...)", "tokens/s", figures["hidden"])
+    ratio = functools.partial(bench.table.ratio, unit="x", reach=0.7, aim=0.9)
+    ratio(f"{name}: generate(session=...) / the tokens' way", ours=figures["hidden"], theirs=figures["tokens"])
+    bench.table.add(f"{name}: {BEAMS} beams, prompt of {PROMPT} included", "tokens/s", figures["beams"])
+    name = f"{name}: {BEAMS} beams / transformers' in one process"
+    bench.table.ratio(name, "x", figures["beams"], figures["stock beams"])
 
 
 class BothWays:
