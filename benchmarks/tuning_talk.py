@@ -29,7 +29,13 @@ def chats(bench: Bench) -> None:
         def gap() -> float:
             return median_gap_ms(chat.answer([random.randrange(5, 1000) for _ in range(16)], options.chat_tokens))
 
-        def measure(_number: int) -> Mapping[str, float]:
+        def measure(number: int) -> Mapping[str, float]:
+            if number < 0:
+                gap()
+                for client in tuning:
+                    client.send(steps=1, batch=2, length=16)
+                    client.read()
+                return {}
             figures = {"alone": bench.rate(bench.ask(tuning[0])), "quiet": gap()}
             for together in (1, 2):
                 for client in tuning[:together]:
