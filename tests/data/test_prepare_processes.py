@@ -83,12 +83,12 @@ def test_killed_while_the_files_were_moved_to_their_places(
 ) -> None:
     output, options = tmp_path / "out", {"dev": 0.1, "categories": "auto", "seed": 5}
     settings = PrepareSettings(inputs=(str(source),), tokenizer=model, **{"max_length": 128, **options})
-    for index, (name, content) in enumerate(sorted(expected.items(), key=lambda entry: (entry[0] == SUMS, entry[0]))):
-        path = (output if index < moved else output / UNFINISHED / "done") / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
     with claimed(output) as claim:
         claim.agree(settings.plan(sources_of([str(source)], quiet), tokenizer_sums(model)))
+        for index, (name, content) in enumerate(sorted(expected.items(), key=lambda entry: (entry[0] == SUMS, entry[0]))):
+            path = (output if index < moved else claim.done) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
     run(source, output, model, **options)
     assert contents(output) == expected
 

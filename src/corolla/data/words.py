@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-_MOST = 200_000  # words that are remembered, about 40 MB
+_MOST = 100_000  # words that are remembered, about 20 MB
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
 _DIGITS_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+|[0-9]"  # digits are cut out before
