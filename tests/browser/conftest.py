@@ -5,12 +5,16 @@ Every page of a test is watched: what it asks of other hosts and what it complai
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
@@ -19,6 +23,7 @@ from tests.browser.looking import DESKTOP, PATIENCE, Look, Watch
 from tests.gateway.running import Running, TinySwarm, make_model, running
 
 STATIC = Path(corolla.__file__).parent / "gateway" / "static" / "index.html"
+_LONGEST = 600.0  # seconds for one test, on a loaded machine
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -34,6 +39,24 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=found)
         yield browser
         browser.close()
+
+
+@pytest.fixture(autouse=True)
+def patience() -> Iterator[None]:
+    """Some of what Playwright does has no deadline of its own: a browser that hangs is killed, and the test fails."""
+    timer = threading.Timer(_LONGEST, _kill_browsers)
+    timer.daemon = True
+    timer.start()
+    yield
+    timer.cancel()
+
+
+def _kill_browsers() -> None:
+    faulthandler.dump_traceback()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if child.name().startswith(("chrom", "node", "google-chrome")):  # and Playwright's own process
+                child.kill()
 
 
 @pytest.fixture
