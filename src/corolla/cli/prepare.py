@@ -30,7 +30,9 @@ def prepare(
     tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="An alias, a directory or a hub id: whose tokens to make.")] = "smollm2",
     template: Annotated[
         str,
-        typer.Option(help="bloomchat (<human>: and <bot>:), sft-chat, petals, plain, or tokenizer for its own.", rich_help_panel=ARTICLES),
+        typer.Option(
+            help="bloomchat (`<human>:` and `<bot>:`), sft-chat, petals, plain, or tokenizer for its own.", rich_help_panel=ARTICLES
+        ),
     ] = "bloomchat",
     max_length: Annotated[int, typer.Option(help="The length of a sequence, in tokens.", rich_help_panel=SEQUENCES)] = 2048,
     packing: Annotated[
