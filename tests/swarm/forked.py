@@ -15,7 +15,7 @@ from tests.swarm.harness import DEADLINE, Server, Swarm
 
 # Nothing may have begun a thread before a fork. A child draws its own random numbers, and waits for its own children.
 _LAUNCHER = """
-import json, os, random, signal, sys, threading
+import ctypes, json, os, random, signal, sys, threading
 import hivemind, torch
 import corolla.cli.bootstrap, corolla.cli.serve, corolla.server.serve, corolla.swarm.peer
 from corolla.cli.main import app
@@ -27,10 +27,13 @@ for line in sys.stdin:
     if child == 0:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends when the launcher does, whose input ends with the tests
         random.seed()
         log = os.open(task["log"], os.O_WRONLY | os.O_CREAT)
         for descriptor, other in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
             os.dup2(other, descriptor)
+        sys.stdin = open(os.devnull)
         sys.argv[1:] = task["command"]
         app()
     print(child, flush=True)
