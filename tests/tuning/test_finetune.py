@@ -172,6 +172,39 @@ def test_a_killed_run_goes_on_to_the_same_bytes(finished: tuple[Path, Record], m
     assert curves[0] == curves[1]
 
 
+_SHARED = """
+import sys
+from pathlib import Path
+from tuning.test_finetune import run
+run(*map(Path, sys.argv[1:4]))
+"""
+
+
+def test_two_processes_share_a_run(finished: tuple[Path, Record], model: Path, data: Path, tmp_path: Path) -> None:
+    root, script = Path(__file__).parents[2], tmp_path / "run.py"
+    script.write_text(_SHARED)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+        model,
+        data,
+        tmp_path / "out",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'tests'}:{root}"}
+    done = subprocess.run(command, env=environment, timeout=300, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    records = [json.loads((each / "finetuning.json").read_text()) for each in (tmp_path / "out", finished[0])]
+    assert [record["status"] for record in records] == ["done", "done"]
+    losses = [[point["loss"] for point in record["curve"]] for record in records]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in finished[0].iterdir()}
+
+
 def test_two_phases_go_on_from_one_another(model: Path, data: Path, tmp_path: Path) -> None:
     record = run(model, data, tmp_path / "two", phases=(Phase(name="text", loss="all"), Phase(name="chat", learning_rate=1e-3)))
     assert [phase["name"] for phase in record.data["phases"]] == ["text", "chat"]

@@ -140,7 +140,8 @@ def finetune(
         )
         print(f"interrupted: {said}; go on with\n  {shlex.join(['corolla', *arguments, '--resume'])}", file=sys.stderr)
         raise typer.Exit(130) from None
-    _show(record, model, output, lora)
+    if record.written:
+        _show(record, model, output, lora)
 
 
 def _show(record: Record, model: str, output: Path, lora: bool) -> None:

@@ -59,8 +59,9 @@ class CheckpointingTrainer(Trainer):
         assert self.lr_scheduler is not None, "training has begun"
         output = Path(self.args.output_dir or ".")
         target = output / f"checkpoint-{self.state.global_step}"
-        if target.exists():
-            return  # nothing has been trained since
+        self.accelerator.wait_for_everyone()
+        if target.exists() or not self.args.should_save:
+            return  # nothing has been trained since, or another process of the run writes it
         work = output / f".{target.name}"
         optimizer = self.optimizer.state_dict()
         tensors, rest = _apart(optimizer["state"])

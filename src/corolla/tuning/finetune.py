@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
+from rich.console import Console
 from transformers import TrainerCallback
 
 from corolla.chat.templates import Template, default_template, template_named
@@ -28,9 +29,6 @@ from corolla.tuning.memory import Need, available, check_fits
 from corolla.tuning.recipe import Recipe
 from corolla.tuning.record import Record, begun_in
 from corolla.tuning.reporting import check_reporter
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 RECORD = "finetuning.json"
 
@@ -93,13 +91,16 @@ def finetune(
     """Fine-tune the model `name` and save it in `output`, with its card, recipe and record and, until it is done, its checkpoints.
 
     `data` are sources as `parse_source` takes them; `callbacks` are for transformers' trainer. On SIGINT or SIGTERM the step under
-    way is ended and saved, and `KeyboardInterrupt` raised.
+    way is ended and saved, and `KeyboardInterrupt` raised. Of several processes, one for each device, the first one writes and tells.
 
     Raises:
         TrainingError: there is nothing to go on from, something else lies in `output`, it would not fit the memory, or a loss or a
             gradient is not finite.
         DataError, InvalidSetting, ModelNotFound, UnsupportedModel, CheckpointError, StorageError: as they say.
     """
+    process = PartialState(cpu=settings.on.type == "cpu")
+    if not process.is_main_process:
+        console, progress = Console(quiet=True), None
     before = begun_in(output, resume, RECORD)
     directory = resolve(name, progress=progress)
     with Checkpoint(directory) as checkpoint:
@@ -123,6 +124,8 @@ def finetune(
     record = _record(name, directory, output, recipe, settings, template, phases, arch)
     if before is not None:
         record = _resumed(before, record)
+    record.written = process.is_main_process
+    process.wait_for_everyone()  # all have seen what there was before anything is written
     try:
         record.update(status="running", error=None)
         model = load_model(directory, recipe, settings)

@@ -91,24 +91,27 @@ class Run:
         self._record, self._console, self._micro_batch = record, console, micro_batch
         self._output = record.path.parent
         self._callbacks = callbacks
-        self._devices = PartialState().num_processes
+        self._devices, self._main = PartialState().num_processes, PartialState().is_main_process
         articles = any((data.training + data.held_out) for data in phases)
         mask_dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
         needs = articles and recipe.packing != "single" and wants_mask(model)
         self._collator = Collator(tokenizer.end_id, wants_mask=needs, mask_dtype=mask_dtype)
 
     def go(self, base: Path) -> None:
-        with replacing(self._output / RECIPE) as temporary:
-            temporary.write_text(self._recipe.dump(), encoding="utf-8")
+        if self._main:
+            with replacing(self._output / RECIPE) as temporary:
+                temporary.write_text(self._recipe.dump(), encoding="utf-8")
         self._record.steps = {**self._record.steps, "total": sum(map(self._steps, range(len(self._phases))))}
         offset = 0
         for index in range(len(self._phases)):
             self._phase(index, offset)
             offset += self._steps(index)
-        self._save(base)
-        self._keep_curves()
-        self._record.update(status="done")
-        shutil.rmtree(self._output / TRAINING, ignore_errors=True)
+        PartialState().wait_for_everyone()  # nobody reads the checkpoints any more
+        if self._main:
+            self._save(base)
+            self._keep_curves()
+            self._record.update(status="done")
+            shutil.rmtree(self._output / TRAINING, ignore_errors=True)
 
     def _keep_curves(self) -> None:
         """Move what tensorboard is shown out of the directory of checkpoints, which goes."""
@@ -155,7 +158,7 @@ class Run:
             raise KeyboardInterrupt
         if held_out is not None:
             trainer.take_best()
-        if PartialState().is_main_process:
+        if self._main:
             with replacing(directory / _END) as temporary:
                 save_tensors(trainer.trained_tensors(), temporary)
 
@@ -185,6 +188,7 @@ class Run:
             activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
             seed=recipe.seed,
             remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
             label_names=["labels"],
             dataloader_pin_memory=settings.on.type == "cuda",
             logging_steps=1,
@@ -203,8 +207,6 @@ class Run:
 
     def _save(self, base: Path) -> None:
         """The model as transformers saves one: written beside its place, synced, and moved, its configuration last."""
-        if not PartialState().is_main_process:
-            return
         work = self._output / TRAINING / "model"
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         if not self._template.own:

@@ -177,6 +177,7 @@ class FinetuneTrainer(CheckpointingTrainer):
 
     def take_best(self) -> None:
         """Go back to the weights of `best`, where there are any."""
+        self.accelerator.wait_for_everyone()  # one process writes them
         file = Path(self.args.output_dir or ".") / BEST
         if file.exists():
             stored = load_file(file)

@@ -18,6 +18,7 @@ from corolla.models.saving import replacing
 RECORD = "tuning.json"
 _SECONDS = 2.0  # between two writes, while nothing but the curve goes on
 _VERSION = 1
+_UNWRITTEN = ("path", "written", "_last_write")
 
 Status = Literal["running", "interrupted", "failed", "done"]
 
@@ -41,7 +42,10 @@ class HeldOut:
 
 @dataclass(slots=True)
 class Record:
-    """One run. `update` changes fields by their names and writes them, `point` adds to the curve."""
+    """One run. `update` changes fields by their names and writes them, `point` adds to the curve.
+
+    Of the processes of a run one writes; for the others `written` is False.
+    """
 
     path: Path
     settings: dict[str, Any]
@@ -57,7 +61,8 @@ class Record:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     base: dict[str, Any] | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
-    _written: float = field(default=0.0, repr=False)
+    written: bool = field(default=True, repr=False)
+    _last_write: float = field(default=0.0, repr=False)
 
     def update(self, **fields: Any) -> None:
         """Change fields and write all of them. Raises `StorageError` when the disk refuses."""
@@ -70,7 +75,7 @@ class Record:
         self.curve.append(entry)
         self.steps = {**self.steps, "done": entry["step"]}
         self.seconds += entry["seconds"]
-        if time.monotonic() - self._written > _SECONDS:
+        if time.monotonic() - self._last_write > _SECONDS:
             self.write()
 
     def back_to(self, step: int) -> None:
@@ -83,7 +88,9 @@ class Record:
 
     def write(self) -> None:
         """Raises `StorageError` when the disk refuses."""
-        content = {name: value for name, value in asdict(self).items() if name not in ("path", "_written")}
+        if not self.written:
+            return
+        content = {name: value for name, value in asdict(self).items() if name not in _UNWRITTEN}
         last = self.evaluations[-1] if self.evaluations else None
         content |= {
             "version": _VERSION,
@@ -94,7 +101,7 @@ class Record:
         }
         with replacing(self.path) as temporary:
             temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        self._written = time.monotonic()
+        self._last_write = time.monotonic()
 
 
 def read_record(directory: Path, name: str = RECORD) -> Record | None:
@@ -104,7 +111,7 @@ def read_record(directory: Path, name: str = RECORD) -> Record | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != _VERSION:
             raise TrainingError(f"{path} is of version {content['version']}, and this Corolla reads version {_VERSION}")
-        names = [name for name in Record.__dataclass_fields__ if name not in ("path", "_written")]
+        names = [name for name in Record.__dataclass_fields__ if name not in _UNWRITTEN]
         return Record(path, **{name: content[name] for name in names})
     except FileNotFoundError:
         return None
