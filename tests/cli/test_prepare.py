@@ -48,6 +48,14 @@ def test_sequences_with_what_is_trained_on(prepared: tuple[Path, Result]) -> Non
     assert "</s>⟧" in result.stdout
 
 
+def test_sequences_in_colour(prepared: tuple[Path, Result]) -> None:
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "NO_COLOR": None}
+    result = CliRunner().invoke(app, ["prepare", "--inspect", str(prepared[0]), "--count", "1"], env=terminal)
+    assert "\x1b[32m It is" in result.stdout
+    assert "\x1b[1;32m</s>" in result.stdout
+    assert "⟦" not in result.stdout
+
+
 def test_pictures(prepared: tuple[Path, Result]) -> None:
     for name in ("lengths.png", "utilization.png"):
         assert (prepared[0] / name).read_bytes().startswith(b"\x89PNG")
