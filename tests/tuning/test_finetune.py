@@ -256,7 +256,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if not mounted or mounted.returncode != 0:
         pytest.skip("mounting a small disk takes root")
     yield disk
-    subprocess.run(["umount", disk], check=True)
+    subprocess.run(["umount", "--lazy", disk], check=True)  # weights that were read may still be mapped
 
 
 def test_a_full_disk_loses_nothing(finished: tuple[Path, Record], model: Path, data: Path, small_disk: Path) -> None:
