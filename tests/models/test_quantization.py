@@ -78,7 +78,8 @@ def test_a_quantized_directory_equals_quantizing_on_load_and_so_do_its_spans(
     assert greedy(Chain(parts), PROMPTS, 12) == expected
 
 
-@pytest.mark.parametrize("family", sorted(set(tiny.CONFIGS) - {"llama", "bloom"}))
+# Rows of 96 inputs, which bloom-6-heads has, are no whole blocks.
+@pytest.mark.parametrize("family", sorted(set(tiny.CONFIGS) - {"llama", "bloom", "bloom-6-heads"}))
 def test_every_family_is_quantized(family: str, tmp_path: Path) -> None:
     directory = tiny.save(family, tmp_path / "m")
     for format in ("nf4", "int8"):
