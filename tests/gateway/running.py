@@ -76,6 +76,21 @@ class TinySwarm:
         self.gone.add(name)
         self.hub.kill(name)
 
+    @contextmanager
+    def held(self, name: str) -> Iterator[Callable[[], None]]:
+        """That server computes nothing until the block ends, or what it yields is called."""
+        over = threading.Event()
+
+        def hold() -> Iterator[None]:
+            over.wait(DEADLINE)
+            yield
+
+        self.engines[name].call(hold())
+        try:
+            yield over.set
+        finally:
+            over.set()
+
     @property
     def pages_in_use(self) -> int:
         return sum(engine.pool.num_pages - engine.pool.free_pages for engine in self.engines.values())

@@ -194,3 +194,16 @@ def test_an_answer_that_a_restart_interrupted_is_shown_so_and_goes_on(swarm: Tin
         client.patch(f"/api/ui/conversations/{conversation}", json={"settings": SHORT})
         assert client.post(f"/api/ui/messages/{answer}/resume", json={}).status_code == 202
         assert events(client, answer)[-1][1]["message"]["text"].startswith(message["text"])
+
+
+def test_who_looks_on_is_told_that_the_gateway_ends(swarm: TinySwarm, tmp_path: Path) -> None:
+    with running(swarm, tmp_path / "g.sqlite") as gateway, gateway.client() as client:
+        conversation = new(client, settings={"max_tokens_to_generate": 400, "do_sample": False})
+        with gateway.swarm.held("first"):
+            answer = client.post(f"/api/ui/conversations/{conversation}/messages", json={"text": "hello there"}).json()["answer"]["id"]
+            with client.stream("GET", f"/api/ui/messages/{answer}/events") as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                gateway.server.should_exit = True
+                [done] = [line for line in lines if line.startswith('data: {"message"')]
+    assert json.loads(done.removeprefix("data: "))["message"]["state"] == "interrupted"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,22 +112,12 @@ def test_a_writer_that_is_slow_or_says_too_much_is_refused(small: Running) -> No
 
 def test_a_silent_stream_is_kept_alive(small: Running, swarm: TinySwarm) -> None:
     """As during a long prefill: the first server computes nothing until a sign of life has come."""
-    heard = threading.Event()
-    swarm.engines["first"].call(_holding(heard))
-    try:
-        with small.client() as client, client.stream("POST", "/v1/chat/completions", json=_chat(5)) as stream:
-            lines = stream.iter_lines()
-            assert any(line.startswith(": ") for line in lines)
-            heard.set()
-            assert "data: [DONE]" in list(lines)
-    finally:
-        heard.set()
-
-
-def _holding(until: threading.Event) -> Iterator[None]:
-    """A job that keeps the engine's thread to itself."""
-    until.wait(DEADLINE)
-    yield
+    chat = _chat(5)
+    with swarm.held("first") as release, small.client() as client, client.stream("POST", "/v1/chat/completions", json=chat) as stream:
+        lines = stream.iter_lines()
+        assert any(line.startswith(": ") for line in lines)
+        release()
+        assert "data: [DONE]" in list(lines)
 
 
 def _chat(tokens: int) -> dict[str, object]:

@@ -21,6 +21,7 @@ from corolla.gateway.service import Gateway, GatewayConfig
 
 _KEEP_ALIVE = 30  # seconds that an idle connection stays open
 _CONNECTIONS = 1024  # at a time; one more is answered 503
+_FAREWELL = 5  # seconds for clients to be told how what they wait for has ended
 _SOCKET_MESSAGE = 2 * 2**20  # bytes
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def run(models: Models, database: Database, config: GatewayConfig, host: str, po
         access_log=False,  # guard.py writes a better one
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=max(1, round(config.drain)),
+        timeout_graceful_shutdown=round(config.drain) + _FAREWELL,
         limit_concurrency=_CONNECTIONS,
         ws_max_size=_SOCKET_MESSAGE,
         lifespan="on",

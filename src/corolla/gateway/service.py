@@ -98,9 +98,13 @@ class Gateway:
         return secrets.randbelow(2**31)
 
     def begin_to_close(self) -> None:
-        """Answers under way get their time to be finished, and others look elsewhere from now on."""
+        """Answers under way get their time to be finished, and others look elsewhere from now on. In the event loop.
+
+        What is left then is interrupted while those who look on are still there to be told.
+        """
         if not self.closing.is_set():
             self._deadline = time.monotonic() + self.config.drain
+            asyncio.get_running_loop().call_later(self.config.drain, self.writers.interrupt)
             self.closing.set()
 
     async def close(self) -> None:
