@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 _MOST = 100_000  # words that are remembered, about 20 MB
+_LONGEST = 32  # characters of a word that is
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
 _DIGITS_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+|[0-9]"  # digits are cut out before
@@ -42,9 +43,11 @@ class Words(dict[str, list[int]]):
         self._added = [token.content for token in added if not (token.special and tokenizer.encode_special_tokens)]
 
     def __missing__(self, word: str) -> list[int]:
-        if len(self) >= _MOST:
-            self.clear()
-        ids = self[word] = self._tokenizer.encode(word, add_special_tokens=False).ids
+        ids = self._tokenizer.encode(word, add_special_tokens=False).ids
+        if len(word) <= _LONGEST:
+            if len(self) >= _MOST:
+                self.clear()
+            self[word] = ids
         return ids
 
     def tokens(self, text: str) -> list[int] | None:
