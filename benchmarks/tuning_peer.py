@@ -133,7 +133,13 @@ def answer(model: Any, prompt: list[int], new_tokens: int, beams: int) -> dict[s
     import torch
 
     ids, clock = torch.tensor([prompt]), Clock()
-    settings: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    settings: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": False,
+        "num_beams": beams,
+        "pad_token_id": 0,
+    }
     if beams == 1:
         settings["streamer"] = clock
     began = time.perf_counter()

@@ -14,6 +14,7 @@ import psutil
 from hivemind import DHT
 
 _LOOK_EVERY = 0.5  # seconds
+_TO_END = 5.0  # seconds that it gets
 
 
 class Node(DHT):
@@ -23,6 +24,17 @@ class Node(DHT):
         """See `hivemind.DHT.run`; this is the child process."""
         threading.Thread(target=_end_with, args=(os.getppid(),), name="corolla-parent", daemon=True).start()
         super().run()
+
+    def end(self) -> None:
+        """Shut it down; by force, with its daemon, where it does not end by itself, as a process that was forked into a held lock."""
+        self.shutdown()
+        self.join(_TO_END)
+        if self.is_alive():
+            children = psutil.Process(self.pid).children(recursive=True)
+            self.kill()
+            for child in children:
+                child.kill()
+            self.join()
 
 
 def _end_with(parent: int) -> None:

@@ -91,6 +91,5 @@ class SwarmPeer:
     def close(self) -> None:
         """Leave the swarm."""
         self.network.close()
-        self._dht.shutdown()
-        self._dht.join()
+        self._dht.end()
         self._directory_of_key.cleanup()
