@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import gzip
 import itertools
+import signal
 import statistics
 import sys
 import tempfile
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--no-page", action="store_true", help="without Chromium")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))  # as Ctrl-C: what was started ends with it
     torch.set_num_threads(1)
     directory = resolve(options.model)
     blocks = describe(options.model, directory).blocks or 0
