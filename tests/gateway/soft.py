@@ -30,7 +30,7 @@ def make_record(directory: Path, status: Status = "done") -> None:
     record.update(
         steps={"done": done, "total": 40},
         data={"source": "dialogues.txt"},
-        evaluations=[{"step": step, "loss": 4 - step / 25, "perplexity": 9.0, "tokens": 500} for step in (20, done)],
+        evaluations=[{"step": step, "loss": 4 - step / 25, "perplexity": 9.0, "tokens": 500} for step in sorted({20, done})],
         base={"step": 0, "loss": 4.0, "perplexity": 54.6, "tokens": 500},
         samples=[
             {"conversation": [{"role": "user", "content": "Who are you?"}], "system": None, "reference": "me", "before": "a", "after": "b"}
