@@ -142,14 +142,6 @@ def test_a_shared_beginning_is_computed_once(model: SpanModel) -> None:
     assert driver.tokens("b") == alone(model, prompt(5, 100) + prompt(ord("b"), 8))
 
 
-def test_adapters_share_nothing(model: SpanModel) -> None:
-    driver = Driver(model)
-    for adapter in ("", "other"):
-        driver.engine.receive(Step(adapter, 0, prompt(5, 100), settings=GREEDY, adapter=adapter), driver.replies["a"].append)
-        driver.run()
-    assert driver.engine.counters.reused == 0
-
-
 def test_an_edit_goes_back_to_its_position(model: SpanModel) -> None:
     driver = Driver(model)
     driver.send("a", prompt(6, 90))
