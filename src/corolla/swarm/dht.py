@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 from hivemind import DHT
@@ -30,10 +31,10 @@ class Node(DHT):
         self.shutdown()
         self.join(_TO_END)
         if self.is_alive():
-            children = psutil.Process(self.pid).children(recursive=True)
+            with suppress(psutil.NoSuchProcess):  # it ends just now
+                for child in psutil.Process(self.pid).children(recursive=True):
+                    child.kill()
             self.kill()
-            for child in children:
-                child.kill()
             self.join()
 
 
