@@ -100,6 +100,8 @@ class Calls:
         arch, own = self._engine.model.arch, self._engine.model.span
         if not own.start <= frame.start < frame.end <= own.end:
             blocks = Span(frame.start, frame.end)
+            if frame.end > arch.blocks:
+                raise InvalidSetting("blocks", f"{blocks} are not among the {arch.blocks} of this model")
             raise NetworkError(f"this server holds blocks {own} and not {blocks}: it may have moved since its record was read")
         if frame.hidden.shape[1] != arch.hidden:
             raise InvalidSetting("hidden", f"rows of {frame.hidden.shape[1]} values came, and the model's have {arch.hidden}")
