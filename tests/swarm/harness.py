@@ -204,10 +204,11 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Answer:
-    """Tokens of an answer and the seconds before each of them."""
+    """Tokens of an answer, the seconds before each of them, and their log-probabilities as the server of the head gave them."""
 
     tokens: list[int]
     pauses: list[float]
+    logprobs: list[float]
 
     @property
     def longest(self) -> float:
@@ -309,17 +310,19 @@ class Chat:
         """An answer, timed; `at` says what to do when so many tokens are there, 0 being as soon as the prompt was sent."""
         at = at or {}
         tokens: list[int] = []
+        logprobs: list[float] = []
         pauses: list[float] = []
         self._seam.once_sent = at.get(0)
         before = time.monotonic()
         for token in self.session.generate(prompt, settings, timeout=self._patience):
             now = time.monotonic()
             tokens.append(token.token_id)
+            logprobs.append(token.logprob)
             pauses.append(now - before)
             before = now
             if len(tokens) in at:
                 at[len(tokens)]()
-        return Answer(tokens, pauses)
+        return Answer(tokens, pauses, logprobs)
 
     def close(self) -> None:
         self.session.close()

@@ -30,10 +30,11 @@ from corolla.errors import CorollaError
 from corolla.models.reference import Reference
 from corolla.types import GenerationSettings
 from tests.models import tiny
-from tests.swarm.harness import Client, Server, Swarm
+from tests.swarm.harness import Answer, Client, Server, Swarm
 
 SPANS = ("0:1", "1:3", "3:4")
 MB = 2**20
+TOLERANCE = 1e-3  # nats; float32 in another order of its sums stays below a tenth of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class Report:
     answers: int = 0
     tokens: int = 0
     near_ties: int = 0  # tokens that another order of the same sums may give just as well
+    farthest: float = 0.0  # of a token's log-probability from the stock model's
     wrong: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)  # the longest of each answer, in seconds
@@ -81,7 +83,7 @@ class Report:
     def print(self, minutes: Sequence[float] = (1, 2, 5, 10, 15, 20)) -> None:
         print(", ".join(f"{count} {event}" for event, count in sorted(self.events.items())))
         print(f"{self.answers} answers of {self.tokens} tokens; {len(self.wrong)} wrong tokens, {len(self.failed)} answers failed")
-        print(f"{self.near_ties} near ties tipped")
+        print(f"{self.near_ties} near ties tipped; log-probabilities at most {self.farthest:.1e} from the stock model's")
         ordered = sorted(self.pauses)
         for share in (0.5, 0.9, 0.99):
             print(f"longest pause in {share:.0%} of the answers: at most {ordered[int(share * (len(ordered) - 1))]:.2f} s")
@@ -102,7 +104,7 @@ class Soak:
         self._swarm, self._client, self._config = swarm, client, config
         self._chance = random.Random(config.seed)
         self._reference = Reference(swarm.directory)
-        self._said: SimpleQueue[tuple[list[int], list[int], GenerationSettings]] = SimpleQueue()
+        self._said: SimpleQueue[tuple[list[int], Answer, GenerationSettings]] = SimpleQueue()
         self._over = Event()
         self._hung: list[Server] = []
         self.report = Report()
@@ -147,7 +149,7 @@ class Soak:
                     self.report.answers += 1
                     self.report.tokens += len(answer.tokens)
                     self.report.pauses.append(answer.longest)
-                    self._said.put((list(history), answer.tokens, settings))
+                    self._said.put((list(history), answer, settings))
                     history += answer.tokens
                     self._over.wait(chance.uniform(0.0, 0.5))
 
@@ -195,11 +197,18 @@ class Soak:
     def _check_one(self, timeout: float) -> bool:
         """Compare one answer with what the stock model gives after the same tokens; False when none waits."""
         try:
-            history, tokens, settings = self._said.get(timeout=timeout) if timeout else self._said.get_nowait()
+            history, answer, settings = self._said.get(timeout=timeout) if timeout else self._said.get_nowait()
         except Empty:
             return False
+        tokens = answer.tokens
         everything = history + tokens
         logits = self._reference.model(torch.tensor([everything[:-1]])).logits[0, len(history) - 1 :]
+        # A row that is wrong in some server's cache changes few tokens, but every probability behind it.
+        apart = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0] - torch.tensor(answer.logprobs)
+        self.report.farthest = max(self.report.farthest, float(apart.abs().max()))
+        if bool((apart.abs() > TOLERANCE).any()):
+            row = int((apart.abs() > TOLERANCE).int().argmax())
+            self.report.wrong.append(f"log-probability {apart[row]:+.1e} off at {len(history) + row}, {settings}")
         requests = [SampleRequest(settings, place, everything[:place]) for place in range(len(history), len(everything))]
         for row, expected in enumerate(sample(logits, requests)):
             if expected.token_id == tokens[row]:
@@ -208,8 +217,10 @@ class Soak:
             if any(other.token_id == tokens[row] for other in sample(nearby, [requests[row]] * len(nearby))):
                 self.report.near_ties += 1
             else:
-                place = len(history) + row
-                self.report.wrong.append(f"token {tokens[row]} at {place} where {expected.token_id} belongs, {settings}")
+                self.report.wrong.append(
+                    f"token {tokens[row]}, number {row} of {len(tokens)} behind {len(history)} others, where {expected.token_id} belongs; "
+                    f"its log-probability is {apart[row]:+.1e} off; {settings}"
+                )
         return True
 
 
