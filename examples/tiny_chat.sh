@@ -1,5 +1,5 @@
 #!/bin/sh
-# From a file of dialogues to a chat, on two processor cores, in about ten minutes: a tokenizer, a small BLOOM, pretraining on the
+# From a file of dialogues to a chat, on two processor cores: a tokenizer, a small BLOOM, pretraining on the
 # dialogues' text, tuning on their answers, an evaluation, and a conversation.
 #
 #     examples/tiny_chat.sh DATA [DIR]
