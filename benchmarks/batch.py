@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--instant-requests", type=int, default=10_000, help="of the measurement without one")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, help="instead of what the batch chooses by itself")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     directory = catalog.resolve(arguments.model)
@@ -128,7 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, open_model(arguments.model) as opened:
         requests = Requests(Path(scratch), tokenizer)
         model = load_span(directory, dtype=fast_dtype("cpu"))
-        config = BatchConfig(concurrency=opened.sessions, cache_tokens=opened.cache_tokens)
+        config = BatchConfig(concurrency=arguments.concurrency or opened.sessions, cache_tokens=opened.cache_tokens)
         nothing = instant()
 
         def alone(_round: int) -> Mapping[str, float]:
