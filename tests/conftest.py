@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,3 +26,17 @@ def smollm2() -> Path:
     from corolla.models.catalog import resolve
 
     return Path(resolve("smollm2"))
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB, or of the size that a test gives it (indirectly) in the words of `mount`."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '1m')}", "tmpfs", disk]
+    mounted = shutil.which("mount") and subprocess.run(command, capture_output=True, timeout=60)
+    if not mounted or mounted.returncode != 0:
+        message = "mounting a small disk takes root"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True, timeout=60)  # weights that were read may still be mapped

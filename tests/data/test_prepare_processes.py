@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,20 +112,6 @@ def test_two_runs_into_one_directory(tmp_path: Path, source: Path, model: Path, 
             process.send_signal(signal.SIGCONT)
         assert process.wait(SLOW_START) == 0
     assert contents(output) == expected
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, timeout=60
-    )
-    if not mounted or mounted.returncode != 0:
-        pytest.skip("mounting a small disk takes root")
-    yield disk
-    subprocess.run(["umount", disk], check=True, timeout=60)
 
 
 def test_a_full_disk_and_on_when_there_is_room(small_disk: Path, source: Path, model: Path, expected: dict[str, bytes]) -> None:

@@ -1,6 +1,5 @@
 import errno
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,18 +13,6 @@ import torch
 from corolla.errors import CheckpointError, ModelNotFound, StorageError
 from corolla.models import smollm2 as package
 from corolla.models.checkpoint import Checkpoint, verify
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A disk of 1 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
-    if not mounted or mounted.returncode != 0:
-        pytest.skip("mounting a small disk takes root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
 
 
 def write_gguf(path: Path) -> Path:

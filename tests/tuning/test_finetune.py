@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -247,18 +246,7 @@ def test_interrupting_saves_and_resuming_ends_alike(finished: tuple[Path, Record
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 900 kB, on which a checkpoint finds room, and no second one beside it."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk], capture_output=True)
-    if not mounted or mounted.returncode != 0:
-        pytest.skip("mounting a small disk takes root")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)  # weights that were read may still be mapped
-
-
+@pytest.mark.parametrize("small_disk", ["900k"], indirect=True)  # a checkpoint finds room, and no second one beside it
 def test_a_full_disk_loses_nothing(finished: tuple[Path, Record], model: Path, data: Path, small_disk: Path) -> None:
     with pytest.raises(StorageError, match="cannot be written: No space left on device"):
         run(model, data, small_disk / "out")

@@ -123,7 +123,11 @@ class Renderer:
         for of_one in plans:
             spelled = [next(results) for _ in of_one]
             error = next((found for found in spelled if isinstance(found, CallerError)), None)
-            yield error or [fitted for found in spelled if (fitted := self._fitted(found)) is not None]  # type: ignore[arg-type]
+            if error is not None:
+                yield error
+            else:
+                articles = (self._fitted(found) for found in spelled if not isinstance(found, CallerError))
+                yield [article for article in articles if article is not None]
 
     def _plans(self, example: Example) -> list[Plan]:
         if example.raw:
