@@ -17,7 +17,8 @@ from corolla.errors import PromptError, StorageError
 from corolla.models.architecture import Architecture
 from corolla.models.checkpoint import Checkpoint
 from corolla.models.families import architecture
-from corolla.models.prompts import CONFIG, DEEP, WEIGHTS, SoftPrompt, load_prompt, load_score, save_prompt
+from corolla.models.peft_files import CONFIG, WEIGHTS
+from corolla.models.prompts import DEEP, SoftPrompt, load_prompt, load_score, save_prompt
 from tests.models import tiny
 
 IDS = torch.tensor([[5, 16, 27, 38]])

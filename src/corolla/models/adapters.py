@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from corolla.errors import AdapterError
 from corolla.models.architecture import Architecture
+from corolla.models.peft_files import CONFIG, WEIGHTS, read_config, read_tensors
 from corolla.types import AdapterPart, Factors, Span
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+_WHAT = "LoRA adapter"
 PRODUCTS = ("qkv", "out", "up", "gate", "down")  # of a block, as `models.block.Block` names them
 
 # What a configuration says of its files, of the training and of the choice of matrices, which the tensors' names tell too. Whatever
@@ -101,7 +100,7 @@ def load_adapter(directory: Path, architecture: Architecture) -> Adapter:
     or is not finite, and when it is not for this model.
     """
     directory = Path(directory)
-    config = _read_config(directory / CONFIG)
+    config = read_config(directory / CONFIG, "LORA", _WHAT, AdapterError)
     rank, scale = _rank_and_scale(directory / CONFIG, config)
     matrices = _matrices(directory / WEIGHTS, architecture, rank)
     if not matrices:
@@ -137,7 +136,7 @@ def _matrices(path: Path, architecture: Architecture, rank: int) -> _Matrices:
     matrix = "|".join(map(re.escape, shapes))
     pattern = re.compile(rf"base_model\.model\.(?:{roots}){re.escape(names.blocks)}\.(\d+)\.({matrix})\.lora_([AB])\.weight")
     halves: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
-    for name, tensor in _read(path).items():
+    for name, tensor in read_tensors(path, _WHAT, AdapterError)[0].items():
         match = pattern.fullmatch(name)
         if match is None or int(match[1]) >= architecture.blocks:
             raise AdapterError(
@@ -220,26 +219,3 @@ def _shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
     if len(names.qkv) == 1:
         return shapes | {names.qkv[0]: products["qkv"]}
     return shapes | {name: (rows, architecture.hidden) for name, rows in zip(names.qkv, _attention_rows(architecture), strict=True)}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise AdapterError(f"{path} is missing: give a directory that PEFT saved a LoRA adapter to") from None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}): save the adapter again") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise AdapterError(f"{path} describes {kind or 'no adapter'}, and only LORA is loaded as an adapter")
-    return dict(config)
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-    except FileNotFoundError:
-        raise AdapterError(f"{path} is missing: give a directory that PEFT saved a LoRA adapter to as safetensors") from None
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path} is damaged or cut short ({error}): save the adapter again") from None

@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from corolla.errors import PromptError
 from corolla.models.architecture import Architecture
+from corolla.models.peft_files import CONFIG, WEIGHTS, read_config, read_tensors
 from corolla.models.saving import replacing
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+_WHAT = "soft prompt"
 DEEP = "deep_prompts.safetensors"
 
 _INPUT, _PROMPTS, _SCORE = "prompt_embeddings", "prompts", "base_model.score.weight"  # tensors' names
@@ -128,8 +127,12 @@ def load_prompt(directory: Path, architecture: Architecture) -> SoftPrompt:
     not for this model.
     """
     directory = Path(directory)
-    config = _read_config(directory / CONFIG)
-    tensors, metadata = _read(directory / WEIGHTS)
+    config = read_config(directory / CONFIG, "PROMPT_TUNING", _WHAT, PromptError)
+    if config.get("num_transformer_submodules") not in (None, 1):
+        raise PromptError(
+            f"{directory / CONFIG} describes a prompt for an encoder and a decoder: only language models with a decoder are served"
+        )
+    tensors, metadata = read_tensors(directory / WEIGHTS, _WHAT, PromptError)
     if _INPUT not in tensors:
         raise PromptError(f"{directory / WEIGHTS} has no tensor {_INPUT}: it is no prompt that PEFT's prompt tuning saved")
     asked = [config.get("num_virtual_tokens"), config.get("token_dim") or tensors[_INPUT].shape[-1]]
@@ -138,7 +141,7 @@ def load_prompt(directory: Path, architecture: Architecture) -> SoftPrompt:
     deep: torch.Tensor | None = None
     metadata_of_deep: Mapping[str, str] = {}
     if (directory / DEEP).exists():
-        found, metadata_of_deep = _read(directory / DEEP)
+        found, metadata_of_deep = read_tensors(directory / DEEP, _WHAT, PromptError)
         if _PROMPTS not in found:
             raise PromptError(f"{directory / DEEP} has no tensor {_PROMPTS}: save the prompt again")
         deep = _plain(found[_PROMPTS])
@@ -156,7 +159,7 @@ def load_prompt(directory: Path, architecture: Architecture) -> SoftPrompt:
 
 def load_score(directory: Path, architecture: Architecture) -> torch.Tensor | None:
     """The head [L, E] float32 of the classifier that was saved with a prompt, if any. Raises `PromptError` as `load_prompt`."""
-    score = _read(Path(directory) / WEIGHTS)[0].get(_SCORE)
+    score = read_tensors(Path(directory) / WEIGHTS, _WHAT, PromptError)[0].get(_SCORE)
     if score is None:
         return None
     if score.ndim != 2 or score.shape[1] != architecture.hidden or not bool(score.isfinite().all()):
@@ -202,31 +205,6 @@ def _config_of(prompt: SoftPrompt, architecture: Architecture, base_model: str, 
         "tokenizer_kwargs": None,
         "tokenizer_name_or_path": None,
     }
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise PromptError(f"{path} is missing: give a directory that a soft prompt was saved to") from None
-    except (OSError, ValueError) as error:
-        raise PromptError(f"{path} cannot be read ({error}): save the prompt again") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "PROMPT_TUNING":
-        raise PromptError(f"{path} describes {kind or 'no adapter'}, and only PROMPT_TUNING is a soft prompt")
-    if config.get("num_transformer_submodules") not in (None, 1):
-        raise PromptError(f"{path} describes a prompt for an encoder and a decoder: only language models with a decoder are served")
-    return dict(config)
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  # it is no mapping
-    except FileNotFoundError:
-        raise PromptError(f"{path} is missing: give a directory that a soft prompt was saved to as safetensors") from None
-    except (OSError, SafetensorError) as error:
-        raise PromptError(f"{path} is damaged or cut short ({error}): save the prompt again") from None
 
 
 def _check_model(directory: Path, metadata: Mapping[str, str], architecture: Architecture) -> None:
