@@ -5,7 +5,8 @@
 Two servers of one thread each and a gateway are started here. The gateway's own time is its process's (user and system, the swarm's
 client in it) while streams are open, less what an idle second takes. The first token over HTTP, and the first words on the page in
 Chromium after a click on Send, are held against the first token of an engine alone, of one thread and in this process, round by round;
-no prompt is ever asked twice, for then it would be cached.
+no prompt is ever asked twice, for then it would be cached. A client that goes away closes its connection after the first token; then the
+gateway is asked every few milliseconds for the streams that are open and the sessions that are held at the servers.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from runners import Corolla
 from swarm_servers import COROLLA, CorollaSwarm, Processes, even_spans
 
 PROMPT = "The history of the city begins with a village of fishermen on the northern bank of the river, " * 4
-CPU_AIM, TTFT_AIM, MEMORY_AIM, WEIGHT_AIM, PAINT_AIM = 0.3, 1.2, 450.0, 150.0, 1.0
+CPU_AIM, TTFT_AIM, MEMORY_AIM, WEIGHT_AIM, PAINT_AIM, LEAVING_AIM = 0.3, 1.2, 450.0, 150.0, 1.0, 1.0
 _START = 120.0  # seconds
 _REPEATS = 5  # first tokens a round
 _numbers = itertools.count(100)
@@ -84,6 +85,25 @@ def streams(url: str, count: int, tokens: int) -> list[Stream]:
         return thread.submit(asyncio.run, all_of_them()).result()
 
 
+def left(url: str) -> float:
+    """Seconds from a client's leaving in mid-answer until the gateway has closed its session at the servers."""
+    with httpx2.Client(base_url=url, timeout=600) as client:
+        before = held(client)
+        body = {"prompt": new_prompt(), "max_tokens": 400, "temperature": 0, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            next(line for line in response.iter_lines() if line.startswith("data: {"))
+        began = time.perf_counter()
+        while held(client) > before:
+            time.sleep(0.002)
+        return time.perf_counter() - began
+
+
+def held(client: httpx2.Client) -> float:
+    """Streams that are open and sessions that are kept, together."""
+    gauges = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#"))
+    return float(gauges["corolla_streams"]) + float(gauges["corolla_sessions"])
+
+
 def busy(process: psutil.Process) -> float:
     """Seconds that the process's own threads have computed."""
     times = process.cpu_times()
@@ -124,11 +144,13 @@ class Figures:
         self.evenness: list[float] = []
         self.pause: list[float] = []
         self.memory: list[float] = []
+        self.leaving: list[float] = []
 
     def measure(self, tokens: int) -> None:
         """One round."""
         self._processor_time(tokens)
         self._first_tokens()
+        self.leaving += [left(self.url) for _ in range(_REPEATS)]
         crowd = streams(self.url, 64, max(2, tokens // 4))
         rates = [each.tokens / each.seconds for each in crowd]
         self.evenness.append(min(rates) / statistics.mean(rates))
@@ -206,6 +228,7 @@ def main() -> None:
     table.add("the page's files, gzipped", "kB", [page_weight()], reach=WEIGHT_AIM, at_most=True)
     table.add("64 streams: the slowest one's rate / the mean", "times", figures.evenness)
     table.add("64 streams: the last one's first token / the mean", "times", figures.pause)
+    table.add("a client goes away: until its session is closed", "s", figures.leaving, reach=LEAVING_AIM, at_most=True)
     table.add("memory", "MB", figures.memory, reach=MEMORY_AIM, at_most=True)
     table.report(options.json)
 

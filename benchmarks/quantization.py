@@ -2,21 +2,22 @@
 
     python benchmarks/quantization.py [--model smollm2] [--data FILE] [--tokens N] [--repeats N] [--json FILE]
 
-Size is that of the directory's tensors (`corolla quantize` writes one for each way), memory what loading adds to the process' own. KL is
-the mean Kullback-Leibler divergence of the next-token distributions from bfloat16's, perplexity is on the same held-out text: --data's
-answers in any format of docs/data.md, or a passage of the benchmark's own.
+Size is that of the directory's tensors (`corolla quantize` writes one for each way), memory what loading and answering add to a new
+process, at the end and at its highest: pages of files that are read in place are among them, and the system may take those back. KL is the
+mean Kullback-Leibler divergence of the next-token distributions from bfloat16's, perplexity is on the same held-out text: --data's answers
+in any format of docs/data.md, or a passage of the benchmark's own.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
-import gc
 import math
+import multiprocessing
+import resource
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -42,13 +43,18 @@ PROMPT, PREFILL = 16, 128
 LIMITS = {"int8": 0.01, "int4": 0.02}
 
 
-def own_bytes() -> int:
-    """What this process holds of the machine's memory beside mapped files."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # so that what was freed does not count
-    memory = psutil.Process().memory_info()
-    return int(memory.rss - getattr(memory, "shared", 0))
+def memory_of(source: Path, weights: WeightFormat) -> tuple[float, float]:
+    """MB that a process of its own comes to hold by loading a model and answering, at the end and at its highest."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_weigh, source, weights).result()
+
+
+def _weigh(source: Path, weights: WeightFormat) -> tuple[float, float]:
+    before = psutil.Process().memory_info().rss
+    model = load_span(source, dtype="bfloat16", weights=weights)
+    Corolla(model).answer(list(range(PROMPT)), 4)
+    highest = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (psutil.Process().memory_info().rss - before) / 1e6, (highest - before) / 1e6
 
 
 def held_out(model: SpanModel, token_ids: list[int]) -> torch.Tensor:
@@ -99,9 +105,8 @@ def main() -> None:
             if name in QUANTIZED:
                 source = Path(temporary) / name
                 size[name] = quantize_model(directory, source, weights) / 1e6  # type: ignore[arg-type]
-            before = own_bytes()
+            memory[name] = memory_of(source, weights)
             models[name] = load_span(source, dtype="bfloat16", weights=weights)
-            memory[name] = (own_bytes() - before) / 1e6
 
         def decode(name: str, _round: int) -> Mapping[str, float]:
             return {name: decode_rate([Corolla(models[name]).answer(text[:PROMPT], arguments.new_tokens)])}
@@ -121,7 +126,8 @@ def main() -> None:
             probabilities = reference if name == "bf16, plain" else held_out(models[name], text)
             divergence = torch.nn.functional.kl_div(probabilities, reference, reduction="batchmean", log_target=True)
             table.add(f"{name}: size", "MB", [size[name]])
-            table.add(f"{name}: memory", "MB", [memory[name]])
+            table.add(f"{name}: memory", "MB", [memory[name][0]])
+            table.add(f"{name}: memory at its highest", "MB", [memory[name][1]])
             table.add(f"{name}: 1 session", "tokens/s", figures[name])
             table.add(f"{name}: prefill of {PREFILL}", "tokens/s", figures[f"{name}, prefill"])
             if name in QUANTIZED:

@@ -18,6 +18,8 @@ if [ ! -f "$directory/chat/config.json" ]; then
     [ ! -f "$directory/chat/finetuning.json" ] || resume=--resume
     "$corolla" finetune "$directory/base" --data "$data" --recipe tiny-chat --output "$directory/chat" $resume ${TINY_CHAT_ARGS:-}
 fi
+# What it makes of the dialogues that it was not trained on: of all their tokens.
+"$corolla" evaluate "$directory/chat" --data "$data" --held-out 0.03 --loss all
 if [ -t 0 ]; then
     exec "$corolla" chat "$directory/chat"
 fi

@@ -11,6 +11,11 @@ import pytest
 import toy
 from typer.testing import CliRunner
 
+from corolla.data.problems import Problems
+from corolla.data.readers.read import read
+from corolla.data.sampling import is_held_out
+from tests.data.prepared import run as prepare
+from tests.data.prepared import tokenizer
 from tests.models import tiny
 
 Run = Callable[..., Any]
@@ -47,6 +52,20 @@ def test_loss_answers_and_tokens_per_word(run: Run, directory: Path, tmp_path: P
     assert "perplexity" in done.stdout
     assert "distinct-1" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_held_out_part_is_that_of_tune_and_finetune(run: Run, directory: Path, tmp_path: Path) -> None:
+    data, figures = tmp_path / "d.jsonl", tmp_path / "figures.json"
+    data.write_text("".join(json.dumps({"instruction": f"say {number}", "response": f"{number}"}) + "\n" for number in range(40)))
+    expected = sum(is_held_out(example, 0.2, 0) for example in read(str(data), Problems()))
+    done = run(directory, "--data", data, "--template", "plain", "--held-out", 0.2, "--dtype", "float32", "--json", figures)
+    assert done.exit_code == 0, done.output
+    assert json.loads(figures.read_text())["loss"][str(data)]["articles"] == expected
+    assert 0 < expected < 40
+    prepare(data, tmp_path / "prepared", tokenizer(tmp_path))
+    refused = run(directory, "--data", tmp_path / "prepared", "--held-out", 0.2)
+    assert refused.exit_code == 2
+    assert "choose with --part" in refused.output
 
 
 def test_a_tokenizer_needs_no_weights(run: Run, directory: Path, tmp_path: Path) -> None:

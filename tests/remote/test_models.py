@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, get_scheduler
 
@@ -117,6 +118,21 @@ def test_tied_heads_and_base_models(tmp_path: Path) -> None:
     torch.testing.assert_close(base(IDS).last_hidden_state, reference.model(IDS).last_hidden_state, rtol=1e-5, atol=1e-5)
     for each in (model, base):
         each.close()
+
+
+@torch.no_grad()
+def test_a_heads_packed_product_is_the_stock_one(directory: Path) -> None:
+    model = AutoDistributedModelForCausalLM.from_pretrained(directory, torch_dtype="float32")
+    head = model.get_output_embeddings()
+    hidden_SxNxE = torch.randn(2, 3, head.in_features)
+    for _ in range(2):
+        torch.testing.assert_close(head(hidden_SxNxE), functional.linear(hidden_SxNxE, head.weight), atol=1e-5, rtol=1e-5)
+        head.weight.mul_(2)  # and the packed copy is made again
+    head.to(torch.bfloat16)
+    assert head(hidden_SxNxE.bfloat16()).dtype == torch.bfloat16
+    with torch.enable_grad():
+        assert head(hidden_SxNxE.bfloat16().requires_grad_()).requires_grad
+    model.close()
 
 
 def test_prompts_are_trained(checkpoints: dict[str, Path]) -> None:

@@ -46,6 +46,16 @@ def evaluate(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Evaluate so many of the examples, drawn by a seed of 0.", rich_help_panel=_DATA)
     ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="SHARE",
+            help="Of dialogues, only those that `tune` and `finetune` keep from training with this share and a seed of 0.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
     replies: Annotated[
         int, typer.Option(min=0, help="Answer so many of the data's questions, for distinct-n and lengths.", rich_help_panel=_ANSWERS)
     ] = 0,
@@ -93,7 +103,7 @@ def evaluate(
         with opened(model, peers=peers, secret=secret, **machine) as entered:
             tuned = soft_prompt(prompt, entered.directory)
             read = _Reading(
-                TrainingTokenizer(entered.directory), template, model, loss, min(max_length, entered.context_length - 1), samples
+                TrainingTokenizer(entered.directory), template, model, loss, min(max_length, entered.context_length - 1), samples, held_out
             )
 
             def session() -> Session:
@@ -133,13 +143,20 @@ class _Reading:
     """The data as articles, and as questions."""
 
     def __init__(
-        self, tokenizer: TrainingTokenizer, template: str | None, model: str, loss: str, max_length: int, samples: int | None
+        self,
+        tokenizer: TrainingTokenizer,
+        template: str | None,
+        model: str,
+        loss: str,
+        max_length: int,
+        samples: int | None,
+        held_out: float | None,
     ) -> None:
         from corolla.chat.templates import default_template, template_named
         from corolla.data.problems import Problems
         from corolla.data.render import RenderSettings
 
-        self.tokenizer, self.samples = tokenizer, samples
+        self.tokenizer, self.samples, self.held_out = tokenizer, samples, held_out
         self.template = default_template(tokenizer, model) if template is None else template_named(template)
         self.settings = RenderSettings(max_length=max_length, loss=loss)  # type: ignore[arg-type]
         self.problems = Problems()
@@ -153,6 +170,8 @@ class _Reading:
         if _is_prepared(source):
             if part not in PARTS:
                 raise InvalidSetting("part", f"there is no {part!r}; there are {', '.join(PARTS)}")
+            if self.held_out is not None:
+                raise InvalidSetting("held-out", f"{source} is prepared data, divided already: choose with --part")
             with PackedDataset(Path(source), part) as dataset:
                 most = self.settings.max_length
                 for number, article in enumerate(dataset.articles()):
@@ -163,9 +182,12 @@ class _Reading:
 
     def examples(self, source: str) -> Any:
         from corolla.data.readers.read import read
-        from corolla.data.sampling import sampled
+        from corolla.data.sampling import is_held_out, sampled
 
         examples = read(source, self.problems)
+        if self.held_out is not None:
+            share = self.held_out
+            examples = (example for example in examples if is_held_out(example, share, seed=0))
         return examples if self.samples is None else sampled(examples, self.samples, 0)
 
     def questions(self, source: str, count: int) -> list[tuple[tuple[str, str], ...]]:

@@ -146,10 +146,9 @@ def finetune(
 
 def _show(record: Record, model: str, output: Path, lora: bool) -> None:
     """The result, and how to go on."""
-    if record.base and record.evaluations:
-        last = min(record.evaluations, key=lambda entry: entry["loss"])
+    if (before := record.base) and (after := record.final):
         print(
-            f"held-out loss {record.base['loss']:.3f} before, {last['loss']:.3f} after "
-            f"(perplexity {record.base['perplexity']:.1f}, {last['perplexity']:.1f})"
+            f"held-out loss {before['loss']:.3f} before, {after['loss']:.3f} after "
+            f"(perplexity {before['perplexity']:.1f}, {after['perplexity']:.1f})"
         )
     print(f"{output}: talk with it by\n  corolla chat {f'{model} --adapter {output}' if lora else output}")

@@ -88,8 +88,12 @@ class Conversations:
             "updated": now,
             **{name: values[name] for name in SETTABLE if name in values and name != "leaf"},
         }
-        await self._database.run(lambda connection: connection.execute(insert(conversations).values(row)))
-        return await self.get(owner, str(row["id"]))
+
+        def work(connection: Connection) -> dict[str, Any]:
+            connection.execute(insert(conversations).values(row))
+            return {**_shown_conversation(_row(connection, owner, str(row["id"]))), "messages": []}
+
+        return await self._database.run(work)
 
     async def get(self, owner: str, conversation: str, *, whole: bool = True) -> dict[str, Any]:
         """A conversation as the page gets it, with its messages if it is to be `whole`."""

@@ -108,6 +108,7 @@ class Run:
             offset += self._steps(index)
         PartialState().wait_for_everyone()  # nobody reads the checkpoints any more
         if self._main:
+            self._record.final = self._final()
             self._save(base)
             self._keep_curves()
             self._record.update(status="done")
@@ -224,7 +225,7 @@ class Run:
                 _into_configuration(work / "tokenizer_config.json", tokenizer.chat_template)
             card = model_card(
                 self._record,
-                final=self._final(),
+                final=self._record.final,
                 name=self._output.resolve().name,
                 base=self._record.model["name"],
                 recipe=self._recipe.dump(),

@@ -60,6 +60,7 @@ class Record:
     curve: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     base: dict[str, Any] | None = None
+    final: dict[str, Any] | None = None  # the evaluation of what is saved, where that need not be the last one
     samples: list[dict[str, Any]] = field(default_factory=list)
     written: bool = field(default=True, repr=False)
     _last_write: float = field(default=0.0, repr=False)
@@ -91,7 +92,7 @@ class Record:
         if not self.written:
             return
         content = {name: value for name, value in asdict(self).items() if name not in _UNWRITTEN}
-        last = self.evaluations[-1] if self.evaluations else None
+        last = self.final or (self.evaluations[-1] if self.evaluations else None)
         content |= {
             "version": _VERSION,
             "updated": _now(),

@@ -184,9 +184,10 @@ export class OpenConversation {
   }
 }
 
-/** Deltas gathered for one animation frame: the page is drawn once for all of them. */
+/** Deltas gathered for one animation frame: the page is drawn once for all of them. The first is shown as it comes. */
 class Frame {
   private pending: Delta | null = null
+  private begun = false
   private requested = 0
   private readonly show: (delta: Delta) => void
 
@@ -195,6 +196,11 @@ class Frame {
   }
 
   add(delta: Delta): void {
+    if (!this.begun) {
+      this.begun = true
+      this.show(delta)
+      return
+    }
     this.pending = { ...delta, text: (this.pending?.text ?? '') + delta.text }
     // A page in the background gets no frames; its text waits here until it is looked at.
     this.requested ||= requestAnimationFrame(() => {
