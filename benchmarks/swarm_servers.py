@@ -184,6 +184,12 @@ class CorollaSwarm:
             proxy.weather = Weather(delay=seconds)
 
     @property
+    def chunks_held(self) -> tuple[int, float]:
+        """How many chunks the proxies have passed on since they were made, and for how many seconds they held them, all together."""
+        counters = [proxy.counters for proxy in self.proxies]
+        return sum(each.chunks for each in counters), sum(each.held for each in counters)
+
+    @property
     def bytes_carried(self) -> int:
         """Through all proxies, in both directions, since they were made."""
         return sum(proxy.counters.bytes_in + proxy.counters.bytes_out for proxy in self.proxies)

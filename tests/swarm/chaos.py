@@ -41,6 +41,8 @@ class Counters:
     bytes_out: int = 0
     stalls: int = 0
     corruptions: int = 0
+    chunks: int = 0  # that were passed on
+    held: float = 0.0  # seconds, all of them together: an event loop's clock wakes up to a millisecond late
 
 
 class ChaosProxy:
@@ -132,7 +134,7 @@ class ChaosProxy:
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, inward: bool) -> None:
         """One direction: chunks are read as they come and written when they are due."""
-        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_QUEUED)
+        queue: asyncio.Queue[tuple[float, float, bytes]] = asyncio.Queue(_QUEUED)
         writing = asyncio.create_task(self._write(queue, writer))
         free = due = 0.0  # when the link has sent the last chunk, and when that arrives
         try:
@@ -141,12 +143,13 @@ class ChaosProxy:
                     self.counters.bytes_in += len(chunk)
                 else:
                     self.counters.bytes_out += len(chunk)
-                free = max(free, time.monotonic()) + len(chunk) / self.weather.bandwidth
+                came = time.monotonic()
+                free = max(free, came) + len(chunk) / self.weather.bandwidth
                 due = max(due, free + self._lateness())
-                await queue.put((due, self._spoil(chunk)))
+                await queue.put((came, due, self._spoil(chunk)))
         except OSError:  # broken off: so is the other end
             _reset(writer)
-        await queue.put((due, b""))
+        await queue.put((due, due, b""))
         await writing
 
     def _lateness(self) -> float:
@@ -164,9 +167,9 @@ class ChaosProxy:
         place = self._random.randrange(len(chunk))
         return chunk[:place] + bytes([chunk[place] ^ 1 << self._random.randrange(8)]) + chunk[place + 1 :]
 
-    async def _write(self, queue: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+    async def _write(self, queue: asyncio.Queue[tuple[float, float, bytes]], writer: asyncio.StreamWriter) -> None:
         while True:
-            due, chunk = await queue.get()
+            came, due, chunk = await queue.get()
             if (wait := due - time.monotonic()) > 0:
                 await asyncio.sleep(wait)
             try:
@@ -174,10 +177,12 @@ class ChaosProxy:
                     writer.write_eof()
                     return
                 writer.write(chunk)
+                self.counters.chunks += 1
+                self.counters.held += time.monotonic() - came
                 await writer.drain()
             except OSError:  # broken: what still comes is thrown away
                 while chunk:
-                    _, chunk = await queue.get()
+                    _, _, chunk = await queue.get()
                 return
 
     def _break(self) -> None:

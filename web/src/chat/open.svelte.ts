@@ -74,7 +74,7 @@ export class OpenConversation {
       this.leaf = answer.id
       this.title ||= text.slice(0, 60)
       this.follow(answer.id)
-      void conversations.refresh()
+      if (this.id !== null) conversations.moveUp(this.id, this.title, this.manner.model)
       return true
     } catch (error) {
       app.say(said(error), { bad: true })

@@ -24,6 +24,14 @@ class Conversations {
     this.loaded = true
   }
 
+  /** Somebody asks something in this conversation: it stands first. The gateway is not asked for the list, as it has a question to answer. */
+  moveUp(id: string, title: string, model: string | null): void {
+    if (this.query) return // whether it is found, the gateway tells when the answer has ended
+    const now = new Date().toISOString()
+    const known = this.list.find((each) => each.id === id)
+    this.list = [{ created: now, found: null, ...known, id, title, model, updated: now }, ...this.list.filter((each) => each !== known)]
+  }
+
   async more(): Promise<void> {
     if (!this.next) return
     const page = await app.trying(get<Page>(`conversations?query=${encodeURIComponent(this.query)}&limit=50&before=${encodeURIComponent(this.next)}`))
