@@ -7,6 +7,7 @@ asking, so no two sessions wait for one another, each on a server where the othe
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from corolla.engine.pages import PagePool
 from corolla.engine.sequence import Conversation
 from corolla.engine.work import Work
 
+_PART, _PARTS = 64, 8  # rows of a part of a prompt that goes on, about, and how many parts are made of what is left of it at most
 _LOST_AFTER = 30.0  # seconds without the next token: whoever should send it is gone
 
 
@@ -54,7 +56,7 @@ class Scheduler:
                 continue
             if conversation.shares_prefixes and not conversation.table.pages and not conversation.scores:
                 reused += self._pool.match(conversation.table, conversation.tokens)
-            count = min(conversation.pending, budget)
+            count = min(_part(conversation), budget)
             if self._make_room(conversation, count, everyone, [c for c, _ in taken], schedule):
                 taken.append((conversation, count))
                 budget -= count
@@ -86,3 +88,14 @@ class Scheduler:
         rows = Rows(conversation.table, conversation.position, count)
         last = count == conversation.pending
         return Work(rows, conversation.payload(count), wants_logits=last and conversation.samples)
+
+
+def _part(conversation: Conversation) -> int:
+    """How many of the pending rows to compute at once.
+
+    What goes on as hidden states goes in parts: the next server computes the first while the second is computed here. That is
+    the pipelining of GPipe (Huang et al., 2019), with parts of a prompt for micro-batches.
+    """
+    if not conversation.gives_hidden:
+        return conversation.pending
+    return math.ceil(conversation.pending / min(_PARTS, max(1, round(conversation.pending / _PART))))

@@ -48,7 +48,7 @@ class GivenPrompts:
 
     def __init__(self, send: Callable[[str, WireMessage], None]) -> None:
         self._send = send
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a peer may turn out to be gone while it is sent something
         self._sent: dict[str, OrderedDict[tuple[str, int, int], None]] = {}
 
     def give(self, prompt: DeepPrompt, hops: Iterable[Hop]) -> None:
@@ -62,8 +62,8 @@ class GivenPrompts:
                 sent.move_to_end(key)
                 if len(sent) > _REMEMBERED:
                     sent.popitem(last=False)
-            if not known:
-                self._send(hop.peer, from_prompt_part(prompt.part(hop.start, hop.end)))
+                if not known:  # still locked: no other call may name the prompt before it is on its way
+                    self._send(hop.peer, from_prompt_part(prompt.part(hop.start, hop.end)))
 
     def lose(self, peer: str) -> None:
         """The peer says that it lacks what it was sent, or is gone."""
