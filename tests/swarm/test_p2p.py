@@ -85,6 +85,19 @@ def test_two_peers_talk_on_one_stream(target: Peer, honest: Peer) -> None:
         assert not any(peer.network.counts.values())
 
 
+def test_a_peer_is_dialled_where_it_says_that_it_listens(tmp_path: Path) -> None:
+    """As one whose address libp2p tells nobody; these two have never heard of each other."""
+    there, here = (Peer(tmp_path / name, P2PConfig(secret=SECRET)) for name in ("there", "here"))
+    try:
+        here.network.send(there.me, Ping(1))
+        here.wait(lambda: here.lost == [there.me])
+        here.network.know({there.me: ["no address", "/ip4/127.0.0.1/tcp/1", *there.addresses]})
+        here.ping(there.me, 2)
+    finally:
+        for peer in (there, here):
+            peer.network.close()
+
+
 HIDDEN = {"t": "hidden", "s": "s", "g": 0, "b": 0, "h": {"d": "float32", "z": [2, 2]}}
 BAD_BYTES = {
     "a claimed 4 GiB": b"\xff\xff\xff\xff",

@@ -36,6 +36,7 @@ PROTOCOL = "/corolla/frames/1"
 T = TypeVar("T")
 _START_TIMEOUT = 30.0  # seconds for the daemon's connection at first
 _ONE_WRITE = 256 * 2**10  # bytes: frames that wait together go out together
+_KNOWN = 4096  # peers whose addresses are remembered
 log = logging.getLogger(__name__)
 
 
@@ -71,6 +72,7 @@ class P2PNetwork:
         self.bans = bans or Bans()
         self._me = dht.peer_id.to_base58()
         self._on_message: OnMessage | None = None
+        self._addresses: dict[str, tuple[str, ...]] = {}
         self._loop = asyncio.new_event_loop()
         self._channels = Channels(config, self._loop, self.bans)
         self._reading = Reading(config, self._channels, self._handle)
@@ -102,6 +104,14 @@ class P2PNetwork:
     def unfinished(self) -> int:
         """Bytes held now of frames that came in part."""
         return self._reading.unfinished
+
+    def know(self, addresses: Mapping[str, Sequence[str]]) -> None:
+        """Where peers say that they listen (multiaddrs), for when they are dialled. For any thread.
+
+        libp2p's own way of finding a peer leaves out addresses that it takes for unreachable, and asks others first.
+        """
+        known = {**self._addresses, **{peer: tuple(given) for peer, given in addresses.items()}}
+        self._addresses = dict(list(known.items())[-_KNOWN:])
 
     def listen(self, on_message: OnMessage, on_lost: OnLost) -> None:
         """See `Network.listen`."""
@@ -199,6 +209,7 @@ class P2PNetwork:
         writer = None
         try:
             async with asyncio.timeout(self._config.dial_timeout):
+                await self._connect(peer)
                 _, reader, writer = await self._p2p.call_binary_stream_handler(PeerID.from_base58(peer), PROTOCOL)
                 await self._shake_hands(peer, reader, writer, "dialer")
             channel.dialled = False
@@ -211,6 +222,21 @@ class P2PNetwork:
         finally:
             if writer is not None:
                 writer.close()
+
+    async def _connect(self, peer: str) -> None:
+        """At the addresses that it announces, where they are known. Where none of them answers, libp2p may know others."""
+        from hivemind.p2p import PeerID
+        from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+        from hivemind.utils.multiaddr import Multiaddr
+        from hivemind.utils.multiaddr.exceptions import Error as NoMultiaddr
+
+        parsed = []
+        for address in self._addresses.get(peer, ()):
+            with suppress(NoMultiaddr):
+                parsed.append(Multiaddr(address.removesuffix(f"/p2p/{peer}")))
+        if parsed:
+            with suppress(ControlFailure):
+                await self._p2p._client.connect(PeerID.from_base58(peer), parsed)  # which its public interface leaves out
 
     async def _write(self, peer: str, channel: Channel, writer: asyncio.StreamWriter) -> None:
         channel.writer = writer

@@ -74,7 +74,9 @@ class SwarmPeer:
 
     def servers(self, model: str | None = None) -> list[ServerRecord]:
         """Who serves a model, or any. Raises `DeadlineExceeded`, `NetworkError`."""
-        return self.network.run(self._directory.servers(model), _DEADLINE)
+        records = self.network.run(self._directory.servers(model), _DEADLINE)
+        self.network.know({record.peer: record.addresses for record in records})
+        return records
 
     def models(self) -> list[str]:
         """The fingerprints of the models that are served, the most served first."""
