@@ -68,15 +68,17 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float32, device=rows_TxE.device)
-        gradients = []
-        for rows, labels in zip(rows_TxE.detach().split(at_once), labels_T.split(at_once), strict=True):
+        # Made first: small tensors that stay, between large ones that come and go, would keep the allocator from using its room again.
+        gradient_TxE = torch.zeros_like(rows_TxE)
+        pieces = (each.split(at_once) for each in (rows_TxE.detach(), labels_T, gradient_TxE))
+        for rows, labels, gradient in zip(*pieces, strict=True):
             with torch.set_grad_enabled(wanted):
                 piece = rows.requires_grad_(wanted)
                 loss = functional.cross_entropy(logits(piece), labels, reduction="sum")
             if wanted:
-                gradients += torch.autograd.grad(loss, piece)
+                gradient.copy_(torch.autograd.grad(loss, piece)[0])
             total += loss.detach()
-        ctx.save_for_backward(torch.cat(gradients) if gradients else rows_TxE.new_zeros(rows_TxE.shape))
+        ctx.save_for_backward(gradient_TxE)
         return total
 
     @staticmethod
