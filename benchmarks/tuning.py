@@ -100,7 +100,8 @@ def quality(bench: Bench) -> None:
         return
     directory = resolve(options.model)
     out = bench.run
-    run = ["--data", str(options.data), "--steps", str(options.quality_steps), "--batch", "4", "--max-length", "128", "--seed", "0"]
+    run = ["--data", str(options.data), "--loss", "all", "--batch", "4", "--max-length", "128", "--seed", "0"]  # as the notebook of Petals
+    run += ["--steps", str(options.quality_steps)]
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder, Processes(Path(folder)) as processes:
         swarm = CorollaSwarm(processes, directory, even_spans(layers(directory), 2), threads=options.threads, dtype="float32")
         command = [*COROLLA, "tune", options.model, *run, "--dtype", "float32", "--report-to", "none", "--output", str(out)]
