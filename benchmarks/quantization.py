@@ -14,13 +14,11 @@ import argparse
 import functools
 import math
 import multiprocessing
-import resource
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import psutil
 import torch
 
 from common import Table, rounds
@@ -34,6 +32,7 @@ from corolla.models.quantization import quantize_model
 from corolla.models.span import SpanModel, load_span
 from engine import PASSAGE, logits
 from runners import Corolla, decode_rate
+from tuning_peer import resident
 
 FORMATS: dict[str, WeightFormat] = {"bf16, plain": "plain", "bf16": "packed", "int8": "int8", "int4": "int4", "nf4": "nf4"}
 QUANTIZED = ("int8", "int4", "nf4")
@@ -50,11 +49,11 @@ def memory_of(source: Path, weights: WeightFormat) -> tuple[float, float]:
 
 
 def _weigh(source: Path, weights: WeightFormat) -> tuple[float, float]:
-    before = psutil.Process().memory_info().rss
+    before = resident()
     model = load_span(source, dtype="bfloat16", weights=weights)
     Corolla(model).answer(list(range(PROMPT)), 4)
-    highest = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (psutil.Process().memory_info().rss - before) / 1e6, (highest - before) / 1e6
+    highest = resident(highest=True)
+    return (resident() - before) / 1e6, (highest - before) / 1e6
 
 
 def held_out(model: SpanModel, token_ids: list[int]) -> torch.Tensor:

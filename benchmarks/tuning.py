@@ -88,7 +88,7 @@ def step(bench: Bench) -> None:
         return
     last = answers[FLOAT32][-1]
     beyond = last["resident"] - last["outer"]
-    bench.table.add("client's memory beyond embeddings and head", "MB", [beyond / 1e6], reach=400.0, at_most=True)
+    bench.table.add("client's memory beyond embeddings and head, at its highest", "MB", [beyond / 1e6], reach=400.0, at_most=True)
     bench.table.add("of it, torch, transformers and hivemind", "MB", [last["imported"] / 1e6])
     bench.table.add("of it, pages of libraries' files, which processes share", "MB", [last["mapped"] / 1e6])
 

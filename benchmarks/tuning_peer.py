@@ -157,7 +157,9 @@ def answer(model: Any, prompt: list[int], new_tokens: int, beams: int) -> dict[s
 
 def resident(*, highest: bool = False) -> int:
     """Bytes of this process in memory, now or at most so far."""
-    if highest:
+    if highest and (own := from_status("VmHWM")):
+        return own
+    if highest:  # which on Linux would count what this process was forked from, too
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     import psutil
 
@@ -166,9 +168,14 @@ def resident(*, highest: bool = False) -> int:
 
 def mapped() -> int:
     """Bytes of files that are in memory for this process, now; 0 where the system does not tell."""
+    return from_status("RssFile")
+
+
+def from_status(name: str) -> int:
+    """A figure of Linux's /proc/self/status in bytes; 0 elsewhere."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":
