@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from corolla.errors import InvalidSetting
 from corolla.models.architecture import Activation
 from corolla.models.linear import Differentiable, HalfLinear, Int8Linear, PlainLinear, can_pack, make_linear
+from corolla.models.quantized import quantize
 
 SHAPE = 64, 96  # out, in
 
@@ -66,6 +68,32 @@ def test_quantized_products_err_as_little_as_they_say(fmt: Any, error: float) ->
     x = torch.randn(8, SHAPE[1]).bfloat16()
     exact = PlainLinear(weight.float(), bias.float())(x.float())
     assert (make_linear(weight, bias, fmt)(x).float() - exact).norm() < error * exact.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_takes_what_begins_anywhere(rows: int, dtype: torch.dtype) -> None:
+    """As codes do that lie in a mapped file, and rows cut from others."""
+    codes = quantize(weights(dtype)[0], "int8")
+    usual = Int8Linear(codes, None)
+    odd = Int8Linear(replace(codes, codes=anywhere(codes.codes, 8)), None)
+    x = torch.randn(rows, SHAPE[1]).to(dtype)
+    assert torch.equal(odd(anywhere(x, x.element_size())), usual(x))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33])
+@pytest.mark.parametrize("inputs", [24, 50])
+def test_int8_takes_any_number_of_inputs(rows: int, inputs: int) -> None:
+    linear = Int8Linear(torch.randn(40, inputs).bfloat16(), None)
+    x = torch.randn(rows, inputs).bfloat16()
+    torch.testing.assert_close(linear(x), x @ linear.widened().t())
+
+
+def anywhere(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """A copy that begins so many bytes behind where torch would let it begin."""
+    room = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+    start = -room.data_ptr() % 64 + offset
+    return room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def test_int8_widened_equals_its_product() -> None:

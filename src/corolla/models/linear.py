@@ -22,6 +22,7 @@ from corolla.models.nf4 import NF4
 from corolla.models.quantized import INT4_GROUP, Codes, quantize
 
 WeightFormat = Literal["plain", "packed", "int8", "int4", "nf4"]
+_BOUNDARY = 64  # bytes: torch allocates at its multiples; what lies in a mapped file, or is cut from another tensor, need not begin at one
 _ROWS_AT_ONCE = 4096  # of a weight that is looked through, so that a head of gigabytes is not copied whole
 
 ACTIVATE: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -156,21 +157,29 @@ def _halves(weight: torch.Tensor, scale: float) -> bool:
 
 
 class Int8Linear(Unfused):
-    """Symmetric int8, one scale a row, weights only; off the CPU they are widened for each product, which saves memory, not time."""
+    """Symmetric int8, one scale a row, weights only.
+
+    torch's operator is for CPUs. In 16 bits it takes multiples of 16 inputs, and reads rows and weights as if they began at a boundary:
+    it crashes where they do not. Where it cannot be had, weights are widened for each product, which saves memory, not time.
+    """
 
     def __init__(self, weight: torch.Tensor | Codes, bias: torch.Tensor | None) -> None:
         codes = weight if isinstance(weight, Codes) else quantize(weight, "int8")
-        self._weight, self._scale, self._bias = codes.codes, codes.scale.to(codes.dtype), bias
+        self._weight, self._scale, self._bias = _at_boundary(codes.codes), codes.scale.to(codes.dtype), bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or (x.dtype != torch.float32 and x.shape[1] % 16):
             return F.linear(x, self.widened(), self._bias)
-        y = torch.ops.aten._weight_int8pack_mm(x, self._weight, self._scale)
+        y = torch.ops.aten._weight_int8pack_mm(_at_boundary(x), self._weight, self._scale)
         return y if self._bias is None else y.add_(self._bias)
 
     def widened(self) -> torch.Tensor:
         """The weight [out, in] in the working dtype, as the codes give it back."""
         return self._weight.to(self._scale.dtype) * self._scale[:, None]
+
+
+def _at_boundary(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.data_ptr() % _BOUNDARY == 0 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 class Int4Linear(Unfused):
