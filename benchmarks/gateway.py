@@ -43,7 +43,7 @@ from swarm_servers import COROLLA, CorollaSwarm, Processes, even_spans
 
 PROMPT = "The history of the city begins with a village of fishermen on the northern bank of the river, " * 4
 CPU_AIM, TTFT_AIM, MEMORY_AIM, WEIGHT_AIM, PAINT_AIM, LEAVING_AIM = 0.3, 1.2, 450.0, 150.0, 1.0, 1.0
-_START = 120.0  # seconds
+_START, _LEFT = 120.0, 30.0  # seconds
 _REPEATS = 5  # first tokens a round
 _numbers = itertools.count(100)
 
@@ -94,6 +94,8 @@ def left(url: str) -> float:
             next(line for line in response.iter_lines() if line.startswith("data: {"))
         began = time.perf_counter()
         while held(client) > before:
+            if time.perf_counter() - began > _LEFT:
+                raise SystemExit(f"a client has left, and after {_LEFT:g} s its session is still held")
             time.sleep(0.002)
         return time.perf_counter() - began
 

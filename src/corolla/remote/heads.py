@@ -35,7 +35,7 @@ class Head(nn.Linear):
         state = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         if self._packed is None or self._packed_of != state:
             self._packed, self._packed_of = make_linear(weight.detach(), self.bias, "packed"), state
-        return self._packed(hidden.view(rows, -1)).view(*hidden.shape[:-1], -1)
+        return self._packed(hidden.reshape(rows, -1).contiguous()).view(*hidden.shape[:-1], -1)
 
 
 class _WithHead(Distributed):

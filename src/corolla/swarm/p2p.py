@@ -110,8 +110,9 @@ class P2PNetwork:
 
         libp2p's own way of finding a peer leaves out addresses that it takes for unreachable, and asks others first.
         """
-        known = {**self._addresses, **{peer: tuple(given) for peer, given in addresses.items()}}
-        self._addresses = dict(list(known.items())[-_KNOWN:])
+        older = {peer: known for peer, known in self._addresses.items() if peer not in addresses}
+        newer = {peer: tuple(given) for peer, given in addresses.items()}
+        self._addresses = dict(list((older | newer).items())[-_KNOWN:])
 
     def listen(self, on_message: OnMessage, on_lost: OnLost) -> None:
         """See `Network.listen`."""
