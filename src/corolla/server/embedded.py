@@ -54,6 +54,7 @@ def open_model(
     import torch
 
     from corolla.engine.engine import Engine, EngineConfig
+    from corolla.engine.threads import on_passing_thread
     from corolla.models.catalog import resolve
     from corolla.models.span import load_span
 
@@ -63,19 +64,23 @@ def open_model(
         torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     directory = resolve(model, progress=progress)
-    span_model = load_span(
-        directory,
-        dtype=dtype or fast_dtype(device),
-        weights=weights,  # type: ignore[arg-type]
-        device=device,
-        progress=None if progress is None else lambda done, total: progress("loading", done, total),
-    )
-    engine = Engine(span_model, EngineConfig(batch_invariant=batch_invariant))
+
+    def prepare() -> Engine:
+        span_model = load_span(
+            directory,
+            dtype=dtype or fast_dtype(device),
+            weights=weights,  # type: ignore[arg-type]
+            device=device,
+            progress=None if progress is None else lambda done, total: progress("loading", done, total),
+        )
+        return Engine(span_model, EngineConfig(batch_invariant=batch_invariant))
+
+    engine = on_passing_thread(prepare)
     transport = LocalTransport()
     transport.listen(PEER, engine.receive)
     engine.start()
     try:
-        yield Embedded(transport, PEER, directory, engine.context_length, span_model.arch.vocabulary, engine.config.cache_tokens, _SESSIONS)
+        yield Embedded(transport, PEER, directory, engine.context_length, engine.model.arch.vocabulary, engine.config.cache_tokens, _SESSIONS)
     finally:
         engine.stop()
 

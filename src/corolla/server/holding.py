@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.engine.threads import on_passing_thread
 from corolla.errors import AdapterError, NetworkError
 from corolla.models.adapters import load_adapter
 from corolla.models.linear import WeightFormat
@@ -102,19 +103,23 @@ class Holder:
             if report is not None:
                 report(done, total)
 
-        offer = self._offer
-        model = load_span(offer.directory, span, dtype=offer.dtype, weights=offer.weights, device=offer.device, progress=told)
-        engine = Engine(model, offer.engine)
-        self._hold_adapters(engine)
-        throughput = measure_throughput(engine)
+        engine, throughput = on_passing_thread(lambda: self._prepare(span, told))
         engine.start()
         with self._lock:
             if self._leaving_for_good.is_set():
                 engine.stop()
                 raise NetworkError("this server is leaving")
-            server = SpanServer(engine, self._network, SpanServerConfig(wire_dtype=offer.wire_dtype))
+            server = SpanServer(engine, self._network, SpanServerConfig(wire_dtype=self._offer.wire_dtype))
             self._held = Held(engine, server, Meter(engine, throughput))
             return self._held
+
+    def _prepare(self, span: Span, told: Callable[[int, int], None]) -> tuple[Engine, float]:
+        """An engine that is not started, and its throughput."""
+        offer = self._offer
+        model = load_span(offer.directory, span, dtype=offer.dtype, weights=offer.weights, device=offer.device, progress=told)
+        engine = Engine(model, offer.engine)
+        self._hold_adapters(engine)
+        return engine, measure_throughput(engine)
 
     def _hold_adapters(self, engine: Engine) -> None:
         for offered in self._offer.adapters:

@@ -67,8 +67,11 @@ def _quantize(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _dequantize(raw: torch.Tensor, rows: int, values: int) -> torch.Tensor:
+    """By NumPy, which computes on the calling thread alone, where torch would give a server's network thread a team of its own."""
+    import numpy as np
     import torch
 
-    codes = raw[: rows * values].view(torch.int8).view(rows, values)
-    scales = raw[rows * values :].clone().view(torch.float32).view(rows, -1)  # cloned: float32 has to be aligned
-    return codes * scales.repeat_interleave(Q8_BLOCK, dim=1)[:, :values]
+    data = raw.numpy()
+    codes = data[: rows * values].view(np.int8).reshape(rows, values)
+    scales = np.frombuffer(data[rows * values :].tobytes(), np.float32).reshape(rows, -1)  # copied: float32 has to be aligned
+    return torch.from_numpy(codes * np.repeat(scales, Q8_BLOCK, axis=1)[:, :values])
