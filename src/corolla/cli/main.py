@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from typing import Annotated, Any
 
@@ -30,17 +29,11 @@ from corolla.cli.tune import tune
 from corolla.cli.up import up
 from corolla.errors import CorollaError
 
-# How often a helper of GNU's OpenMP looks for the next product before it sleeps. Its own 300,000 take milliseconds, in which it keeps
-# a core from the other servers of this machine and from the network: three servers of two threads on two cores took 56 ms a token
-# with it, 35 with this.
-_SPINS = "20000"
-
 
 class _Commands(TyperGroup):
     """Every command's errors are one line, with exit code 2; an interruption is exit code 130."""
 
     def invoke(self, ctx: Any) -> Any:
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # read once, when a command imports torch
         try:
             return super().invoke(ctx)
         except CorollaError as error:

@@ -67,7 +67,14 @@ def serve(
     ] = None,
     dtype: options.Dtype = None,
     weights: options.Weights = None,
-    threads: options.Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processor threads; by default the cores, shared with this machine's other servers.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = None,
     batch_invariant: options.BatchInvariant = False,
     adapters: Annotated[
         list[str] | None,

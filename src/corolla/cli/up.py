@@ -25,7 +25,10 @@ def up(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 is any that is free.")] = 8000,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open the page in a browser.")] = False,
     talk: Annotated[bool, typer.Option("--chat", help="Talk in this terminal; there is no page.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Processor threads of each server.", rich_help_panel=options.MACHINE)] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processor threads of each server; they share the cores by default.", rich_help_panel=options.MACHINE),
+    ] = None,
     dtype: options.Dtype = None,
     weights: options.Weights = None,
     temperature: options.Temperature = 0.7,
@@ -46,7 +49,8 @@ def up(
     blocks = catalog.describe(model, directory).blocks or 0
     if servers > blocks:
         raise InvalidSetting("servers", f"{servers} servers cannot share {blocks} blocks; give at most one for each")
-    machine = ["--threads", str(threads), "--log-level", "debug" if log_level is LogLevel.DEBUG else "info"]
+    machine = ["--log-level", "debug" if log_level is LogLevel.DEBUG else "info"]
+    machine += ["--threads", str(threads)] if threads else []
     machine += ["--dtype", dtype] if dtype else []
     machine += ["--weights", weights] if weights else []
     cuts = [blocks * i // servers for i in range(servers + 1)]

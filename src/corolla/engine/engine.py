@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from corolla.engine.adapters import AdapterStore
 from corolla.engine.admission import admitted_span
 from corolla.engine.beside import Beside
@@ -72,6 +74,7 @@ class Engine:
         self._replying = Replying(self._sessions, self.pool, self.counters, self.context_length)
         self._beside = Beside(self.counters)
         self.after_turn: Callable[[], None] = lambda: None
+        self.threads: int | None = None  # of the products, taken up between two steps; None: torch's
         self.forward_seconds = 0.0  # of the forward whose replies are being delivered
         self._inbox: deque[tuple[Message, Deliver | None]] = deque()
         self._awake = threading.Event()
@@ -264,6 +267,8 @@ class Engine:
         reason: BaseException = ServerFault("the engine was stopped")
         try:
             while not self._stopping:
+                if self.threads is not None and self.threads != torch.get_num_threads():
+                    torch.set_num_threads(self.threads)
                 self._awake.clear()
                 self._linger()
                 if not self.run_once() and not self._inbox:

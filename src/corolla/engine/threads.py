@@ -25,7 +25,7 @@ def on_passing_thread(work: Callable[[], T]) -> T:
     def run() -> None:
         try:
             returned.append(work())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (raised again on the caller's thread)
             raised.append(error)
 
     thread = threading.Thread(target=run, name="corolla-passing", daemon=True)

@@ -80,7 +80,8 @@ def open_model(
     transport.listen(PEER, engine.receive)
     engine.start()
     try:
-        yield Embedded(transport, PEER, directory, engine.context_length, engine.model.arch.vocabulary, engine.config.cache_tokens, _SESSIONS)
+        vocabulary = engine.model.arch.vocabulary
+        yield Embedded(transport, PEER, directory, engine.context_length, vocabulary, engine.config.cache_tokens, _SESSIONS)
     finally:
         engine.stop()
 

@@ -9,7 +9,7 @@ import threading
 import time
 import zlib
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -18,6 +18,7 @@ from corolla.errors import CorollaError, NetworkError
 from corolla.models.catalog import resolve
 from corolla.models.checkpoint import Progress
 from corolla.server.announcing import Announcer, Peer, nearest, next_servers, to_ask
+from corolla.server.cores import SharedCores
 from corolla.server.holding import Held, Holder, Report
 from corolla.server.terms import ServeConfig, Terms, settle_terms
 from corolla.swarm.peer import PeerConfig, SwarmPeer
@@ -37,8 +38,10 @@ class RunningServer:
     Raises what `Holder.load` does, and `NetworkError` when the first announcement does not go out.
     """
 
-    def __init__(self, peer: Peer, terms: Terms, config: ServeConfig, report: Report | None = None) -> None:
-        self._peer, self._terms, self._config = peer, terms, config
+    def __init__(
+        self, peer: Peer, terms: Terms, config: ServeConfig, report: Report | None = None, cores: SharedCores | None = None
+    ) -> None:
+        self._peer, self._terms, self._config, self._cores = peer, terms, config, cores
         self._addresses = tuple(address for address in peer.addresses if len(address) <= MAX_ADDRESS)[:MAX_ADDRESSES]
         self._chance = random.Random(peer.network.me)
         self._mover = Mover(zlib.crc32(peer.network.me.encode()), config.moving)
@@ -141,6 +144,8 @@ class RunningServer:
                 self._take_up(self._span)
             return
         held.meter.update()
+        if self._cores is not None:
+            held.engine.threads = self._cores.share
         records = self._peer.servers(self._terms.model_id)
         me = self._describe()
         self._neighbours = next_servers(records, me)
@@ -218,20 +223,24 @@ def serving(model: str, peer: PeerConfig, config: ServeConfig, progress: Progres
         ModelNotFound, CheckpointError, UnsupportedModel, AdapterError, InvalidSetting, NetworkError: as their sentences say.
     """
     directory = resolve(model, progress=progress)
-    joined = SwarmPeer(peer)  # before any thread of torch
-    try:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        report = None if progress is None else lambda done, total: progress("loading", done, total)
-        running = RunningServer(joined, settle_terms(directory, config), config, report)
-    except BaseException:
-        joined.close()
-        raise
-    try:
-        yield running
-    except BaseException:
-        at_once = threading.Event()
-        at_once.set()
-        running.close(at_once)
-        raise
-    running.close()
+    with ExitStack() as stack:
+        joined = SwarmPeer(peer)  # before any thread of torch
+        try:
+            cores = None
+            if config.threads is None:
+                cores = SharedCores(torch.get_num_threads())
+                stack.callback(cores.close)
+            torch.set_num_threads(config.threads or cores.share)
+            report = None if progress is None else lambda done, total: progress("loading", done, total)
+            running = RunningServer(joined, settle_terms(directory, config), config, report, cores)
+        except BaseException:
+            joined.close()
+            raise
+        try:
+            yield running
+        except BaseException:
+            at_once = threading.Event()
+            at_once.set()
+            running.close(at_once)
+            raise
+        running.close()

@@ -37,7 +37,7 @@ class ServeConfig:
     dtype: str | None = None
     weights: WeightFormat | None = None
     wire_dtype: WireDtype | None = None  # of the hidden states sent on; None: that of the model
-    threads: int | None = None
+    threads: int | None = None  # of a CPU's products; None: this machine's cores, shared with the other servers on it
     adapters: Mapping[str, Path] = field(default_factory=dict)  # LoRA adapters to hold: their directories by name
     take_adapters: bool = False  # others too, from clients
     engine: EngineConfig = field(default_factory=EngineConfig)

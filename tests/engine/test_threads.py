@@ -1,0 +1,42 @@
+"""Teams of OpenMP threads: what is computed on a thread that ends leaves none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import torch
+
+from corolla.engine.threads import on_passing_thread
+
+LARGE = 1_000_000  # values; torch spreads an operation on as many over its threads
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_what_it_returns() -> None:
+    assert on_passing_thread(lambda: threading.current_thread().name) == "corolla-passing"
+
+
+def test_what_it_raises() -> None:
+    with pytest.raises(ValueError, match="of the work"):
+        on_passing_thread(lambda: int("of the work"))
+
+
+def test_no_thread_is_left() -> None:
+    before = psutil.Process().num_threads()
+    during = on_passing_thread(lambda: (torch.ones(LARGE).exp(), psutil.Process().num_threads())[1])
+    assert during >= before + 2, "the work had no team, so nothing is shown"
+    deadline = time.monotonic() + 5.0
+    while psutil.Process().num_threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert psutil.Process().num_threads() <= before
