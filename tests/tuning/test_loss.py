@@ -106,10 +106,17 @@ def test_steps_and_their_prompt_are_pefts(models: dict[str, Path], dialogues: Pa
     assert record.prompt["digest"] == ours.digest
 
 
+@pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("at_once", [1, 3, 7, 100])
-def test_in_pieces_it_is_torchs_cross_entropy(at_once: int) -> None:
+def test_in_pieces_it_is_torchs_cross_entropy(at_once: int, softcap: float | None) -> None:
     torch.manual_seed(0)
-    head, labels, rows = torch.nn.Linear(16, 50), torch.randint(50, (7,)), torch.randn(7, 16)
+    linear, labels, rows = torch.nn.Linear(16, 50), torch.randint(50, (7,)), torch.randn(7, 16)
+    linear.weight.data[3] *= 1e4  # logits that would overflow as powers
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = linear(rows)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
     ours, theirs = rows.clone().requires_grad_(), rows.clone().requires_grad_()
     loss = summed_cross_entropy(ours, labels, head, at_once)
     expected = torch.nn.functional.cross_entropy(head(theirs), labels, reduction="sum")

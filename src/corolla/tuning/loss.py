@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from corolla.data.tokens import IGNORED
 from corolla.models.families import architecture
 from corolla.remote.base import Distributed
 
-_VALUES = 2**22  # of logits at a time, 16 MB in float32; half a dozen such tensors are there at once
+_VALUES = 2**22  # of logits at a time, 16 MB in float32
 _LEAST_ROWS = 32  # whatever the vocabulary: a product of fewer reads the head's weights too often
 
 
@@ -52,8 +51,9 @@ def summed_cross_entropy(
 ) -> torch.Tensor:
     """The summed cross entropy of rows, of which `logits` makes float32 [rows, V]: of `at_once` rows at a time. A float32 scalar.
 
-    Only the rows get a gradient. It is computed in the forward, while a piece's logits are there: as in Liger's fused linear cross
-    entropy (Hsu et al., 2024), so that neither logits [T, V] nor a second product are needed.
+    Only the rows get a gradient. It is computed in the forward, while a piece's logits are there, and in their place: as in Liger's
+    fused linear cross entropy (Hsu et al., 2024), so that neither logits [T, V] nor a second product are needed. The function
+    `logits` must not need its result for its own gradient.
     """
     loss: torch.Tensor = _CrossEntropy.apply(rows_TxE, labels_T, logits, at_once)
     return loss
@@ -74,10 +74,10 @@ class _CrossEntropy(torch.autograd.Function):
         for rows, labels, gradient in zip(*pieces, strict=True):
             with torch.set_grad_enabled(wanted):
                 piece = rows.requires_grad_(wanted)
-                loss = functional.cross_entropy(logits(piece), labels, reduction="sum")
+                made = logits(piece)
+            total += _in_place(made.detach(), labels, wanted=wanted)
             if wanted:
-                gradient.copy_(torch.autograd.grad(loss, piece)[0])
-            total += loss.detach()
+                gradient.copy_(torch.autograd.grad(made, piece, made.detach())[0])
         ctx.save_for_backward(gradient_TxE)
         return total
 
@@ -86,3 +86,14 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (of_rows,) = ctx.saved_tensors
         return of_rows * gradient, None, None, None
+
+
+def _in_place(logits_RxV: torch.Tensor, labels_R: torch.Tensor, *, wanted: bool) -> torch.Tensor:
+    """The summed cross entropy, a scalar. Where it is wanted, its gradient takes the logits' place: softmax less the labels' ones."""
+    labels_Rx1 = labels_R[:, None]
+    logits_RxV.sub_(logits_RxV.amax(1, keepdim=True))
+    of_labels_Rx1 = logits_RxV.gather(1, labels_Rx1)
+    sums_Rx1 = logits_RxV.exp_().sum(1, keepdim=True)
+    if wanted:
+        logits_RxV.div_(sums_Rx1).scatter_add_(1, labels_Rx1, torch.full_like(sums_Rx1, -1.0))
+    return (sums_Rx1.log() - of_labels_Rx1).sum()
