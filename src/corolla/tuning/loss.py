@@ -15,7 +15,7 @@ from corolla.data.tokens import IGNORED
 from corolla.models.families import architecture
 from corolla.remote.base import Distributed
 
-_VALUES = 2**22  # of logits at a time, 16 MB in float32
+_VALUES = 2**21  # of logits at a time, 8 MB in float32
 _LEAST_ROWS = 32  # whatever the vocabulary: a product of fewer reads the head's weights too often
 
 
@@ -78,6 +78,7 @@ class _CrossEntropy(torch.autograd.Function):
             total += _in_place(made.detach(), labels, wanted=wanted)
             if wanted:
                 gradient.copy_(torch.autograd.grad(made, piece, made.detach())[0])
+            del made  # before the next piece's are made beside them
         ctx.save_for_backward(gradient_TxE)
         return total
 
