@@ -9,7 +9,7 @@ import threading
 import time
 import zlib
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 
@@ -223,14 +223,10 @@ def serving(model: str, peer: PeerConfig, config: ServeConfig, progress: Progres
         ModelNotFound, CheckpointError, UnsupportedModel, AdapterError, InvalidSetting, NetworkError: as their sentences say.
     """
     directory = resolve(model, progress=progress)
-    with ExitStack() as stack:
-        joined = SwarmPeer(peer)  # before any thread of torch
+    joined = SwarmPeer(peer)  # before any thread of torch
+    with SharedCores(torch.get_num_threads(), config.threads) as cores:
         try:
-            cores = None
-            if config.threads is None:
-                cores = SharedCores(torch.get_num_threads())
-                stack.callback(cores.close)
-            torch.set_num_threads(config.threads or cores.share)
+            torch.set_num_threads(cores.share)
             report = None if progress is None else lambda done, total: progress("loading", done, total)
             running = RunningServer(joined, settle_terms(directory, config), config, report, cores)
         except BaseException:
