@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from corolla.engine.threads import on_passing_thread
+from corolla.engine.threads import GoOn, on_passing_thread
 
 LARGE = 1_000_000  # values; torch spreads an operation on as many over its threads
 
@@ -24,17 +26,39 @@ def two_threads() -> Iterator[None]:
 
 
 def test_what_it_returns() -> None:
-    assert on_passing_thread(lambda: threading.current_thread().name) == "corolla-passing"
+    assert on_passing_thread(lambda go_on: threading.current_thread().name) == "corolla-passing"
 
 
 def test_what_it_raises() -> None:
     with pytest.raises(ValueError, match="of the work"):
-        on_passing_thread(lambda: int("of the work"))
+        on_passing_thread(lambda go_on: int("of the work"))
+
+
+def test_who_interrupts_waits_for_its_end() -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    def work(go_on: GoOn) -> None:
+        began.set()
+        try:
+            while True:
+                go_on()
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    def interrupt() -> None:
+        began.wait()
+        os.kill(os.getpid(), signal.SIGINT)  # to the process, as a terminal does
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        on_passing_thread(work)
+    assert ended.is_set()
 
 
 def test_no_thread_is_left() -> None:
     before = psutil.Process().num_threads()
-    during = on_passing_thread(lambda: (torch.ones(LARGE).exp(), psutil.Process().num_threads())[1])
+    during = on_passing_thread(lambda go_on: (torch.ones(LARGE).exp(), psutil.Process().num_threads())[1])
     assert during >= before + 2, "the work had no team, so nothing is shown"
     deadline = time.monotonic() + 5.0
     while psutil.Process().num_threads() > before and time.monotonic() < deadline:

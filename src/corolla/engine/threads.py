@@ -9,7 +9,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def on_passing_thread(work: Callable[[], T]) -> T:
+GoOn = Callable[[], None]
+
+
+def on_passing_thread(work: Callable[[GoOn], T]) -> T:
     """What `work` returns or raises, called on a thread that ends with it.
 
     torch's products run on teams of OpenMP threads, one team for each thread that ever called one, which live as long as it does.
@@ -17,20 +20,31 @@ def on_passing_thread(work: Callable[[], T]) -> T:
     is then slept and woken for, and a token of SmolLM2 on two cores took 43 ms instead of 26. So what is computed before an
     engine runs, its weights above all, leaves no team behind.
 
-    Where the caller is interrupted while it waits, the thread goes on to its own end.
+    `work` is given a function to call now and then: it raises where the caller was interrupted, who waits for the thread to end, for
+    a process must not end while a thread of it computes.
     """
     returned: list[T] = []
     raised: list[BaseException] = []
+    interrupted = threading.Event()
+
+    def go_on() -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
 
     def run() -> None:
         try:
-            returned.append(work())
+            returned.append(work(go_on))
         except BaseException as error:  # noqa: BLE001 (raised again on the caller's thread)
             raised.append(error)
 
     thread = threading.Thread(target=run, name="corolla-passing", daemon=True)
-    thread.start()
-    thread.join()
+    try:
+        thread.start()
+        thread.join()
+    except BaseException:
+        interrupted.set()
+        thread.join()
+        raise
     if raised:
         raise raised[0]
     return returned[0]

@@ -54,7 +54,7 @@ def open_model(
     import torch
 
     from corolla.engine.engine import Engine, EngineConfig
-    from corolla.engine.threads import on_passing_thread
+    from corolla.engine.threads import GoOn, on_passing_thread
     from corolla.models.catalog import resolve
     from corolla.models.span import load_span
 
@@ -65,13 +65,18 @@ def open_model(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     directory = resolve(model, progress=progress)
 
-    def prepare() -> Engine:
+    def prepare(go_on: GoOn) -> Engine:
+        def told(done: int, total: int) -> None:
+            go_on()
+            if progress is not None:
+                progress("loading", done, total)
+
         span_model = load_span(
             directory,
             dtype=dtype or fast_dtype(device),
             weights=weights,  # type: ignore[arg-type]
             device=device,
-            progress=None if progress is None else lambda done, total: progress("loading", done, total),
+            progress=told,
         )
         return Engine(span_model, EngineConfig(batch_invariant=batch_invariant))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from corolla.engine.engine import Engine, EngineConfig
-from corolla.engine.threads import on_passing_thread
+from corolla.engine.threads import GoOn, on_passing_thread
 from corolla.errors import AdapterError, NetworkError
 from corolla.models.adapters import load_adapter
 from corolla.models.linear import WeightFormat
@@ -103,7 +103,7 @@ class Holder:
             if report is not None:
                 report(done, total)
 
-        engine, throughput = on_passing_thread(lambda: self._prepare(span, told))
+        engine, throughput = on_passing_thread(lambda go_on: self._prepare(span, told, go_on))
         engine.start()
         with self._lock:
             if self._leaving_for_good.is_set():
@@ -113,10 +113,15 @@ class Holder:
             self._held = Held(engine, server, Meter(engine, throughput))
             return self._held
 
-    def _prepare(self, span: Span, told: Callable[[int, int], None]) -> tuple[Engine, float]:
+    def _prepare(self, span: Span, told: Callable[[int, int], None], go_on: GoOn) -> tuple[Engine, float]:
         """An engine that is not started, and its throughput."""
+
+        def progress(done: int, total: int) -> None:
+            go_on()
+            told(done, total)
+
         offer = self._offer
-        model = load_span(offer.directory, span, dtype=offer.dtype, weights=offer.weights, device=offer.device, progress=told)
+        model = load_span(offer.directory, span, dtype=offer.dtype, weights=offer.weights, device=offer.device, progress=progress)
         engine = Engine(model, offer.engine)
         self._hold_adapters(engine)
         return engine, measure_throughput(engine)
