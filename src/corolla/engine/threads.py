@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-
-
 GoOn = Callable[[], None]
+_LOOK_AGAIN = 0.1  # seconds, for signals
 
 
 def on_passing_thread(work: Callable[[GoOn], T]) -> T:
@@ -25,7 +24,7 @@ def on_passing_thread(work: Callable[[GoOn], T]) -> T:
     """
     returned: list[T] = []
     raised: list[BaseException] = []
-    interrupted = threading.Event()
+    interrupted, done = threading.Event(), threading.Event()
 
     def go_on() -> None:
         if interrupted.is_set():
@@ -33,18 +32,25 @@ def on_passing_thread(work: Callable[[GoOn], T]) -> T:
 
     def run() -> None:
         try:
+            go_on()
             returned.append(work(go_on))
         except BaseException as error:  # noqa: BLE001 (raised again on the caller's thread)
             raised.append(error)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=run, name="corolla-passing", daemon=True)
     try:
         thread.start()
-        thread.join()
+        # A signal just before a wait does not end it, so the wait is cut up; and a `join` that was interrupted counts as done.
+        while not done.wait(_LOOK_AGAIN):
+            pass
     except BaseException:
         interrupted.set()
-        thread.join()
+        if thread.is_alive():
+            done.wait()
         raise
+    thread.join()
     if raised:
         raise raised[0]
     return returned[0]
