@@ -17,7 +17,7 @@ from corolla.models.families import architecture
 from corolla.server.checking import check_rows
 from corolla.server.ways import Way
 from corolla.swarm.arrays import from_array, to_array
-from corolla.swarm.wire import Hop, StepFrame
+from corolla.swarm.wire import Hop, StepFrame, WireDtype
 from corolla.types import Step
 from tests.models import tiny
 
@@ -70,9 +70,9 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16", "q8"])
-def test_a_long_prompts_rows_start_no_team_on_the_networks_thread(arch: Architecture, wire_dtype: str) -> None:
+def test_a_long_prompts_rows_start_no_team_on_the_networks_thread(arch: Architecture, wire_dtype: WireDtype) -> None:
     """See `engine.threads`. `torch.ones(...).sum()`, so large, would."""
-    array = to_array(torch.randn(1000, 1024), wire_dtype)  # type: ignore[arg-type]
+    array = to_array(torch.randn(1000, 1024), wire_dtype)
     counts: list[int] = []
 
     def receive() -> None:

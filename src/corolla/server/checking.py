@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from corolla.errors import InvalidSetting, ServerFault
@@ -11,6 +9,9 @@ from corolla.models.architecture import Architecture
 from corolla.server.ways import Way
 from corolla.swarm.wire import StepFrame
 from corolla.types import Step
+
+# By dtype: integers of its size, and an infinity's bits as one.
+_INFINITY = {torch.float32: (torch.int32, 0x7F800000), torch.bfloat16: (torch.int16, 0x7F80), torch.float16: (torch.int16, 0x7C00)}
 
 
 def check_shape(arch: Architecture, frame: StepFrame, *, from_client: bool) -> None:
@@ -55,7 +56,6 @@ def _finite(values: torch.Tensor) -> bool:
 
     By NumPy, which computes on the calling thread alone; see `engine.threads`.
     """
-    integers = {2: torch.int16, 4: torch.int32}[values.element_size()]
-    infinity = torch.tensor(math.inf, dtype=values.dtype).view(integers).item()
+    integers, infinity = _INFINITY[values.dtype]
     magnitudes = values.view(integers).numpy() & torch.iinfo(integers).max
     return bool((magnitudes < infinity).all())
