@@ -202,7 +202,7 @@ def logits(model: SpanModel, token_ids: list[int]) -> torch.Tensor:
     pool = PagePool(1, len(token_ids))
     table = pool.open()
     pool.reserve(table, len(token_ids))
-    computed = Executor(model, cache).forward([Work(Rows(table, 0, len(token_ids)), token_ids, wants_logits=False)])
+    computed = Executor(model, cache).forward([Work(Rows(table, 0, len(token_ids)), token_ids, logits=0)])
     with torch.inference_mode():
         return model.logits(computed.hidden).float()
 

@@ -206,6 +206,7 @@ class Step:
     prompt: PromptName | None = None  # put in and added at the positions below its tokens; a server that lacks it asks for it
     client: str = ""  # whose prompt that is
     brings_adapter: bool = False  # whether the client has the adapter, and gives it to servers that ask
+    drafts: int = 0  # so many of the last rows are guesses, kept as far as the head samples the same tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,6 +288,8 @@ class Token:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
     timings: tuple[HopTiming, ...] = ()  # of the servers of the route, where they were asked for
+    more: bool = False  # another token of the same step follows
+    drafts: tuple[int, ...] = ()  # guesses of the tokens that follow it, to be computed in the next step
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +320,7 @@ class Hidden:
     hidden: torch.Tensor
     tokens: tuple[int, ...] = ()  # the ids of these rows, as far as they are known
     last: bool = False  # whether no row of the step is left to compute
+    drafts: int = 0  # as in `Step`
 
 
 @dataclass(frozen=True, slots=True)

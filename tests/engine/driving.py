@@ -53,7 +53,7 @@ class Chain:
                 tables = self.tables.setdefault(session, [s.pool.open() for s in self.stages])
                 table = tables[index]
                 assert stage.pool.reserve(table, table.length + len(payload))
-                works.append(Work(Rows(table, table.length, len(payload)), payload, wants_logits=True))
+                works.append(Work(Rows(table, table.length, len(payload)), payload, logits=1))
             computed = stage.executor.forward(works)
             for work in works:
                 stage.pool.advance(work.rows.table, work.rows.count)
@@ -70,7 +70,7 @@ class Chain:
         for stage in self.stages:
             table = stage.pool.open()
             assert stage.pool.reserve(table, len(tokens))
-            payload = stage.executor.forward([Work(Rows(table, 0, len(tokens)), payload, wants_logits=False)]).hidden
+            payload = stage.executor.forward([Work(Rows(table, 0, len(tokens)), payload, logits=0)]).hidden
         assert isinstance(payload, torch.Tensor)
         with torch.inference_mode():
             return self.stages[-1].model.logits(payload)

@@ -70,7 +70,7 @@ def logits_of(model: SpanModel, sessions: Sequence[tuple[list[int], Kept | None]
     for tokens, adapter in sessions:
         table = pool.open()
         assert pool.reserve(table, len(tokens))
-        works.append(Work(Rows(table, 0, len(tokens)), tokens, wants_logits=True, adapter=adapter))
+        works.append(Work(Rows(table, 0, len(tokens)), tokens, logits=1, adapter=adapter))
     logits = executor.forward(works).logits
     assert logits is not None
     return list(logits)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from corolla.engine.drafts import Guess, guess
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.errors import Busy, CorollaError, EmptyPrompt, InvalidSetting, PromptTooLong, ServerFault
 from corolla.models.reference import Reference
@@ -35,8 +36,8 @@ def model(directory: Path) -> SpanModel:
 class Driver:
     """An engine and the replies of every session."""
 
-    def __init__(self, model: SpanModel, **config: Any) -> None:
-        self.engine = Engine(model, EngineConfig(**{"cache_tokens": 4096, "page_size": 16, "step_rows": 64, **config}))
+    def __init__(self, model: SpanModel, guess: Guess = guess, **config: Any) -> None:
+        self.engine = Engine(model, EngineConfig(**{"cache_tokens": 4096, "page_size": 16, "step_rows": 64, **config}), guess)
         self.replies: dict[str, list[Reply]] = defaultdict(list)
 
     def send(

@@ -24,7 +24,7 @@ def test_fixed_shapes_equal_the_executor(family: str, tmp_path: Path) -> None:
     for session, token in enumerate((7, 8, 9)):
         table = chain.tables[session][0]
         assert stage.pool.reserve(table, table.length + 1)
-        works.append(Work(Rows(table, table.length, 1), [token], wants_logits=True))
+        works.append(Work(Rows(table, table.length, 1), [token], logits=1))
     program.fill(works)
     with torch.inference_mode():
         _, logits = program.run()

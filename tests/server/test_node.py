@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -12,6 +12,7 @@ import pytest
 
 from corolla.client.session import Session
 from corolla.client.swarm import Patience, SwarmTransport
+from corolla.engine.drafts import Guess, guess
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.errors import CapacityError, InvalidSetting, NoRoute, Unauthorized
 from corolla.models.reference import Reference
@@ -39,9 +40,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Swarm:
     """Servers by name, and one client."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, guess: Guess = guess) -> None:
         self.hub = LocalHub()
-        self.directory = directory
+        self.directory, self.guess = directory, guess
         self.records: dict[str, ServerRecord] = {}
         self.servers: dict[str, SpanServer] = {}
         self.engines: dict[str, Engine] = {}
@@ -50,7 +51,7 @@ class Swarm:
 
     def add(self, name: str, start: int, end: int, throughput: float = 100.0, cache_tokens: int = 2048) -> None:
         model = load_span(self.directory, Span(start, end), dtype="float32")
-        engine = Engine(model, EngineConfig(cache_tokens=cache_tokens, page_size=16, step_rows=32))
+        engine = Engine(model, EngineConfig(cache_tokens=cache_tokens, page_size=16, step_rows=32), self.guess)
         engine.start()
         self.engines[name] = engine
         self.servers[name] = SpanServer(engine, self.hub.join(name), SpanServerConfig(wire_dtype="float32"))
@@ -333,3 +334,77 @@ def test_a_prompts_tokens_score_on_any_route_as_on_one_server(swarm: Swarm) -> N
     assert list(along_three) == list(range(1, len(PROMPT)))
     assert scored() == pytest.approx(along_three, abs=1e-4)
     assert swarm.routes[-1].peers == ("whole",)
+
+
+# Guesses, which the server with the head makes.
+
+
+def knowing(answer: list[int], *, right: int) -> Guess:
+    """Guesses the answer to `PROMPT`: `right` tokens as they are there, and the others wrong."""
+    text = [*PROMPT, *answer]
+
+    def oracle(history: Sequence[int], token: int, most: int) -> tuple[int, ...]:
+        following = text[len(history) + 1 :][:most]
+        return tuple(token if place < right else (token + 1) % tiny.VOCABULARY for place, token in enumerate(following))
+
+    return oracle
+
+
+@pytest.fixture
+def plain(directory: Path) -> list[int]:
+    """The answer without guesses, drawn and penalized."""
+    swarm = Swarm(directory)
+    swarm.add("whole", 0, 4)
+    tokens = answer(swarm, SAMPLED)
+    swarm.close()
+    return tokens
+
+
+@pytest.mark.parametrize("right", [0, 1, 2, 3])
+def test_guesses_go_round_the_ring_and_change_nothing(directory: Path, plain: list[int], right: int) -> None:
+    swarm = Swarm(directory, guess=knowing(plain, right=right))
+    for name, start, end in (("a", 0, 1), ("b", 1, 3), ("c", 3, 4)):
+        swarm.add(name, start, end)
+    with Session(swarm.transport, "") as session:
+        tokens = list(session.generate(PROMPT, SAMPLED, timeout=TIMEOUT))
+    steps = swarm.servers["c"].counters.ring_steps
+    swarm.close()
+    assert [token.token_id for token in tokens] == plain
+    assert [token.position for token in tokens] == list(range(len(PROMPT), len(PROMPT) + 30))
+    assert steps == len(range(1, 30, right + 1))
+
+
+@pytest.mark.parametrize("victim", ["a", "b", "c"])
+@pytest.mark.parametrize("moment", [1, 16, 17, 18])
+@pytest.mark.parametrize("right", [1, 3])
+def test_an_answer_with_guesses_survives_a_kill(directory: Path, plain: list[int], victim: str, moment: int, right: int) -> None:
+    swarm = Swarm(directory, guess=knowing(plain, right=right))
+    for name, start, end in (("a", 0, 1), ("b", 1, 3), ("c", 3, 4)):
+        swarm.add(name, start, end)
+        swarm.add(f"{name}2", start, end, throughput=10)
+    tokens = answer(swarm, SAMPLED, at={moment: lambda: swarm.kill(victim)})
+    swarm.close()
+    assert tokens == plain
+
+
+@pytest.mark.parametrize("way", [("a", "b"), ("b", "c"), ("c", "a")])
+def test_a_lost_step_with_guesses_is_asked_for_again(directory: Path, plain: list[int], way: tuple[str, str]) -> None:
+    swarm = Swarm(directory, guess=knowing(plain, right=1))
+    for name, start, end in (("a", 0, 1), ("b", 1, 3), ("c", 3, 4)):
+        swarm.add(name, start, end)
+    tokens = answer(swarm, SAMPLED, at={6: lambda: swarm.hub.drop_next(*way)})
+    faults, replays = swarm.transport.counters.faults, swarm.transport.counters.replays
+    swarm.close()
+    assert (tokens, faults, replays) == (plain, 0, 1)
+
+
+def test_timings_come_once_for_each_step(directory: Path, plain: list[int]) -> None:
+    swarm = Swarm(directory, guess=knowing(plain, right=3))
+    for name, start, end in (("a", 0, 2), ("b", 2, 4)):
+        swarm.add(name, start, end)
+    swarm.transport.timed = True
+    with Session(swarm.transport, "") as session:
+        tokens = list(session.generate(PROMPT, SAMPLED, timeout=TIMEOUT))
+    steps = swarm.servers["b"].counters.ring_steps + 1
+    swarm.close()
+    assert sum(bool(token.timings) for token in tokens) == steps < 30

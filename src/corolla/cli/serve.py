@@ -75,6 +75,16 @@ def serve(
             rich_help_panel=options.MACHINE,
         ),
     ] = None,
+    drafts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=15,
+            help="Where it holds the head: how many tokens to guess, which are computed with the one before them and kept where right. "
+            "No answer changes; 0 guesses none.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = 3,
     batch_invariant: options.BatchInvariant = False,
     adapters: Annotated[
         list[str] | None,
@@ -145,7 +155,7 @@ def serve(
         threads=threads,
         adapters=held,
         take_adapters=allow_adapters,
-        engine=EngineConfig(cache_tokens=cache_tokens, batch_invariant=batch_invariant),
+        engine=EngineConfig(cache_tokens=cache_tokens, drafts=drafts, batch_invariant=batch_invariant),
     )
     with until_told_to_end() as signals, showing_progress() as progress:
 

@@ -20,8 +20,11 @@ def admitted_span(step: Step, model: SpanModel, context_length: int) -> Span:
         raise EmptyPrompt
     if step.start < 0:
         raise InvalidSetting("start", f"{step.start} is no position")
-    if step.start + count > context_length - (step.settings is not None):
-        raise PromptTooLong(step.start + count, context_length)
+    if not 0 <= step.drafts < count:
+        raise InvalidSetting("drafts", f"{step.drafts} of {count} rows cannot be guesses")
+    certain = step.start + count - step.drafts
+    if certain > context_length - (step.settings is not None):
+        raise PromptTooLong(certain, context_length)
     span, own = step.span or model.span, model.span
     if not own.start <= span.start < span.end <= own.end:
         raise InvalidSetting("blocks", f"{span} are not among the blocks {own} held here")

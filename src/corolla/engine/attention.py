@@ -27,6 +27,8 @@ INVARIANT_KEYS = 512
 # A decoding row over this many keys attends to them in chunks side by side: there are more chunks than key heads, so all cores
 # are used (at 4,096 keys, out of memory, 0.42 ms a block of SmolLM2 instead of 0.56), and a few runs of pages need no gather.
 LONG_KEYS, CHUNK_KEYS, MOST_RUNS = 1024, 512, 8
+# So many rows of one session attend one by one, with the bits that each would have alone: guesses change nothing, in bfloat16 either.
+FEW_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,8 @@ class Gathered:
 
 
 def _groups(arch: Architecture, cache: KVCache, rows: Sequence[Rows], device: torch.device) -> list[Group]:
+    if len(rows) == 1 and rows[0].count <= FEW_ROWS:
+        return [_OneSession(arch, cache, Rows(rows[0].table, rows[0].start + at, 1), at, device) for at in range(rows[0].count)]
     groups: list[Group] = []
     single: list[tuple[int, Rows]] = []
     at = 0

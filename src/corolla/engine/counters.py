@@ -13,6 +13,8 @@ class Counters:
     rows: int = 0  # tokens computed
     reused: int = 0  # tokens found in the cache of earlier sessions
     sampled: int = 0
+    drafted: int = 0  # tokens that were guessed
+    drafts_kept: int = 0  # of them, those that were sampled then
     gaps: int = 0
     evicted_idle: int = 0
     evicted_running: int = 0

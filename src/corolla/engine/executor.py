@@ -40,6 +40,11 @@ class Executor:
         self._rounds = model.kernel_per_row_count
         self._graphs = DecodeGraphs(model, cache) if model.device.type == "cuda" and not batch_invariant else None
 
+    @property
+    def drafts_are_cheap(self) -> bool:
+        """Whether a few rows of a session take about as long as one: not where steps of single rows are replayed as graphs."""
+        return self._graphs is None
+
     @torch.inference_mode()
     def forward(self, works: Sequence[Work], part: Span | None = None) -> Computed:
         """Compute the rows through the span or a `part` of it, and write their keys and values; the tables must hold room."""
@@ -92,11 +97,11 @@ class Executor:
     def _logits(self, works: Sequence[Work], hidden: torch.Tensor, part: Span) -> torch.Tensor | None:
         if part.end != self.model.arch.blocks:
             return None
-        last, at = [], 0
+        last: list[int] = []
+        at = 0
         for work in works:
             at += work.rows.count
-            if work.wants_logits:
-                last.append(at - 1)
+            last += range(at - work.logits, at)
         if not last:
             return None
         padding = [0] * (self._padded(len(last)) - len(last))

@@ -75,7 +75,7 @@ class DecodeGraphs:
         program, graph, (hidden, logits) = self._captured.get((rows, pages)) or self._capture(rows, pages)
         program.fill(works)
         graph.replay()
-        wanted = [i for i, work in enumerate(works) if work.wants_logits]
+        wanted = [i for i, work in enumerate(works) if work.logits]
         return Computed(hidden[: len(works)].clone(), logits[wanted] if logits is not None and wanted else None)
 
     def _capture(self, rows: int, pages: int) -> tuple[FixedDecode, torch.cuda.CUDAGraph, tuple[torch.Tensor, torch.Tensor | None]]:

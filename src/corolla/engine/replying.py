@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
 from corolla.engine.counters import Counters
+from corolla.engine.drafts import Guess
 from corolla.engine.pages import PagePool
 from corolla.engine.sampler import Sampled
 from corolla.engine.sequence import Conversation
@@ -17,17 +19,21 @@ from corolla.types import Cached, Failed, FinishReason, Hidden, Reply, Token
 
 
 class Replying:
-    """Args: `context_length`, at which an answer ends."""
+    """Args: `context_length`, at which an answer ends; `guess`, what may follow a token."""
 
-    def __init__(self, sessions: Sessions, pool: PagePool, counters: Counters, context_length: int) -> None:
-        self._sessions, self._pool, self._counters, self._context_length = sessions, pool, counters, context_length
+    def __init__(self, sessions: Sessions, pool: PagePool, counters: Counters, context_length: int, guess: Guess) -> None:
+        self._sessions, self._pool, self._counters = sessions, pool, counters
+        self._context_length, self._guess = context_length, guess
 
-    def reply(self, conversation: Conversation, work: Work, hidden: torch.Tensor, sampled: Sampled | None) -> None:
-        """The work is computed: its rows left the last block as `hidden`, and a token was drawn after them if one was wanted."""
+    def reply(self, conversation: Conversation, work: Work, hidden: torch.Tensor, sampled: Sequence[Sampled], drafts: int) -> None:
+        """The work is computed: its rows left the last block as `hidden`. `sampled` are the tokens drawn after them, if any were
+        wanted; `drafts` more may be guessed."""
         count = work.rows.count
         self._counters.rows += count
         conversation.used = self._counters.steps
-        self._pool.advance(conversation.table, count)
+        tokens = self._tokens(conversation, work, sampled)
+        conversation.refuted = work.logits - len(tokens)
+        self._pool.advance(conversation.table, count - conversation.refuted)
         if conversation.takes_hidden:
             assert conversation.hidden is not None, "rows were computed that nobody sent"
             conversation.hidden = conversation.hidden[count:]
@@ -35,14 +41,22 @@ class Replying:
             self._pool.publish(conversation.table, conversation.tokens, conversation.position)
         deliver = conversation.deliver
         assert deliver is not None, "an idle session was scheduled"
-        if sampled is not None:
-            deliver(self._token(conversation, sampled))
+        if tokens:
+            self._answer(conversation, tokens, drafts)
             return
         complete = conversation.pending == 0 and not conversation.more
         reply: Reply | None = None
         if conversation.gives_hidden:
-            tokens = tuple(conversation.tokens[work.rows.start : work.rows.end])
-            reply = Hidden(conversation.session, conversation.generation, work.rows.start, hidden, tokens, last=complete)
+            ids = tuple(conversation.tokens[work.rows.start : work.rows.end])
+            reply = Hidden(
+                conversation.session,
+                conversation.generation,
+                work.rows.start,
+                hidden,
+                ids,
+                last=complete,
+                drafts=conversation.drafts if complete else 0,
+            )
         elif complete:
             reply = Cached(conversation.session, conversation.generation, conversation.position)
         if complete and conversation.settings is None:
@@ -61,31 +75,56 @@ class Replying:
             if deliver is not None:
                 deliver(Failed(conversation.session, conversation.generation, fault))
 
-    def _token(self, conversation: Conversation, sampled: Sampled) -> Token:
-        """The sampled token, which also becomes the next row to compute (the ring, in one process) unless the answer ends."""
+    def _tokens(self, conversation: Conversation, work: Work, sampled: Sequence[Sampled]) -> list[Token]:
+        """The tokens of a step, as far as the answer goes on: the first, and those that had been guessed."""
         settings = conversation.settings
-        assert settings is not None, "a token was sampled for a step without settings"
-        self._counters.sampled += 1
-        conversation.sampled += 1
-        position = conversation.position
-        finish = None
-        if sampled.token_id in settings.stop_token_ids:
-            finish = FinishReason.STOP
-        elif conversation.sampled >= settings.max_tokens_to_generate or position + 1 >= self._context_length:
-            finish = FinishReason.LENGTH
-        token = Token(
-            conversation.session,
-            conversation.generation,
-            position,
-            sampled.token_id,
-            sampled.logprob,
-            sampled.top_logprobs,
-            finish,
-        )
-        if finish is None and conversation.span.start == 0:
-            conversation.tokens.append(sampled.token_id)
-        elif finish is None:
-            self._sessions.wait(conversation)
-        else:
+        tokens: list[Token] = []
+        for position, drawn in enumerate(sampled, work.rows.end - work.logits + 1):
+            assert settings is not None, "a token was sampled for a step without settings"
+            finish = None
+            if drawn.token_id in settings.stop_token_ids:
+                finish = FinishReason.STOP
+            elif conversation.sampled + len(tokens) + 1 >= settings.max_tokens_to_generate or position + 1 >= self._context_length:
+                finish = FinishReason.LENGTH
+            more = finish is None and len(tokens) + 1 < len(sampled)
+            tokens.append(
+                Token(
+                    conversation.session,
+                    conversation.generation,
+                    position,
+                    drawn.token_id,
+                    drawn.logprob,
+                    drawn.top_logprobs,
+                    finish,
+                    more=more,
+                )
+            )
+            if finish is not None:
+                break
+        return tokens
+
+    def _answer(self, conversation: Conversation, tokens: Sequence[Token], drafts: int) -> None:
+        """Deliver a step's tokens. The last of them also becomes the next row to compute (the ring, in one process), with guesses of
+        what follows it, unless the answer ends."""
+        self._counters.sampled += len(tokens)
+        self._counters.drafts_kept += len(tokens) - 1
+        conversation.sampled += len(tokens)
+        *before, last = tokens
+        deliver = conversation.deliver
+        assert deliver is not None, "an idle session was scheduled"
+        assert conversation.settings is not None, "a token was sampled for a step without settings"
+        for token in before:
+            deliver(token)
+        if last.finish is not None:
             self._sessions.rest(conversation)
-        return token
+        else:
+            self._sessions.wait(conversation)  # without the guesses that were wrong
+            left = conversation.settings.max_tokens_to_generate - conversation.sampled - 1
+            room = self._context_length - last.position - 2
+            if (most := min(drafts, left, room)) > 0:
+                last = replace(last, drafts=self._guess(conversation.history, last.token_id, most)[:most])
+            self._counters.drafted += len(last.drafts)
+            if conversation.span.start == 0:
+                conversation.tokens += (last.token_id, *last.drafts)
+                conversation.drafts = len(last.drafts)
+        deliver(last)

@@ -1,4 +1,5 @@
-"""Which rows the next forward computes: first one row for each session that decodes, then chunks of prefill.
+"""Which rows the next forward computes: first those of each session that decodes, its next one and guesses of what follows, then
+chunks of prefill.
 
 When the pages run out, the session that was idle longest is evicted, and then the one under way that asked last is set
 back: it is computed again when pages are free. The rule of positions brings both back. All servers of a route go by the time of
@@ -42,10 +43,10 @@ class Scheduler:
         """Reserve pages and choose rows; what could not get pages waits for a later step."""
         everyone = list(conversations)
         running = sorted((c for c in everyone if not c.idle and c.pending), key=lambda c: c.arrival)
-        decoding = [c for c in running if c.pending == 1]
+        decoding = [c for c in running if c.pending - c.drafts == 1]
         # Where more sessions decode than fit in a step, the longest unserved go first.
         decoding.sort(key=lambda c: c.used)
-        prefilling = [c for c in running if c.pending > 1]
+        prefilling = [c for c in running if c.pending - c.drafts > 1]
         taken: list[tuple[Conversation, int]] = []
         schedule = Schedule()
         budget, reused = self._step_rows, 0
@@ -54,6 +55,7 @@ class Scheduler:
                 break
             if conversation in schedule.set_back:
                 continue
+            self._keep_drafts_if_free(conversation, budget)
             if conversation.shares_prefixes and not conversation.table.pages and not conversation.scores:
                 reused += self._pool.match(conversation.table, conversation.tokens)
             count = min(_part(conversation), budget)
@@ -62,6 +64,15 @@ class Scheduler:
                 budget -= count
         work = [(c, self._work(c, count)) for c, count in taken]
         return replace(schedule, work=work, reused=reused)
+
+    def _keep_drafts_if_free(self, conversation: Conversation, budget: int) -> None:
+        """Guesses are computed in one forward with all that is certain, and take pages that nobody holds, or not at all."""
+        if not conversation.drafts:
+            return
+        table, pending = conversation.table, conversation.pending
+        fits = bool(table.pages) and pending <= min(_part(conversation), budget)
+        if not (fits and self._pool.reserve(table, table.length + pending)):
+            conversation.drop_drafts()
 
     def _make_room(
         self, conversation: Conversation, count: int, everyone: list[Conversation], keep: list[Conversation], schedule: Schedule
@@ -87,7 +98,7 @@ class Scheduler:
     def _work(self, conversation: Conversation, count: int) -> Work:
         rows = Rows(conversation.table, conversation.position, count)
         last = count == conversation.pending
-        return Work(rows, conversation.payload(count), wants_logits=last and conversation.samples)
+        return Work(rows, conversation.payload(count), logits=1 + conversation.drafts if last and conversation.samples else 0)
 
 
 def _part(conversation: Conversation) -> int:

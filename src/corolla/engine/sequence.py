@@ -37,6 +37,8 @@ class Conversation:
     settings: GenerationSettings | None = None
     gives_hidden: bool = False  # hidden states go out, rather than tokens
     more: bool = False  # further rows of the step are on their way
+    drafts: int = 0  # so many of the pending rows are guesses, the last ones
+    refuted: int = 0  # rows of the last step that were guesses, and wrong
     adapter: str = ""  # the digest of its adapter
     prompt: PromptName | None = None
     client: str = ""  # whose prompt that is
@@ -92,6 +94,13 @@ class Conversation:
     def history(self) -> Sequence[int]:
         """Its tokens without the prompt's placeholders."""
         return self.tokens if self.prompt is None else self.tokens[self.prompt.tokens :]
+
+    def drop_drafts(self) -> None:
+        """Compute nothing that is only guessed."""
+        if self.drafts:
+            self.hidden = None if self.hidden is None else self.hidden[: -self.drafts]
+            del self.tokens[-self.drafts :]
+            self.drafts = 0
 
     def payload(self, count: int) -> Sequence[int] | torch.Tensor:
         """The next `count` rows to compute."""

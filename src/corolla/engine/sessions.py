@@ -51,6 +51,7 @@ class Sessions:
     def wait(self, conversation: Conversation) -> None:
         """Nothing is left to compute, until something more comes."""
         conversation.hidden = None
+        conversation.drafts = 0
         del conversation.tokens[conversation.position :]
         self._pool.truncate(conversation.table, conversation.position)
 
@@ -64,6 +65,7 @@ class Sessions:
             known = len(conversation.tokens)
             assert conversation.takes_hidden or conversation.position <= known, f"{conversation.session} caches more than its history"
             assert not (conversation.idle and conversation.pending), f"{conversation.session} is idle with rows to compute"
+            assert conversation.drafts <= max(0, conversation.pending - 1), f"{conversation.session} guesses more than it has to compute"
 
     def _begin(self, step: Step, deliver: Deliver) -> None:
         conversation = self._known.get(step.session)
@@ -130,4 +132,5 @@ def _continues(conversation: Conversation, step: Step, deliver: Deliver) -> bool
 
 def _go_on(conversation: Conversation, step: Step, deliver: Deliver) -> None:
     conversation.deliver, conversation.settings, conversation.more = deliver, step.settings, step.more
+    conversation.drafts, conversation.refuted = step.drafts, 0
     conversation.seen = time.monotonic()

@@ -25,14 +25,14 @@ class Work:
 
     rows: Rows
     payload: Sequence[int] | torch.Tensor
-    wants_logits: bool
+    logits: int  # so many of the last rows' logits are wanted
     prompt: PromptRows | None = None
     adapter: Blocks | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Computed:
-    """What a step left: hidden states [T, hidden] of all rows, logits [works that want them, vocabulary]."""
+    """What a step left: hidden states [T, hidden] of all rows, logits [those that are wanted, vocabulary]."""
 
     hidden: torch.Tensor
     logits: torch.Tensor | None

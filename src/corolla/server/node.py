@@ -185,6 +185,7 @@ class SpanServer:
                 way.wants_hidden,
                 way.prompt,
                 way.client,
+                drafts=step.drafts,
             )
             under_way = UnderWay(way, step, bool(frame.route), time.perf_counter(), to_timings(frame.timings))
             self._engine.receive(step, lambda reply: self._onward.deliver(under_way, reply))

@@ -24,7 +24,7 @@ class NodeCounters:
     """What happened since the server was made."""
 
     pushes: int = 0  # of hidden states to the next server
-    ring_steps: int = 0  # tokens that went from the last server straight to the first
+    ring_steps: int = 0  # steps that went from the last server straight to the first
     refused: int = 0  # steps answered with an error
 
 
@@ -69,7 +69,8 @@ class Onward:
 
     def _reply(self, under_way: UnderWay, reply: Reply) -> None:
         way = under_way.way
-        timings = self._timings(under_way) if way.timed else ()
+        followed = isinstance(reply, Token) and reply.more
+        timings = self._timings(under_way) if way.timed and not followed else ()
         if isinstance(reply, Gap) and way.hop and reply.have and not under_way.tells_way:
             jump = ServerFault(f"rows from position {under_way.step.start} came, and those before had ended at {reply.have}")
             self._hold(way.client, failed_of(jump, reply.session, way.generation, peer=way.before))
@@ -77,7 +78,7 @@ class Onward:
         if isinstance(reply, Hidden) and not way.last:
             self._pass_on(under_way, reply, timings)
             return
-        if isinstance(reply, Token) and len(way.route) > 1:
+        if isinstance(reply, Token) and len(way.route) > 1 and not followed:
             self._close_ring(way, reply)
         self._hold(way.client, from_reply(reply, peer=self._network.me, wire_dtype=self._wire_dtype, timings=timings))
 
@@ -98,6 +99,7 @@ class Onward:
             more=not reply.last,
             wants_hidden=step.wants_hidden,
             prompt=step.prompt,
+            drafts=reply.drafts,
         )
         hop = way.hop + 1
         if under_way.tells_way:
@@ -116,10 +118,12 @@ class Onward:
         self._hold(way.route[hop].peer, frame)
 
     def _close_ring(self, way: Way, token: Token) -> None:
-        """The token goes on where the route begins; after the last one the other servers are told that the answer has ended."""
+        """The token goes on where the route begins, with guesses of what follows it; after the last one the other servers are told that
+        the answer has ended."""
         if token.finish is None:
             self._counters.ring_steps += 1
-            self._hold(way.route[0].peer, StepFrame(token.session, token.generation, token.position, (token.token_id,)))
+            tokens, drafts = (token.token_id, *token.drafts), len(token.drafts)
+            self._hold(way.route[0].peer, StepFrame(token.session, token.generation, token.position, tokens, drafts=drafts))
         else:
             for hop in way.route[:-1]:
                 self._hold(hop.peer, CancelFrame(token.session, token.generation))

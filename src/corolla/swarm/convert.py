@@ -87,6 +87,7 @@ def to_step(frame: StepFrame) -> Step:
         more=frame.more,
         wants_hidden=frame.output == "hidden",
         prompt=to_prompt_name(frame.prompt),
+        drafts=frame.drafts,
     )
 
 
@@ -128,6 +129,7 @@ def from_step(
         timed=timed,
         output="hidden" if step.wants_hidden else "token",
         prompt=from_prompt_name(step.prompt) if route else None,
+        drafts=step.drafts,
     )
 
 

@@ -20,6 +20,7 @@ from corolla.types import FinishReason
 MAX_STEP_TOKENS = 8192  # rows of one step; a longer history goes in several, the settings with the last
 MAX_ROWS = 2**16  # of one tensor
 MAX_HIDDEN = 2**20  # values in one row
+MAX_DRAFTS = 15  # guesses in one step
 MAX_HOPS = 256  # servers of one route
 Q8_BLOCK = 64  # values that share a scale
 
@@ -58,6 +59,7 @@ _SHORT = {
     "timed": "u",
     "output": "v",
     "more": "y",
+    "drafts": "q",
     "queue_s": "q",
     "compute_s": "c",
     "transfer_s": "x",
@@ -157,6 +159,8 @@ class StepFrame(_Kind, frozen=True, tag="step"):
     route the receiver goes on with the one that this session and generation had before, and with what came with it: its
     settings, `client`, `asked`, `timed` and `output`. `client` gets the replies.
 
+    The last `drafts` tokens are guesses: the head answers those that it samples itself, and goes on after the last of them.
+
     With an `output` of "hidden" the rows may come without their ids, the first hop takes hidden states too, and the last one
     answers a `HiddenFrame` in place of a token.
     """
@@ -177,8 +181,11 @@ class StepFrame(_Kind, frozen=True, tag="step"):
     timed: bool = False  # fill `timings` on the way, and send them with each token
     output: Literal["token", "hidden"] = "token"
     prompt: PromptNameFrame | None = None
+    drafts: Annotated[int, msgspec.Meta(ge=0, le=MAX_DRAFTS)] = 0
 
     def __post_init__(self) -> None:
+        if self.drafts and self.drafts >= len(self.tokens):
+            raise ValueError(f"{self.drafts} guesses come among {len(self.tokens)} tokens, the first of which is none")
         if len(self.tokens) > MAX_STEP_TOKENS:  # decoding never comes here with more
             raise ValueError(f"{len(self.tokens)} tokens in one step, which carries {MAX_STEP_TOKENS}: send them in several")
         if self.hidden is not None:
