@@ -47,11 +47,11 @@ def decode_rate(answers: Sequence[Answer]) -> float:
 
 
 class Corolla:
-    """The engine, driven on this thread; no session outlives a call unless it is named."""
+    """The engine, driven on this thread; no session outlives a call unless it is named. It guesses no tokens, for its peers do not."""
 
     def __init__(self, model: SpanModel, *, cache_tokens: int = 8192, batch_invariant: bool = False) -> None:
         self.model = model
-        self.engine = Engine(model, EngineConfig(cache_tokens=cache_tokens, batch_invariant=batch_invariant))
+        self.engine = Engine(model, EngineConfig(cache_tokens=cache_tokens, batch_invariant=batch_invariant, drafts=0))
         self._answers: dict[str, Answer] = {}
         self._running: dict[str, tuple[float, Step]] = {}
         self._sent = 0

@@ -29,6 +29,7 @@ from corolla.models import catalog
 from corolla.models.span import load_span
 from runners import Corolla, Runner, decode_rate, median_gap_ms
 from swarm_bench import DEFAULT_DTYPE, DTYPES, PROMPT, Bench, plural
+from swarm_drafts import drafts
 from swarm_petals import SHAPES, petals, stock_answers
 from swarm_servers import PetalsSwarm, even_spans
 from swarm_sizes import memory, wire_bytes
@@ -176,6 +177,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     **{name: functools.partial(petals, shape) for name, shape in SHAPES.items()},
     "overhead": overhead,
     "delay": delay,
+    "drafts": drafts,
     "recovery": recovery,
     "bytes": wire_bytes,
     "memory": memory,

@@ -5,7 +5,8 @@
 One JSON request a line: {"prompts": [[token ids], ...], "new_tokens": n}, all prompts at once, a session and a thread each.
 One JSON answer a line: {"answers": [{"token_ids": [...], "times": [...]}, ...]}, seconds from the request to each token,
 chosen greedily. With "keep": NAME the one session stays, and what a later prompt shares with its history is not sent again.
-With "say_at": k a line {"route": [peers]} comes first, when the one session has k tokens.
+With "ends": true an answer ends where the model ends it. With "say_at": k a line {"route": [peers]} comes first, when the one
+session has k tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from corolla.client.joined import Joined, join_swarm
 from corolla.client.link import SwarmLink
 from corolla.client.session import Session
 from corolla.client.swarm import SwarmTransport
+from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import CorollaError
 from corolla.swarm.peer import PeerConfig
 from corolla.swarm.transport import Deliver
@@ -52,17 +54,19 @@ class Client:
 
     def __init__(self, joined: Joined, pool: ThreadPoolExecutor) -> None:
         self._transport = Watched(joined.transport)
+        self._end_ids = TextTokenizer(joined.directory).end_ids
         self._pool = pool
         self._kept: dict[str, Session] = {}
 
     def answers(
-        self, prompts: list[list[int]], new_tokens: int, keep: str | None = None, say_at: int | None = None
+        self, prompts: list[list[int]], new_tokens: int, keep: str | None = None, say_at: int | None = None, ends: bool = False
     ) -> list[dict[str, Any]]:
         """A session each, at once. Raises what the first of them to fail raised."""
         sessions = [self._session(keep) for _ in prompts]
         began = time.perf_counter()
         try:
-            running = [self._pool.submit(self._answer, *pair, new_tokens, began, say_at) for pair in zip(sessions, prompts, strict=True)]
+            settings = GenerationSettings(max_tokens_to_generate=new_tokens, stop_token_ids=self._end_ids if ends else ())
+            running = [self._pool.submit(self._answer, *pair, settings, began, say_at) for pair in zip(sessions, prompts, strict=True)]
             return [answer.result() for answer in running]
         finally:
             if keep is not None:
@@ -75,10 +79,11 @@ class Client:
             return self._kept.pop(name)
         return Session(self._transport, "")
 
-    def _answer(self, session: Session, prompt: list[int], new_tokens: int, began: float, say_at: int | None) -> dict[str, Any]:
+    def _answer(
+        self, session: Session, prompt: list[int], settings: GenerationSettings, began: float, say_at: int | None
+    ) -> dict[str, Any]:
         """What the session has of the prompt already is not sent again."""
         session.rollback(session.common_prefix(prompt))
-        settings = GenerationSettings(max_tokens_to_generate=new_tokens)
         token_ids, times = [], []
         for token in session.generate(prompt[session.position :], settings, timeout=TIMEOUT):
             times.append(time.perf_counter() - began)

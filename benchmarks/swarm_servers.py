@@ -124,7 +124,8 @@ def even_spans(blocks: int, servers: int) -> list[tuple[int, int]]:
 class CorollaSwarm:
     """`corolla serve` processes of one model, one a span, joined through the first.
 
-    With `proxied` every server is dialled through a proxy of `proxies`: two peers talk through whichever of theirs was dialled.
+    The head guesses `drafts` tokens. With `proxied` every server is dialled through a proxy of `proxies`: two peers talk through
+    whichever of theirs was dialled.
     """
 
     def __init__(
@@ -135,10 +136,11 @@ class CorollaSwarm:
         *,
         threads: int,
         dtype: str | None = None,
+        drafts: int = 0,
         proxied: bool = False,
     ) -> None:
         self.processes, self.directory = processes, directory
-        self._machine = ["--threads", str(threads), *(["--dtype", dtype] if dtype else [])]
+        self._machine = ["--threads", str(threads), "--drafts", str(drafts), *(["--dtype", dtype] if dtype else [])]
         self._proxied = proxied
         self.proxies: list[ChaosProxy] = []
         self.servers: dict[str, Server] = {}  # by peer

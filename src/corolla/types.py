@@ -287,7 +287,7 @@ class Token:
     logprob: float  # natural logarithm, of the distribution that was sampled from before temperature and cuts
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
-    timings: tuple[HopTiming, ...] = ()  # of the servers of the route, where they were asked for
+    timings: tuple[HopTiming, ...] = ()  # of the servers of the route, where they were asked for; with the last token of a step
     more: bool = False  # another token of the same step follows
     drafts: tuple[int, ...] = ()  # guesses of the tokens that follow it, to be computed in the next step
 

@@ -47,6 +47,8 @@ def test_a_client_process_goes_on_token_for_token_when_a_server_dies_and_another
         client.communicate()
     assert "is left for" in log, "the answer was complete before the fault"
     assert [int(token) for token in rest.split()] == Reference(directory).greedy(PROMPT, COUNT)
+    (head,) = [record for record in swarm.status("--counters") if record["end"] == 4]
+    assert 0 < head["counters"]["drafts_kept"] < head["counters"]["drafted"]  # the answer has guesses of both kinds
 
     last.process.terminate()
     assert last.process.wait(DEADLINE) == 0

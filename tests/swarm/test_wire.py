@@ -35,8 +35,9 @@ from corolla.swarm.convert import (
     to_settings,
     to_step,
 )
-from corolla.swarm.frames import decode, encode
+from corolla.swarm.frames import LENGTH, decode, encode
 from corolla.swarm.wire import (
+    MAX_DRAFTS,
     MAX_STEP_TOKENS,
     Q8_BLOCK,
     AdapterFrame,
@@ -126,7 +127,8 @@ def steps(draw: st.DrawFn) -> StepFrame:
     ours = draw(st.none() | options)
     wired = None if ours is None else from_settings(ours)
     session, client, adapter = draw(names), draw(names), draw(names)
-    return StepFrame(session, draw(counts), draw(counts), tokens, hidden, wired, route, hop, client, adapter, draw(timings))
+    drafts = draw(st.integers(0, max(0, len(tokens) - 1)))
+    return StepFrame(session, draw(counts), draw(counts), tokens, hidden, wired, route, hop, client, adapter, draw(timings), drafts=drafts)
 
 
 tokens = st.builds(
@@ -291,6 +293,16 @@ def test_a_step_of_hidden_states_there_and_back() -> None:
     assert frame.tokens == (7, 8)
     with pytest.raises(ValueError, match="1 tokens come with 2 rows"):
         from_step(Step("s", 0, hidden, tokens=[7]))
+
+
+def test_guesses_there_and_back() -> None:
+    for step in (Step("s", 5, (7, 8, 9), drafts=2), Step("s", 5, random(3, 6), tokens=(7, 8, 9), drafts=2)):
+        assert to_step(from_step(step, wire_dtype="float32")).drafts == 2
+    with pytest.raises(ValueError, match="the first of which is none"):
+        from_step(Step("s", 5, (7, 8, 9), drafts=3))
+    many = b"".join(encode(StepFrame("s", 1, 5, tuple(range(20)), drafts=MAX_DRAFTS + 1)))
+    with pytest.raises(ProtocolError, match="<= 15"):
+        decode(many[LENGTH.size :])
 
 
 def test_a_step_carries_only_so_many_tokens() -> None:

@@ -47,8 +47,8 @@ def generate(
     """Continue a text.
 
     The continuation alone goes to standard output, as it is written. With --json it is one object with text, token_ids,
-    logprobs, timings (seconds) and finish_reason. --timings adds hops: for each server the milliseconds that a token waited
-    there, was computed, and was under way to it, as means over the tokens; and counters: how often a history was replayed,
+    logprobs, timings (seconds) and finish_reason. --timings adds hops: for each server the milliseconds that a step waited
+    there, was computed, and was under way to it, as means over the steps, which give a token each and sometimes more; and counters: how often a history was replayed,
     a server given up, the session moved.
     """
     if timings and not (as_json and peers):

@@ -1,4 +1,4 @@
-"""Where the time of an answer's tokens went, server by server."""
+"""Where the time of an answer went, server by server."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from corolla.types import HopTiming
 
 
 class Hops:
-    """Sums the timings of tokens; the servers stand in the order in which they were first met."""
+    """Sums the timings of steps; the servers stand in the order in which they were first met."""
 
     def __init__(self) -> None:
         self._of: dict[str, list[HopTiming]] = {}
 
     def add(self, timings: Iterable[HopTiming]) -> None:
-        """One token's way."""
+        """One step's way."""
         for timing in timings:
             self._of.setdefault(timing.peer, []).append(timing)
 
     def means(self) -> list[dict[str, object]]:
-        """For each server the means over its tokens in milliseconds, and how many tokens these were."""
+        """For each server the means over its steps in milliseconds, and how many steps these were."""
         return [
             {
                 "peer": peer,
-                "tokens": len(timings),
+                "steps": len(timings),
                 "queue_ms": _mean_ms(timing.queue for timing in timings),
                 "compute_ms": _mean_ms(timing.compute for timing in timings),
                 "transfer_ms": _mean_ms(timing.transfer for timing in timings),
