@@ -47,9 +47,9 @@ def generate(
     """Continue a text.
 
     The continuation alone goes to standard output, as it is written. With --json it is one object with text, token_ids,
-    logprobs, timings (seconds) and finish_reason. --timings adds hops: for each server the milliseconds that a step waited
-    there, was computed, and was under way to it, as means over the steps, which give a token each and sometimes more; and counters: how often a history was replayed,
-    a server given up, the session moved.
+    logprobs, timings (seconds) and finish_reason. --timings adds hops: for each server the milliseconds that a step
+    (of a token, or of several that were guessed) waited there, was computed, and was under way to it, as means over the steps;
+    and counters: how often a history was replayed, a server given up, the session moved.
     """
     if timings and not (as_json and peers):
         raise InvalidSetting("timings", "they are a swarm's and come in the JSON: give --json and --peers too")

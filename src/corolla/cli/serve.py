@@ -80,8 +80,7 @@ def serve(
         typer.Option(
             min=0,
             max=15,
-            help="Where it holds the head: how many tokens to guess, which are computed with the one before them and kept where right. "
-            "No answer changes; 0 guesses none.",
+            help="How many tokens the head guesses: they are computed with the one before them, and kept as far as it draws the same.",
             rich_help_panel=options.MACHINE,
         ),
     ] = 3,
