@@ -13,7 +13,7 @@ import psutil
 
 from corolla.client.session import Session
 from corolla.client.swarm import SwarmTransport
-from corolla.engine.engine import Engine
+from corolla.engine.engine import Engine, EngineConfig
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm import frames
@@ -46,7 +46,8 @@ def wire_bytes(bench: Bench) -> None:
     spans = even_spans(bench.blocks, 3)
     route = Route(tuple(Hop(f"server-{start}", start, end) for start, end in spans), seconds=0.0)
     transport = SwarmTransport(hub.join("client"), OneRoute(route))
-    engines = [Engine(load_span(bench.directory, Span(start, end), dtype="bfloat16", weights="packed")) for start, end in spans]
+    config = EngineConfig(drafts=0)
+    engines = [Engine(load_span(bench.directory, Span(start, end), dtype="bfloat16", weights="packed"), config) for start, end in spans]
     servers = [
         SpanServer(engine, hub.join(hop.peer), SpanServerConfig(wire_dtype="bfloat16"))
         for engine, hop in zip(engines, route.hops, strict=True)
