@@ -23,16 +23,6 @@ GREEDY = GenerationSettings(max_tokens_to_generate=40)
 SAMPLED = GenerationSettings(max_tokens_to_generate=40, do_sample=True, temperature=0.9, top_p=0.8, seed=7)
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def model(directory: Path) -> SpanModel:
-    return load_span(directory, dtype="float32")
-
-
 class Driver:
     """An engine and the replies of every session."""
 

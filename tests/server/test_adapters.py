@@ -17,7 +17,7 @@ from corolla.models.families import architecture
 from corolla.swarm.convert import from_adapter_part
 from corolla.types import GenerationSettings, Span
 from tests.models import lora, tiny
-from tests.server.test_node import PROMPT, TIMEOUT, Swarm
+from tests.server.ring import PROMPT, TIMEOUT, Swarm
 
 SETTINGS = GenerationSettings(max_tokens_to_generate=24)
 

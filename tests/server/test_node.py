@@ -4,83 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from corolla.client.session import Session
-from corolla.client.swarm import Patience, SwarmTransport
-from corolla.engine.drafts import Guess, guess
-from corolla.engine.engine import Engine, EngineConfig
-from corolla.errors import CapacityError, InvalidSetting, NoRoute, Unauthorized
+from corolla.errors import CapacityError, InvalidSetting, Unauthorized
 from corolla.models.reference import Reference
-from corolla.models.span import load_span
-from corolla.server.node import SpanServer, SpanServerConfig
-from corolla.swarm.network import LocalHub
-from corolla.swarm.records import ServerRecord
-from corolla.swarm.routing import Quality, Route, WantedAdapter, find_route, seconds_along
 from corolla.swarm.wire import CloseFrame
-from corolla.types import FinishReason, GenerationSettings, Span
+from corolla.types import FinishReason, GenerationSettings
 from tests.models import tiny
-from tests.swarm.simulation import make_record
-
-SETTINGS = GenerationSettings(max_tokens_to_generate=30)
-SAMPLED = GenerationSettings(max_tokens_to_generate=30, do_sample=True, temperature=0.9, seed=5, repetition_penalty=1.3)
-PROMPT = [5 + i * 11 % 180 for i in range(90)]
-TIMEOUT = 10.0
+from tests.server.ring import PROMPT, SAMPLED, SETTINGS, TIMEOUT, Swarm, answer
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save("llama", tmp_path_factory.mktemp("llama"))
-
-
-class Swarm:
-    """Servers by name, and one client."""
-
-    def __init__(self, directory: Path, guess: Guess = guess) -> None:
-        self.hub = LocalHub()
-        self.directory, self.guess = directory, guess
-        self.records: dict[str, ServerRecord] = {}
-        self.servers: dict[str, SpanServer] = {}
-        self.engines: dict[str, Engine] = {}
-        self.routes: list[Route] = []
-        self.transport = SwarmTransport(self.hub.join("client"), self, patience=Patience(silence=0.5, answer=0.5, reconsider=0.2, lost=1.0))
-
-    def add(self, name: str, start: int, end: int, throughput: float = 100.0, cache_tokens: int = 2048) -> None:
-        model = load_span(self.directory, Span(start, end), dtype="float32")
-        engine = Engine(model, EngineConfig(cache_tokens=cache_tokens, page_size=16, step_rows=32), self.guess)
-        engine.start()
-        self.engines[name] = engine
-        self.servers[name] = SpanServer(engine, self.hub.join(name), SpanServerConfig(wire_dtype="float32"))
-        self.records[name] = make_record(name, start, end, blocks=4, throughput=throughput, expires=time.time() + 1e6)
-
-    def kill(self, name: str) -> None:
-        """The process is gone at once; the directory still lists it."""
-        self.hub.kill(name)
-        self.engines[name].stop()
-
-    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None, adapter: WantedAdapter | None = None) -> Route:
-        route = find_route(
-            self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens, like=like, adapter=adapter
-        )
-        self.routes.append(route)
-        return route
-
-    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int, adapter: WantedAdapter | None = None) -> Route | None:
-        try:
-            best = find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens, adapter=adapter)
-        except NoRoute:
-            return None
-        seconds = seconds_along(self.records.values(), route, blocks=4)
-        return best if seconds is not None and best.seconds * 2 < seconds else None
-
-    def close(self) -> None:
-        self.transport.close()
-        for server in self.servers.values():
-            server.close()
 
 
 @pytest.fixture
@@ -90,17 +31,6 @@ def swarm(directory: Path) -> Iterator[Swarm]:
         swarm.add(name, start, end)
     yield swarm
     swarm.close()
-
-
-def answer(swarm: Swarm, settings: GenerationSettings = SETTINGS, at: dict[int, Callable[[], None]] | None = None) -> list[int]:
-    """The answer's tokens; `at[n]` is done when n tokens are there."""
-    with Session(swarm.transport, "") as session:
-        tokens = []
-        for token in session.generate(PROMPT, settings, timeout=TIMEOUT):
-            tokens.append(token.token_id)
-            if at and len(tokens) in at:
-                at[len(tokens)]()
-    return tokens
 
 
 def test_three_servers_answer_as_stock_does(swarm: Swarm, directory: Path) -> None:
@@ -203,8 +133,8 @@ def test_many_sessions_at_once(swarm: Swarm, directory: Path) -> None:
     answers = [session.generate(PROMPT[: 10 + 9 * i], SETTINGS, timeout=TIMEOUT) for i, session in enumerate(sessions)]
     tokens: list[list[int]] = [[] for _ in answers]
     for _ in range(30):
-        for got, answer in zip(tokens, answers, strict=True):
-            token = next(answer)
+        for got, tokens_of in zip(tokens, answers, strict=True):
+            token = next(tokens_of)
             got.append(token.token_id)
     assert token.finish is FinishReason.LENGTH
     reference = Reference(directory)
@@ -334,77 +264,3 @@ def test_a_prompts_tokens_score_on_any_route_as_on_one_server(swarm: Swarm) -> N
     assert list(along_three) == list(range(1, len(PROMPT)))
     assert scored() == pytest.approx(along_three, abs=1e-4)
     assert swarm.routes[-1].peers == ("whole",)
-
-
-# Guesses, which the server with the head makes.
-
-
-def knowing(answer: list[int], *, right: int) -> Guess:
-    """Guesses the answer to `PROMPT`: `right` tokens as they are there, and the others wrong."""
-    text = [*PROMPT, *answer]
-
-    def oracle(history: Sequence[int], token: int, most: int) -> tuple[int, ...]:
-        following = text[len(history) + 1 :][:most]
-        return tuple(token if place < right else (token + 1) % tiny.VOCABULARY for place, token in enumerate(following))
-
-    return oracle
-
-
-@pytest.fixture
-def plain(directory: Path) -> list[int]:
-    """The answer without guesses, drawn and penalized."""
-    swarm = Swarm(directory)
-    swarm.add("whole", 0, 4)
-    tokens = answer(swarm, SAMPLED)
-    swarm.close()
-    return tokens
-
-
-@pytest.mark.parametrize("right", [0, 1, 2, 3])
-def test_guesses_go_round_the_ring_and_change_nothing(directory: Path, plain: list[int], right: int) -> None:
-    swarm = Swarm(directory, guess=knowing(plain, right=right))
-    for name, start, end in (("a", 0, 1), ("b", 1, 3), ("c", 3, 4)):
-        swarm.add(name, start, end)
-    with Session(swarm.transport, "") as session:
-        tokens = list(session.generate(PROMPT, SAMPLED, timeout=TIMEOUT))
-    steps = swarm.servers["c"].counters.ring_steps
-    swarm.close()
-    assert [token.token_id for token in tokens] == plain
-    assert [token.position for token in tokens] == list(range(len(PROMPT), len(PROMPT) + 30))
-    assert steps == len(range(1, 30, right + 1))
-
-
-@pytest.mark.parametrize("victim", ["a", "b", "c"])
-@pytest.mark.parametrize("moment", [1, 16, 17, 18])
-@pytest.mark.parametrize("right", [1, 3])
-def test_an_answer_with_guesses_survives_a_kill(directory: Path, plain: list[int], victim: str, moment: int, right: int) -> None:
-    swarm = Swarm(directory, guess=knowing(plain, right=right))
-    for name, start, end in (("a", 0, 1), ("b", 1, 3), ("c", 3, 4)):
-        swarm.add(name, start, end)
-        swarm.add(f"{name}2", start, end, throughput=10)
-    tokens = answer(swarm, SAMPLED, at={moment: lambda: swarm.kill(victim)})
-    swarm.close()
-    assert tokens == plain
-
-
-@pytest.mark.parametrize("way", [("a", "b"), ("b", "c"), ("c", "a")])
-def test_a_lost_step_with_guesses_is_asked_for_again(directory: Path, plain: list[int], way: tuple[str, str]) -> None:
-    swarm = Swarm(directory, guess=knowing(plain, right=1))
-    for name, start, end in (("a", 0, 1), ("b", 1, 3), ("c", 3, 4)):
-        swarm.add(name, start, end)
-    tokens = answer(swarm, SAMPLED, at={6: lambda: swarm.hub.drop_next(*way)})
-    faults, replays = swarm.transport.counters.faults, swarm.transport.counters.replays
-    swarm.close()
-    assert (tokens, faults, replays) == (plain, 0, 1)
-
-
-def test_timings_come_once_for_each_step(directory: Path, plain: list[int]) -> None:
-    swarm = Swarm(directory, guess=knowing(plain, right=3))
-    for name, start, end in (("a", 0, 2), ("b", 2, 4)):
-        swarm.add(name, start, end)
-    swarm.transport.timed = True
-    with Session(swarm.transport, "") as session:
-        tokens = list(session.generate(PROMPT, SAMPLED, timeout=TIMEOUT))
-    steps = swarm.servers["b"].counters.ring_steps + 1
-    swarm.close()
-    assert sum(bool(token.timings) for token in tokens) == steps < 30

@@ -15,7 +15,7 @@ from corolla.models.span import load_span
 from corolla.swarm.local import LocalTransport
 from corolla.types import GenerationSettings
 from tests.models import tiny
-from tests.server.test_node import PROMPT, TIMEOUT, Swarm
+from tests.server.ring import PROMPT, TIMEOUT, Swarm
 
 P = 6
 SETTINGS = GenerationSettings(max_tokens_to_generate=24, repetition_penalty=1.3)

@@ -78,14 +78,14 @@ def verified(scheduled: Sequence[tuple[Conversation, Work]], logits: torch.Tenso
         if work.logits:
             everyone.append(_Verified(conversation, work, at))
             at += work.logits
-    open_ = everyone
-    while open_ and logits is not None:
-        rows = torch.tensor([each.at + len(each.sampled) for each in open_], device=logits.device)
-        drawn = sample(logits[rows] if len(rows) < len(logits) else logits, [each.request for each in open_])
-        for each, sampled in zip(open_, drawn, strict=True):
+    going = everyone
+    while going and logits is not None:
+        rows = torch.tensor([each.at + len(each.sampled) for each in going], device=logits.device)
+        drawn = sample(logits[rows] if len(rows) < len(logits) else logits, [each.request for each in going])
+        for each, sampled in zip(going, drawn, strict=True):
             if sampled is None:
                 each.damaged = True
             else:
                 each.sampled.append(sampled)
-        open_ = [each for each in open_ if each.goes_on]
+        going = [each for each in going if each.goes_on]
     return [None if each.damaged else each.sampled for each in everyone]
