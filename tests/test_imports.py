@@ -15,7 +15,7 @@ FILES = sorted((SOURCE / "corolla").rglob("*.py"))
 
 # From the ground up. A room may import itself and any room on a line above its own.
 FLOORS = (
-    ("errors",),
+    ("errors", "barrier"),
     ("types",),
     ("models",),
     ("engine", "swarm"),
@@ -27,7 +27,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-THIN = ("types", "errors", "client", "chat", "swarm/transport", "swarm/frames", "swarm/wire", "cli/main")
+THIN = ("types", "errors", "barrier", "client", "chat", "swarm/transport", "swarm/frames", "swarm/wire", "cli/main")
 HEAVY = ("torch", "transformers", "hivemind")
 
 
