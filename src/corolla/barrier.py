@@ -22,7 +22,7 @@ def barrier(name: str, on_error: Callable[[Exception], None] | None = None) -> I
     """
     try:
         yield
-    except Exception as error:  # noqa: BLE001 (the one place for it)
+    except Exception as error:
         unexpected[name] += 1
         log.error("an unexpected error in %s: %r", name, error, exc_info=error)
         if on_error is not None:
