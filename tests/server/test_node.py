@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from corolla.client.counters import ask_counters
 from corolla.client.session import Session
 from corolla.errors import CapacityError, InvalidSetting, Unauthorized
 from corolla.models.reference import Reference
@@ -244,6 +245,22 @@ def test_counters_show_pushes_and_ring_steps(swarm: Swarm) -> None:
     answer(swarm)
     assert swarm.servers["a"].counters.pushes >= 30
     assert swarm.servers["c"].counters.ring_steps == 29
+
+
+def test_a_server_tells_what_it_holds_and_that_it_holds_nothing_more(swarm: Swarm) -> None:
+    def held() -> list[dict[str, int]]:
+        observer = swarm.hub.join("observer")
+        names = swarm.servers["a"].gauges.keys()
+        return [
+            {name: count for name, count in counts.items() if name in names} for counts in ask_counters(observer, ["a"], TIMEOUT).values()
+        ]
+
+    with Session(swarm.transport, "") as session:
+        list(session.generate(PROMPT, SETTINGS, timeout=TIMEOUT))
+        assert [(here["sessions_open"], here["sessions_cached"]) for here in held()] == [(1, 1)]
+        assert held()[0]["pages_held"] >= len(PROMPT) // 16
+    wait_until(lambda: not any(swarm.servers["a"].gauges.values()))
+    assert held() == [dict.fromkeys(swarm.servers["a"].gauges, 0)]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -94,6 +94,16 @@ class Engine:
         return sum(not c.idle for c in self._sessions) + len(self._inbox)
 
     @property
+    def gauges(self) -> dict[str, int]:
+        """What is held now, by name. A page counts for each session that holds it: no sum tells what sessions share."""
+        sessions = list(self._sessions)
+        return {
+            "sessions_cached": len(sessions),
+            "pages_held": sum(len(session.table.pages) for session in sessions),
+            "messages_waiting": len(self._inbox),
+        }
+
+    @property
     def _computing(self) -> int:
         """The same without those that wait for their next token."""
         return sum(c.pending > 0 for c in self._sessions) + len(self._inbox)

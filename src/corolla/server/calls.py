@@ -70,6 +70,11 @@ class Calls:
         """Calls that are not answered, the one that is computed among them."""
         return len(self._waiting)
 
+    @property
+    def kept(self) -> int:
+        """Forwards whose activations are kept for a backward."""
+        return len(self._answering.kept)
+
     def receive(self, sender: str, frame: ForwardFrame | BackwardFrame) -> None:
         """Answered, now or later, by a `ResultFrame` or by a `FailedFrame` with one of
 

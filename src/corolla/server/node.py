@@ -79,6 +79,12 @@ class SpanServer:
         """How many sessions are open here, idle ones among them."""
         return len(self._ways)
 
+    @property
+    def gauges(self) -> dict[str, int]:
+        """What is held for clients now, by name: all of it is 0 when they are gone."""
+        calls = {"calls_waiting": self._calls.waiting, "activations_kept": self._calls.kept}
+        return {"sessions_open": self.sessions, **self._engine.gauges, **calls}
+
     def leave(self) -> None:
         """Take no new sessions, and ask those that are open, and those who call, to go on elsewhere; they are served until they do."""
         self._ways.leaving = True
@@ -121,7 +127,7 @@ class SpanServer:
             self._send(sender, Whereabouts(message.session, message.generation, cached, pending))
         elif isinstance(message, AskCounters):
             counts = asdict(self.counters) | asdict(self._calls.counters) | asdict(self._engine.counters) | dict(self._network.counts)
-            self._send(sender, Counters({name: int(count) for name, count in counts.items()}))
+            self._send(sender, Counters({name: int(count) for name, count in (counts | self.gauges).items()}))
 
     def _lose(self, peer: str) -> None:
         """The sessions of a client that is gone are closed; of a server that is gone, its sessions' clients are told."""

@@ -452,7 +452,7 @@ class AskCounters(_Kind, frozen=True, tag="ask"):
 
 
 class Counters(_Kind, frozen=True, tag="counters"):
-    """What happened at a server since it began, by name."""
+    """What happened at a server since it began, and what it holds for clients now, by name."""
 
     counts: Annotated[dict[Name, Count], msgspec.Meta(max_length=64)]
 
