@@ -189,7 +189,8 @@ class AdapterPart:
 class Step:
     """One forward of some tokens of a session: "from position `start`, here is `payload`".
 
-    A server that has cached more than `start` truncates to `start`; one that has less answers `Gap`.
+    A server that has cached more than `start` truncates to `start`; one that has less answers `Gap`. What a server has cached
+    of older generations counts only below `began`, where this generation's rows begin: from there on the history may be another.
     """
 
     session: str
@@ -207,6 +208,12 @@ class Step:
     client: str = ""  # whose prompt that is
     brings_adapter: bool = False  # whether the client has the adapter, and gives it to servers that ask
     drafts: int = 0  # so many of the last rows are guesses, kept as far as the head samples the same tokens
+    began: int | None = None  # the position of the generation's first row; None: `start`, in its first step
+
+    @property
+    def began_at(self) -> int:
+        """The position of the generation's first row."""
+        return self.start if self.began is None else self.began
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -280,6 +280,7 @@ class SwarmLink:
                 asked=step.asked,
                 more=not last,
                 timed=self._transport.timed,
+                began=step.start if first else None,
             )
             self._transport.network.send(hops[0].peer, frame)
 

@@ -78,12 +78,12 @@ class Sessions:
         if conversation is not None and (conversation.table.adapter, conversation.span, conversation.takes_hidden) != kind:
             self.forget(conversation)
             conversation = None
-        have = conversation.position if conversation is not None else 0
+        if conversation is not None and conversation.generation != step.generation:
+            # From where the new generation begins, the cached rows and their tokens are of an older history.
+            self._truncate(conversation, step.began_at)
+        have = 0 if conversation is None else _usable(conversation, step)
         if have < step.start:
-            self._counters.gaps += 1
-            if conversation is not None:
-                self.rest(conversation)
-            deliver(Gap(step.session, step.generation, have))
+            self._refuse(conversation, step, have, deliver)
             return
         if conversation is None:
             # In a row of several servers each would find another length of a prefix: only a whole model shares them.
@@ -99,11 +99,11 @@ class Sessions:
                 client=step.client,
             )
             self._known[step.session] = conversation
-        self._cache.copy_pages(self._pool.truncate(conversation.table, step.start))
-        # A page that could not be copied is cut off: its tokens are still known, and are computed again.
+        self._truncate(conversation, step.start)
         if isinstance(step.payload, torch.Tensor):
+            # A page that could not be copied is cut off. Where token ids come in they are still known, and are computed again.
             if conversation.position < step.start:
-                deliver(Gap(step.session, step.generation, conversation.position))
+                self._refuse(conversation, step, conversation.position, deliver)
                 return
             conversation.hidden = step.payload
             conversation.tokens[step.start :] = step.tokens
@@ -117,15 +117,35 @@ class Sessions:
             conversation.gives_hidden = step.wants_hidden or span.end != self._model.arch.blocks
         _go_on(conversation, step, deliver)
 
+    def _truncate(self, conversation: Conversation, position: int) -> None:
+        """Keep what is cached below `position`; less where the last page is shared and no page is free for a copy of it."""
+        self._cache.copy_pages(self._pool.truncate(conversation.table, min(position, conversation.position)))
+
+    def _refuse(self, conversation: Conversation | None, step: Step, have: int, deliver: Deliver) -> None:
+        """The step begins behind what is here. Its generation has taken no row, and begins anew where the caller sends again."""
+        self._counters.gaps += 1
+        if conversation is not None:
+            self.rest(conversation)
+            conversation.generation = step.generation
+        deliver(Gap(step.session, step.generation, have))
+
+
+def _usable(conversation: Conversation, step: Step) -> int:
+    """How many of the cached rows the step can go on from: those whose token ids are known, where it brings ids of its own."""
+    return min(conversation.position, len(conversation.tokens)) if step.tokens else conversation.position
+
 
 def _continues(conversation: Conversation, step: Step, deliver: Deliver) -> bool:
-    """A chunk of hidden states that follows one still waiting here: take it behind that."""
-    waiting = conversation.hidden
+    """A further chunk of a step whose rows are not all computed yet: take it behind them."""
     follows = step.generation == conversation.generation and step.start == conversation.position + conversation.pending
-    if waiting is None or not follows or not isinstance(step.payload, torch.Tensor):
+    if not follows or not conversation.pending or isinstance(step.payload, torch.Tensor) != conversation.takes_hidden:
         return False
-    conversation.hidden = torch.cat([waiting, step.payload])
-    conversation.tokens[step.start :] = step.tokens
+    if isinstance(step.payload, torch.Tensor):
+        assert conversation.hidden is not None, "rows are pending that nobody sent"
+        conversation.hidden = torch.cat([conversation.hidden, step.payload])
+        conversation.tokens[step.start :] = step.tokens
+    else:
+        conversation.tokens += step.payload
     _go_on(conversation, step, deliver)
     return True
 

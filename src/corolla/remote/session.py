@@ -269,6 +269,7 @@ class _Turn:
                 more=first + len(piece) < len(rows),
                 output="hidden",
                 prompt=None if sequence.prompt is None else sequence.prompt.frame,
+                began=start if first else None,
             )
             frames.append((sequence.hops[0].peer, frame))
         return frames

@@ -29,26 +29,36 @@ def check_shape(arch: Architecture, frame: StepFrame, *, from_client: bool) -> N
 
 
 def check_rows(arch: Architecture, sender: str, frame: StepFrame, step: Step, way: Way) -> None:
-    """Raises `ServerFault` for what no honest server sends, and `InvalidSetting` for rows of a client that no block takes."""
-    problem = _problem_of_rows(step, way)
-    if way.hop == 0 and sender == way.client:
-        if problem:
-            raise InvalidSetting("hidden", problem)
-        return
-    if frame.generation != way.generation:
-        problem = f"a step of generation {frame.generation} came, and the session is at {way.generation}"
-    elif not frame.tokens and not way.wants_hidden:
+    """Raises `ServerFault` for what no honest server sends, and `InvalidSetting` for what no server takes of a client."""
+    problem = _problem_of_rows(step, way) or _problem_of_tokens(arch, frame)
+    if not problem and not frame.route:
+        problem = _problem_of_ring(frame, way)
+    if not problem and way.hop and not frame.tokens and not way.wants_hidden:
         problem = "a step without token ids came"
-    elif not all(0 <= token < arch.vocabulary for token in frame.tokens):
-        problem = f"token ids came that are outside a vocabulary of {arch.vocabulary}"
     if problem:
-        raise ServerFault(problem)
+        raise InvalidSetting("step", problem) if way.from_client(sender) else ServerFault(problem)
 
 
 def _problem_of_rows(step: Step, way: Way) -> str | None:
     if not isinstance(step.payload, torch.Tensor):
         return "no hidden states came" if way.hop else None
     return None if _finite(step.payload) else "hidden states came that are NaN or infinite"
+
+
+def _problem_of_tokens(arch: Architecture, frame: StepFrame) -> str | None:
+    outside = next((token for token in frame.tokens if not 0 <= token < arch.vocabulary), None)
+    return None if outside is None else f"{outside} is no token of a vocabulary of {arch.vocabulary}"
+
+
+def _problem_of_ring(frame: StepFrame, way: Way) -> str | None:
+    """A step round the ring follows the last one of its generation: the token that was sampled after it, and guesses."""
+    if frame.generation != way.generation:
+        return f"a step of generation {frame.generation} came, and the session is at {way.generation}"
+    if frame.start > way.end:
+        return f"rows from position {frame.start} on came, and those before had ended at {way.end}"
+    if len(frame.tokens) - frame.drafts != 1:
+        return f"{len(frame.tokens)} tokens came of which {frame.drafts} are guesses, in place of one token and guesses"
+    return None
 
 
 def _finite(values: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import msgspec
 
@@ -42,7 +42,7 @@ from corolla.swarm.wire import (
     WireDtype,
     WireMessage,
 )
-from corolla.types import Close, Step
+from corolla.types import Close
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class SpanServerConfig:
 
     wire_dtype: WireDtype
     sessions: int = 4096  # open at once, idle ones among them; one more is Busy
+    idle: float = 3600.0  # seconds after which a session of which nothing came, and nothing is cached, is forgotten
     sessions_per_client: int = 1024
     sessions_per_server: int = 2048  # that one server before this one brings
     retry_after: float = 1.0  # seconds, told to who is turned away
@@ -118,8 +119,7 @@ class SpanServer:
         elif isinstance(message, FailedFrame):
             self._pass_back(sender, message)
         elif isinstance(message, Ping):
-            if self._engine.alive:
-                self._send(sender, Pong(message.nonce))
+            self._send(sender, Pong(message.nonce, failing=not self._engine.alive))
         elif isinstance(message, Pong):
             self.round_trips.answered(sender, message)
         elif isinstance(message, Ask):
@@ -135,8 +135,12 @@ class SpanServer:
         self._calls.lose(peer)
         self._engine.prompts.lose(peer)
         gone, parted = self._ways.lose(peer)
-        for session in gone:
+        for session, way in gone:
             self._engine.receive(Close(session))
+            # A server in the middle of the route may never have been connected to the client: it is told by those that were.
+            for hop in way.route:
+                if hop.peer != self._network.me:
+                    self._send(hop.peer, CloseFrame(session, way.generation))
         for session, way in parted:
             unreachable = NetworkError("the servers before or behind it cannot reach it")
             self._send(way.client, failed_of(unreachable, session, way.generation, peer=peer))
@@ -165,42 +169,46 @@ class SpanServer:
     def _step(self, sender: str, frame: StepFrame) -> None:
         # Until the step is admitted nobody but its sender is answered.
         client, blamed, generation = sender, self._network.me, frame.generation
-        known = self._ways.get(frame.session)
-        if known is not None and not frame.route and frame.generation < known.generation:
-            return  # late
+        new, way = self._ways.get(frame.session) is None, None
         try:
             way = self._ways.of_step(sender, frame, self._measure)
+            if way is None:
+                self.counters.stale += 1
+                return
             client = way.client
             blamed, generation = sender, way.generation
-            check_shape(self._engine.model.arch, frame, from_client=way.hop == 0)
+            arch = self._engine.model.arch
+            check_shape(arch, frame, from_client=way.from_client(sender))
             step = to_step(frame)
-            check_rows(self._engine.model.arch, sender, frame, step, way)
+            check_rows(arch, sender, frame, step, way)
             blamed = self._network.me
             # What a step without a way leaves out came with the first one.
-            step = Step(
-                step.session,
-                step.start,
-                step.payload,
-                step.generation,
-                way.settings,
-                way.adapter,
-                step.tokens,
-                way.span,
-                way.asked,
-                step.more,
-                way.wants_hidden,
-                way.prompt,
-                way.client,
-                drafts=step.drafts,
+            step = replace(
+                step,
+                settings=way.settings,
+                adapter=way.adapter,
+                span=way.span,
+                asked=way.asked,
+                wants_hidden=way.wants_hidden,
+                prompt=way.prompt,
+                client=way.client,
             )
-            under_way = UnderWay(way, step, bool(frame.route), time.perf_counter(), to_timings(frame.timings))
-            self._engine.receive(step, lambda reply: self._onward.deliver(under_way, reply))
+            in_flight = UnderWay(way, step, bool(frame.route), time.perf_counter(), to_timings(frame.timings))
+            self._engine.receive(step, lambda reply: self._onward.deliver(in_flight, reply))
+            way.take(frame)
         except CorollaError as error:
-            if known is None:
-                self._ways.forget(frame.session)
+            if way is not None:
+                self._ways.refuse(frame.session, way, new=new)
             self.counters.refused += 1
             log.info("a step was refused: %s", error, extra={"session": frame.session, "peer": sender})
             self._send(client, failed_of(error, frame.session, generation, peer=blamed))
+        self._forget_unused()
+
+    def _forget_unused(self) -> None:
+        for session, way in self._ways.unused():
+            if not any(self._engine.whereabouts(session, way.generation)):
+                self._ways.forget(session)
+                self._engine.receive(Close(session))
 
     def _measure(self, way: Way) -> None:
         if way.timed:

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from corolla.engine.engine import Engine
-from corolla.errors import CallerError, CorollaError, NetworkError, ServerFault
+from corolla.errors import CallerError, CorollaError, NetworkError
 from corolla.server.ways import Way
 from corolla.swarm.convert import failed_of, from_reply, from_step
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.wire import CancelFrame, StepFrame, WireDtype, WireMessage
-from corolla.types import Gap, Hidden, HopTiming, Reply, Step, Token
+from corolla.types import Failed, Gap, Hidden, HopTiming, Reply, Step, Token
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ class NodeCounters:
     pushes: int = 0  # of hidden states to the next server
     ring_steps: int = 0  # steps that went from the last server straight to the first
     refused: int = 0  # steps answered with an error
+    stale: int = 0  # steps that were dropped: late, repeated, or of a generation that is over
 
 
 @dataclass(slots=True, eq=False)
@@ -71,10 +72,8 @@ class Onward:
         way = under_way.way
         followed = isinstance(reply, Token) and reply.more
         timings = self._timings(under_way) if way.timed and not followed else ()
-        if isinstance(reply, Gap) and way.hop and reply.have and not under_way.tells_way:
-            jump = ServerFault(f"rows from position {under_way.step.start} came, and those before had ended at {reply.have}")
-            self._hold(way.client, failed_of(jump, reply.session, way.generation, peer=way.before))
-            return
+        if isinstance(reply, (Gap, Failed)):
+            way.over = True
         if isinstance(reply, Hidden) and not way.last:
             self._pass_on(under_way, reply, timings)
             return
@@ -100,6 +99,7 @@ class Onward:
             wants_hidden=step.wants_hidden,
             prompt=step.prompt,
             drafts=reply.drafts,
+            began=step.began_at,
         )
         hop = way.hop + 1
         if under_way.tells_way:

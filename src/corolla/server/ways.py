@@ -1,9 +1,10 @@
-"""The ways of a server's sessions: who may bring a step, where it goes on, and which sessions are over."""
+"""The ways of a server's sessions: who may bring a step, where it goes on, and which generations and sessions are over."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _REMEMBERED = 4096  # closed sessions, whose late steps are refused
 _FOR_EVER = 2**63 - 1  # a generation that none comes after
+_OLDEST_ASKED = 120_000  # milliseconds before a step's arrival
 
 
 @dataclass(slots=True, eq=False)
@@ -28,11 +30,17 @@ class Way:
     hop: int
     client: str
     adapter: str
-    asked: int
+    claimed: int  # when its caller says that the answer was asked for, in Unix milliseconds
+    asked: int  # the same, as servers go by it
     timed: bool
     wants_hidden: bool
     settings: GenerationSettings | None = None
     prompt: PromptName | None = None
+    last_start: int = -1  # where the last step that was taken in begins: those of a generation begin later and later
+    end: int = 0  # of its rows, guesses among them
+    over: bool = False  # the generation was cancelled, refused or failed: what still comes of it is stale
+    cancelled: int = -1  # the latest generation that was cancelled before its first step came
+    used: float = 0.0  # when a step came last, on `time.monotonic`'s clock
 
     @classmethod
     def of(cls, sender: str, frame: StepFrame) -> Way:
@@ -43,6 +51,7 @@ class Way:
             frame.hop,
             frame.client or sender,
             frame.adapter,
+            frame.asked,
             frame.asked,
             frame.timed,
             wants_hidden=frame.output == "hidden",
@@ -74,12 +83,33 @@ class Way:
         """Whether a server is on it."""
         return any(hop.peer == peer for hop in self.route)
 
+    def from_client(self, sender: str) -> bool:
+        """Whether a step that `sender` brings is the client's own, and its mistakes too."""
+        return self.hop == 0 and sender == self.client
 
-class Closed:
-    """The sessions that ended last, each with the latest generation that is over."""
+    def take(self, frame: StepFrame) -> None:
+        """A step's rows are taken in."""
+        self.last_start, self.end = frame.start, frame.start + rows_of(frame)
+
+    def goes_on_from(self, known: Way) -> None:
+        """A new generation of a session whose way was `known`."""
+        self.cancelled = known.cancelled
+        if self.claimed == known.claimed:
+            self.asked = known.asked  # the same answer, sent again
+
+
+def rows_of(frame: StepFrame) -> int:
+    return len(frame.tokens) if frame.hidden is None else frame.hidden.shape[0]
+
+
+class Ended:
+    """The generations that ended last, by session and by who said so."""
 
     def __init__(self) -> None:
-        self._ended: OrderedDict[tuple[str, str], int] = OrderedDict()  # by session and who said so
+        self._ended: OrderedDict[tuple[str, str], int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._ended)
 
     def add(self, session: str, sender: str, generation: int | None) -> None:
         """`sender` says that it is over, up to a generation."""
@@ -100,13 +130,28 @@ class Ways:
     Args:
         me: this server's id.
         span: the blocks that it holds, of `blocks` of the model.
+        clock: counts seconds; `wall_clock` is the Unix time.
     """
 
-    def __init__(self, me: str, span: Span, blocks: int, config: SpanServerConfig) -> None:
+    def __init__(
+        self,
+        me: str,
+        span: Span,
+        blocks: int,
+        config: SpanServerConfig,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._me, self._span, self._blocks, self._config = me, span, blocks, config
+        self._clock, self._wall_clock = clock, wall_clock
         self._ways: dict[str, Way] = {}
+        # How many sessions there are by (client, who brings their steps) and by who brings them: counting them all for each newcomer
+        # took 72 ms where a client asked for more sessions than it may have.
+        self._of_client: Counter[tuple[str, str]] = Counter()
+        self._of_sender: Counter[str] = Counter()
         # Apart, so that nobody pushes out what is known with sessions that never were.
-        self._closed, self._closed_unknown = Closed(), Closed()
+        self._closed, self._closed_unknown, self._cancelled = Ended(), Ended(), Ended()
+        self._swept = clock()
         self.leaving = False  # no new session is taken
 
     def __len__(self) -> int:
@@ -119,52 +164,103 @@ class Ways:
     def get(self, session: str) -> Way | None:
         return self._ways.get(session)
 
-    def forget(self, session: str) -> None:
-        """As if it had never come."""
-        self._ways.pop(session, None)
-
-    def lose(self, peer: str) -> tuple[list[str], list[tuple[str, Way]]]:
+    def lose(self, peer: str) -> tuple[list[tuple[str, Way]], list[tuple[str, Way]]]:
         """Forget the sessions of a client that is gone. Returns them, and those that go by a server of that id."""
-        gone = [session for session, way in self._ways.items() if way.client == peer]
-        for session in gone:
-            del self._ways[session]
+        gone = [(session, way) for session, way in self._ways.items() if way.client == peer]
+        for session, _ in gone:
+            self._forget(session)
         return gone, [(session, way) for session, way in self._ways.items() if way.passes(peer)]
+
+    def unused(self) -> Iterator[tuple[str, Way]]:
+        """The sessions of which nothing came for `SpanServerConfig.idle` seconds; looked for once in a sixtieth of that time."""
+        now, idle = self._clock(), self._config.idle
+        if now - self._swept < idle / 60:
+            return
+        self._swept = now
+        yield from [(session, way) for session, way in self._ways.items() if now - way.used > idle]
 
     def end(self, sender: str, frame: CancelFrame | CloseFrame) -> bool:
         """Whether the engine is told that an answer or a session ends, as by somebody who may say so.
 
-        A close may overtake the session's first step, which comes another way: then that is refused.
+        Either may overtake the first step of its generation, which comes another way: then that is refused, or dropped.
         """
         way = self._ways.get(frame.session)
         if way is None:
-            if isinstance(frame, CloseFrame):
-                self._closed_unknown.add(frame.session, sender, frame.generation)
+            ended = self._closed_unknown if isinstance(frame, CloseFrame) else self._cancelled
+            ended.add(frame.session, sender, frame.generation)
             return False
         if sender != way.client and not way.passes(sender):
             return False
-        if isinstance(frame, CloseFrame):
-            self._closed.add(frame.session, sender, frame.generation)
-            if frame.generation is None or way.generation <= frame.generation:
-                del self._ways[frame.session]
+        if isinstance(frame, CancelFrame):
+            way.cancelled = max(way.cancelled, frame.generation)
+            way.over |= frame.generation == way.generation
+            return True
+        self._closed.add(frame.session, sender, frame.generation)
+        if frame.generation is None or way.generation <= frame.generation:
+            self._forget(frame.session)
         return True
 
-    def of_step(self, sender: str, frame: StepFrame, admitted: Callable[[Way], None]) -> Way:
+    def forget(self, session: str) -> None:
+        """The session is over; one that is not known is no error."""
+        if session in self._ways:
+            self._forget(session)
+
+    def refuse(self, session: str, way: Way, *, new: bool) -> None:
+        """A step of the way's generation was refused, and so is the rest of it. A `new` session is forgotten."""
+        way.over = True
+        if new:
+            self.forget(session)
+            self._cancelled.add(session, self._me, way.generation)
+
+    def of_step(self, sender: str, frame: StepFrame, admitted: Callable[[Way], None]) -> Way | None:
         """The way of a step that may be taken in; remembered if the step brings it, and `admitted` is told of it then.
+        None for a stale one: late, repeated, or of a generation that is over.
 
         Raises what a step is refused with.
         """
         known = self._ways.get(frame.session)
-        if frame.route:
-            way = Way.of(sender, frame)
-            self._admit(sender, frame.session, way, known)
+        way = self._brought(sender, frame, known) if frame.route else self._known(sender, frame, known)
+        if way is None or way.over or frame.start <= way.last_start:
+            return None
+        way.used = self._clock()
+        if way is not known:
             admitted(way)
+            if known is not None:
+                self._count(known, -1)
+            self._count(way, 1)
             self._ways[frame.session] = way
+        return way
+
+    def _brought(self, sender: str, frame: StepFrame, known: Way | None) -> Way | None:
+        """The way that a step brings: a new one, or the one that an earlier chunk of its generation brought."""
+        way = Way.of(sender, frame)
+        self._admit(sender, frame.session, way, known)
+        way.asked = self._clamped(way)
+        if known is None:
+            return None if self._cancelled.holds(frame.session, way) else way
+        if way.generation < known.generation or way.generation <= known.cancelled:
+            return None
+        if way.generation > known.generation:
+            way.goes_on_from(known)
             return way
+        if (way.route, way.hop) != (known.route, known.hop):
+            raise InvalidSetting("route", "a generation of a session keeps its route")
+        known.settings = way.settings or known.settings
+        return known
+
+    def _clamped(self, way: Way) -> int:
+        """When the answer was asked for. The first server of a route stamps its arrival, and all go by that; a later one believes a
+        stamp of the last two minutes, so that nobody gains more by posing as the first."""
+        now = int(self._wall_clock() * 1000)
+        return now if way.hop == 0 else max(way.claimed, now - _OLDEST_ASKED)
+
+    def _known(self, sender: str, frame: StepFrame, known: Way | None) -> Way | None:
+        """The way of a step that goes round the ring."""
         if known is None:
             raise ServerFault("this server does not know the session's route")
-        if sender not in (known.before, known.route[-1].peer):
+        if sender != known.before and (known.hop or sender != known.route[-1].peer):
             raise Unauthorized(f"peer {sender} is not on the session's route")
-        return known
+        return None if frame.generation < known.generation else known
 
     def _admit(self, sender: str, session: str, way: Way, known: Way | None) -> None:
         if way.route[way.hop].peer != self._me or sender != way.before:
@@ -179,16 +275,25 @@ class Ways:
         if known is not None:
             if way.client != known.client:
                 raise Unauthorized("the session belongs to another client")
-            if way.generation < known.generation:
-                raise ServerFault("a later step of the session came before this one")
             return
         if self._closed.holds(session, way) or self._closed_unknown.holds(session, way):
             raise Unauthorized("the session was closed while the step was on its way")
         if self.leaving:
             raise NetworkError("this server is leaving, and takes no new sessions")
         # Counted by who brings them, too: a peer that names another's client takes none of its places.
-        of_client = sum((other.client, other.before) == (way.client, way.before) for other in self._ways.values())
-        of_server = sum(other.before == way.before for other in self._ways.values())
+        of_client, of_server = self._of_client[way.client, way.before], self._of_sender[way.before]
         config = self._config
         if len(self._ways) >= config.sessions or of_client >= config.sessions_per_client or of_server >= config.sessions_per_server:
             raise Busy(config.retry_after)
+
+    def _forget(self, session: str) -> None:
+        self._count(self._ways.pop(session), -1)
+
+    def _count(self, way: Way, by: int) -> None:
+        client = way.client, way.before
+        self._of_client[client] += by
+        self._of_sender[way.before] += by
+        if not self._of_client[client]:
+            del self._of_client[client]
+        if not self._of_sender[way.before]:
+            del self._of_sender[way.before]

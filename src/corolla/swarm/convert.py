@@ -88,6 +88,7 @@ def to_step(frame: StepFrame) -> Step:
         wants_hidden=frame.output == "hidden",
         prompt=to_prompt_name(frame.prompt),
         drafts=frame.drafts,
+        began=frame.began,
     )
 
 
@@ -130,6 +131,7 @@ def from_step(
         output="hidden" if step.wants_hidden else "token",
         prompt=from_prompt_name(step.prompt) if route else None,
         drafts=step.drafts,
+        began=step.began if route and step.began != step.start else None,
     )
 
 

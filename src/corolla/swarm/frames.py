@@ -31,7 +31,7 @@ from corolla.swarm.wire import (
     WireMessage,
 )
 
-MAJOR = 2
+MAJOR = 3
 MINOR = 0
 MAX_HEADER = 2**16 - 1  # bytes
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
+from corolla.barrier import barrier
 from corolla.errors import NetworkError
 from corolla.swarm import frames
 from corolla.swarm.wire import Unknown, WireMessage
@@ -49,12 +50,22 @@ class Network(Protocol):
         """Leave: nothing is delivered after this. Closing twice is no error."""
 
 
+Intercept = Callable[[str, str, WireMessage], Sequence[tuple[float, WireMessage]]]
+"""What becomes of a message on its way from a sender to a receiver: messages to deliver, each after so many seconds."""
+
+
 class LocalHub:
-    """The peers of one process. `kill`, `freeze`, `part` and `drop_next` are what tests break it with."""
+    """The peers of one process. Like a real network it tells of a death only the peers that are connected: two peers are
+    from the first message between them on, and whoever sends to a peer that is gone is told then.
+
+    `kill`, `freeze`, `part`, `drop_next` and `intercept` are what tests break it with.
+    """
 
     def __init__(self) -> None:
+        self.intercept: Intercept | None = None
         self._lock = threading.Lock()
         self._peers: dict[str, LocalNetwork] = {}
+        self._connected: set[frozenset[str]] = set()
         self._frozen: set[str] = set()
         self._parted: set[tuple[str, str]] = set()
         self._dropping: set[tuple[str, str]] = set()
@@ -67,10 +78,11 @@ class LocalHub:
         return network
 
     def kill(self, peer: str) -> None:
-        """End a peer as a power cut would: the others only notice that it is gone."""
+        """End a peer as a power cut would: those that are connected to it notice that it is gone."""
         with self._lock:
             gone = self._peers.pop(peer, None)
-            others = list(self._peers.values())
+            others = [network for name, network in self._peers.items() if frozenset((peer, name)) in self._connected]
+            self._connected = {pair for pair in self._connected if peer not in pair}
         if gone is not None:
             gone.stop()
         for other in others:
@@ -81,11 +93,13 @@ class LocalHub:
         self._frozen.add(peer)
 
     def part(self, one: str, other: str) -> None:
-        """From now on two peers cannot reach one another; both notice."""
+        """From now on two peers cannot reach one another; if they are connected, both notice."""
         self._parted |= {(one, other), (other, one)}
         with self._lock:
             pair = [(self._peers[one], other), (self._peers[other], one)]
-        for network, lost in pair:
+            connected = frozenset((one, other)) in self._connected
+            self._connected.discard(frozenset((one, other)))
+        for network, lost in pair if connected else ():
             network.lose(lost)
 
     def drop_next(self, sender: str, receiver: str) -> None:
@@ -94,7 +108,7 @@ class LocalHub:
 
     def carry(self, sender: str, receiver: str, message: WireMessage) -> None:
         with self._lock:
-            source, target = self._peers.get(sender), self._peers.get(receiver)
+            source = self._peers.get(sender)
         if source is None:
             raise NetworkError(f"the network of {sender} is closed")
         if sender in self._frozen:
@@ -102,14 +116,29 @@ class LocalHub:
         if (sender, receiver) in self._dropping:
             self._dropping.remove((sender, receiver))
             return
-        if target is None or (sender, receiver) in self._parted:
+        intercept = self.intercept
+        for seconds, each in [(0.0, message)] if intercept is None else intercept(sender, receiver, message):
+            if seconds:
+                late = threading.Timer(seconds, self._deliver, (source, receiver, each))
+                late.daemon = True
+                late.start()
+            else:
+                self._deliver(source, receiver, each)
+
+    def _deliver(self, source: LocalNetwork, receiver: str, message: WireMessage) -> None:
+        with self._lock:
+            target = self._peers.get(receiver)
+            reached = target is not None and (source.me, receiver) not in self._parted
+            if reached:
+                self._connected.add(frozenset((source.me, receiver)))
+        if target is None or not reached:
             source.lose(receiver)
-        else:
-            # Through bytes, so that what works here works between machines; a frame's length goes before it.
-            encoded = memoryview(b"".join(frames.encode(message)))
-            decoded = frames.decode(encoded[frames.LENGTH.size :])
-            assert not isinstance(decoded, Unknown), "one process speaks one version"
-            target.put(sender, decoded)
+            return
+        # Through bytes, so that what works here works between machines; a frame's length goes before it.
+        encoded = memoryview(b"".join(frames.encode(message)))
+        decoded = frames.decode(encoded[frames.LENGTH.size :])
+        assert not isinstance(decoded, Unknown), "one process speaks one version"
+        target.put(source.me, decoded)
 
 
 class LocalNetwork:
@@ -166,4 +195,5 @@ class LocalNetwork:
 
     def _run(self) -> None:
         while (job := self._inbox.get()) is not None:
-            job()
+            with barrier(f"the network of {self._me}"):
+                job()

@@ -60,6 +60,7 @@ _SHORT = {
     "output": "v",
     "more": "y",
     "drafts": "q",
+    "began": "z",
     "queue_s": "q",
     "compute_s": "c",
     "transfer_s": "x",
@@ -161,6 +162,9 @@ class StepFrame(_Kind, frozen=True, tag="step"):
 
     The last `drafts` tokens are guesses: the head answers those that it samples itself, and goes on after the last of them.
 
+    A step with a route says where its generation `began` (None: at `start`). A server that has not taken the generation's rows
+    from there on truncates to `began` first: what it caches behind that belongs to an older history.
+
     With an `output` of "hidden" the rows may come without their ids, the first hop takes hidden states too, and the last one
     answers a `HiddenFrame` in place of a token.
     """
@@ -182,8 +186,11 @@ class StepFrame(_Kind, frozen=True, tag="step"):
     output: Literal["token", "hidden"] = "token"
     prompt: PromptNameFrame | None = None
     drafts: Annotated[int, msgspec.Meta(ge=0, le=MAX_DRAFTS)] = 0
+    began: Count | None = None
 
     def __post_init__(self) -> None:
+        if self.began is not None and self.began > self.start:
+            raise ValueError(f"a step begins at {self.start}, before its generation, which began at {self.began}")
         if self.drafts and self.drafts >= len(self.tokens):
             raise ValueError(f"{self.drafts} guesses come among {len(self.tokens)} tokens, the first of which is none")
         if len(self.tokens) > MAX_STEP_TOKENS:  # decoding never comes here with more
@@ -464,7 +471,10 @@ class Ping(_Kind, frozen=True, tag="ping"):
 
 
 class Pong(_Kind, frozen=True, tag="pong"):
+    """`failing`: the sender lives, but its engine is dead or stalled, and computes nothing."""
+
     nonce: Count
+    failing: bool = False
 
 
 class Refused(_Kind, frozen=True, tag="refused"):
