@@ -87,7 +87,8 @@ class Checkpoint:
     def tensor(self, name: str, dtype: torch.dtype | None = None, *, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """One tensor, in `dtype` (None: as stored), of the given `shape` where one is given.
 
-        It may be a view of the mapped file. Raises `CheckpointError` for a tensor that is missing or of another shape.
+        It may be a view of the mapped file. Raises `CheckpointError` for a tensor that is missing, of another shape, or made of integers
+        where a floating `dtype` is asked for: those are codes, and `quantized_files` reads them.
         """
         from safetensors import safe_open
 
@@ -101,7 +102,15 @@ class Checkpoint:
             self._handles[entry.shard] = safe_open(entry.shard, framework="pt")
         found: torch.Tensor = self._handles[entry.shard].get_tensor(name)
         self.bytes_read += entry.nbytes
+        if dtype is not None and dtype.is_floating_point:
+            self._check_values(name, found)
         return found if dtype is None else found.to(dtype)
+
+    def values(self, name: str, *, shape: tuple[int, ...]) -> torch.Tensor:
+        """One tensor of floating values, as stored. Raises `CheckpointError` like `tensor`."""
+        found = self.tensor(name, shape=shape)
+        self._check_values(name, found)
+        return found
 
     def digest(self) -> str:
         """Sixteen hex digits that tell these weights from others of the same configuration, a fine-tune's for example.
@@ -119,6 +128,13 @@ class Checkpoint:
             for part in (values[:_LOOKED_AT], values[-_LOOKED_AT:]):
                 whole.update(part.contiguous().view(torch.uint8).numpy().tobytes())
         return whole.hexdigest()
+
+    def _check_values(self, name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{self._entry(name).shard}: tensor {name} holds {str(tensor.dtype).removeprefix('torch.')} codes where values are "
+                "expected: it is quantized in a way that is not read here; take the model as it was before"
+            )
 
     def _entry(self, name: str) -> _Entry:
         try:

@@ -75,6 +75,15 @@ def stored_codes(checkpoint: Checkpoint, name: str, shape: tuple[int, int], dtyp
     return Codes("int8", shape, dtype, checkpoint.tensor(name, shape=shape), scale)
 
 
+def stored_values(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Tensor `name` in `dtype`: dequantized where the checkpoint holds codes, for whoever computes with plain tensors.
+
+    Raises `CheckpointError` and `UnsupportedModel` as `stored_codes` and `Checkpoint.tensor` do.
+    """
+    codes = stored_codes(checkpoint, name, (shape[0], shape[1]), dtype) if len(shape) == 2 else None
+    return checkpoint.tensor(name, dtype, shape=shape) if codes is None else codes.widened()
+
+
 def tensors_of(name: str, codes: Codes) -> dict[str, torch.Tensor]:
     """What a checkpoint keeps of a matrix, by name."""
     outputs, inputs = codes.shape

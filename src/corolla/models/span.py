@@ -179,16 +179,16 @@ class _Reader:
         )
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return self.checkpoint.tensor(name, shape=shape).to(self.device, self.dtype)
+        return self.checkpoint.tensor(name, self.dtype, shape=shape).to(self.device)
 
     def bias(self, name: str, size: int) -> torch.Tensor | None:
         return self.tensor(f"{name}.bias", (size,)) if self.checkpoint.has(f"{name}.bias") else None
 
     def norm(self, name: str, size: int | None = None) -> Norm:
         size = size or self.arch.hidden
-        weight = self.checkpoint.tensor(f"{name}.weight", shape=(size,))
+        weight = self.checkpoint.tensor(f"{name}.weight", torch.float32, shape=(size,))
         if self.arch.norm_offset:
-            weight = weight.float() + self.arch.norm_offset
+            weight = weight + self.arch.norm_offset
         return Norm(weight.to(self.device, self.dtype), self.bias(name, size), self.arch.norm_eps, self.arch.norm == "rms")
 
     def linear(self, name: str, outputs: int, inputs: int) -> Linear:
@@ -204,9 +204,9 @@ class _Reader:
 
     def embedding(self) -> torch.Tensor:
         """In the checkpoint's own dtype: rows are converted when they are read."""
-        return self.checkpoint.tensor(f"{self.root}{self.arch.names.embedding}.weight", shape=(self.arch.vocabulary, self.arch.hidden)).to(
-            self.device
-        )
+        name, shape = f"{self.root}{self.arch.names.embedding}.weight", (self.arch.vocabulary, self.arch.hidden)
+        codes = stored_codes(self.checkpoint, name, shape, self.dtype)
+        return (self.checkpoint.values(name, shape=shape) if codes is None else codes.widened()).to(self.device)
 
     def head(self) -> Linear:
         names = self.arch.names

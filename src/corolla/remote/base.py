@@ -21,6 +21,7 @@ from corolla.models.catalog import resolve
 from corolla.models.checkpoint import Checkpoint, Progress
 from corolla.models.families import architecture
 from corolla.models.prompts import SoftPrompt, load_prompt, load_score, save_prompt
+from corolla.models.quantized_files import stored_values
 from corolla.models.span import DTYPES
 from corolla.remote.calls import Calls
 from corolla.remote.opening import open_blocks
@@ -57,6 +58,7 @@ class Distributed(PreTrainedModel):
         pre_seq_len: int = 16,
         prompt: str | Path | None = None,
         num_labels: int | None = None,
+        device: str | None = None,
         progress: Progress | None = None,
         **servers: Any,
     ) -> Any:
@@ -69,6 +71,7 @@ class Distributed(PreTrainedModel):
             tuning_mode: "ptune" puts `pre_seq_len` soft tokens in front, "deep_ptune" at every block too.
             prompt: a directory that a soft prompt was saved to, by `save_pretrained` or by PEFT, to begin with.
             num_labels: of a classifier; by default what the checkpoint says.
+            device: that blocks in this process are computed on, "cpu", "cuda" or "cuda:1"; the CPU by default.
             servers: `RemoteConfig`'s settings: allowed_servers, blocked_servers, request_timeout, max_retries...
 
         Raises:
@@ -103,6 +106,7 @@ class Distributed(PreTrainedModel):
             computed_in,
             initial_peers=initial_peers,
             secret=None if secret is None else secret.encode(),
+            device=device,
             config=settings,
         )
         model.connect(opened.calls)
@@ -178,7 +182,7 @@ class Distributed(PreTrainedModel):
             if name in self.made_here and not checkpoint.has(stored):
                 tensors[name] = torch.empty(parameter.shape, dtype=dtype).normal_(std=self.config.initializer_range)
             else:
-                tensors[name] = checkpoint.tensor(stored, dtype, shape=tuple(parameter.shape))
+                tensors[name] = stored_values(checkpoint, stored, tuple(parameter.shape), dtype)
         self.load_state_dict(tensors, strict=False, assign=True)  # what is tied to another tensor is not among them
         self.tie_weights()
 

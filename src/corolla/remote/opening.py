@@ -12,8 +12,8 @@ import torch
 
 from corolla.client.joined import KnownServers
 from corolla.engine.engine import Engine, EngineConfig
-from corolla.models.linear import can_pack
-from corolla.models.span import SpanModel, load_span
+from corolla.models.devices import settled_device
+from corolla.models.span import load_span
 from corolla.remote.calls import Calls
 from corolla.remote.embedded import EmbeddedNetwork
 from corolla.remote.servers import RemoteConfig, Servers
@@ -36,12 +36,14 @@ def open_blocks(
     *,
     initial_peers: Sequence[str] = (),
     secret: bytes | None = None,
+    device: str | None = None,
     config: RemoteConfig | None = None,
 ) -> OpenBlocks:
     """The blocks of the model whose files lie in `directory`: at the servers of the swarm that `initial_peers` belong to, or,
-    where none are named, in this process, in `dtype`.
+    where none are named, in this process, in `dtype` on `device` (the CPU by default).
 
     Raises:
+        InvalidSetting: no such device.
         NetworkError: the swarm cannot be joined.
         CheckpointError, UnsupportedModel: as their sentences say.
     """
@@ -54,7 +56,8 @@ def open_blocks(
             servers = Servers(peer.network, known, blocks, config=config)
             known.measure(servers.round_trips)
         else:
-            engine = Engine(_whole_model(directory, dtype), EngineConfig())
+            whole = load_span(directory, dtype=str(dtype).removeprefix("torch."), device=settled_device(device))
+            engine = Engine(whole, EngineConfig())
             network = EmbeddedNetwork(engine)
             servers = Servers(network, network, blocks, config=config)
             engine.start()
@@ -62,9 +65,3 @@ def open_blocks(
         calls = Calls(servers)
         stack.callback(calls.close)
         return OpenBlocks(calls, stack.pop_all().close)
-
-
-def _whole_model(directory: Path, dtype: torch.dtype) -> SpanModel:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    packed = device == "cpu" and can_pack(dtype)
-    return load_span(directory, dtype=str(dtype).removeprefix("torch."), weights="packed" if packed else "plain", device=device)
