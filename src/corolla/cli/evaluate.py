@@ -97,11 +97,15 @@ def evaluate(
     if data:
         from corolla.client.session import Session
         from corolla.data.tokens import TrainingTokenizer
+        from corolla.models.checkpoint import read_config
+        from corolla.models.families import architecture
+        from corolla.tuning.evaluation import check_loss
         from corolla.tuning.evaluation import evaluate as evaluated
 
         machine: dict[str, Any] = {"dtype": dtype, "threads": threads, "weights": weights}
         with opened(model, peers=peers, secret=secret, **machine) as entered:
             tuned = soft_prompt(prompt, entered.directory)
+            vocabulary = architecture(read_config(entered.directory)).vocabulary
             read = _Reading(
                 TrainingTokenizer(entered.directory), template, model, loss, min(max_length, entered.context_length - 1), samples, held_out
             )
@@ -117,6 +121,12 @@ def evaluate(
                         timeout=options.ANSWER_TIMEOUT,
                         report=lambda done, source=source: progress(f"evaluating {source}", done, None),  # type: ignore[misc]
                     )
+                check_loss(
+                    losses[source].loss,
+                    vocabulary,
+                    f"over {source}",
+                    "the model's weights are damaged, or its tokenizer and template are another model's",
+                )
                 if replies:
                     answers[source], of_these = _answer(read, entered, tuned, source, replies, max_new_tokens)
                     lengths += of_these

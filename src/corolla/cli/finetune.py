@@ -76,7 +76,7 @@ def finetune(
     report_to: Annotated[
         str, typer.Option(help="trackio or tensorboard (files of this machine), wandb (a service) or none.", rich_help_panel=_RUN)
     ] = "none",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.", rich_help_panel=_RUN)] = None,
+    device: options.TrainingDevice = None,
     licence: Annotated[
         str | None, typer.Option("--license", help="Of the result, as the hub writes it: apache-2.0.", rich_help_panel=_RUN)
     ] = None,

@@ -28,6 +28,8 @@ Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; what this machine computes fast by default.", rich_help_panel=MACHINE)
 ]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; the CPU by default.", rich_help_panel=MACHINE)]
+TrainingDevice = Annotated[str | None, typer.Option("--device", help="cpu or cuda; the CPU by default.", rich_help_panel=MACHINE)]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores by default.", rich_help_panel=MACHINE)]
 Weights = Annotated[
     str | None,

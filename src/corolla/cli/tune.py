@@ -63,6 +63,7 @@ def tune(
         typer.Option(help="trackio or tensorboard (files of this machine), wandb (a service) or none.", rich_help_panel=_RUN),
     ] = "trackio",
     dtype: options.Dtype = None,
+    device: options.TrainingDevice = None,
     threads: options.Threads = None,
     peers: options.Peers = None,
     secret: options.Secret = None,
@@ -116,7 +117,8 @@ def tune(
         save_every=save_every,
         evaluate_every=evaluate_every,
         report_to=report_to,
-        dtype=dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=dtype or fast_dtype(device or "cpu"),
+        device=device,
         template=template,
     )
     output = output or Path(f"{Path(model).name}-prompt")

@@ -11,9 +11,10 @@ from itertools import islice
 
 from corolla.client.session import Session
 from corolla.data.tokens import Tokens
-from corolla.errors import DataError
+from corolla.errors import DataError, ServerFault, TrainingError
 from corolla.types import GenerationSettings
 
+ABSURD = 3.0  # times ln(vocabulary), a loss that no language model has
 _AT_ONCE = 4  # articles: the servers of a route have something to do each
 _SCORED = GenerationSettings(max_tokens_to_generate=1, prompt_logprobs=True)
 
@@ -60,6 +61,22 @@ class Loss:
         return {"articles": len(self.articles), "tokens": self.tokens, "loss": self.loss, "perplexity": self.perplexity}
 
 
+def check_loss(loss: float, vocabulary: int, when: str, remedy: str) -> None:
+    """Raises `TrainingError` for a loss, in nats a token, that is not finite or above `ABSURD` times ln(vocabulary).
+
+    A model that knows nothing gives each of V tokens 1 / V, a loss of ln V: far above it no model is read as it was made.
+
+    Args:
+        when: to what the loss belongs, as in "before training".
+        remedy: what to do about it.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(f"the loss is not finite {when}: {remedy}")
+    chance = math.log(vocabulary)
+    if loss > ABSURD * chance:
+        raise TrainingError(f"the loss is {loss:.4g} nats a token {when}, where guessing gives {chance:.2f}: {remedy}")
+
+
 def evaluate(
     articles: Iterable[Tokens], session: Callable[[], Session], *, timeout: float = 600.0, report: Callable[[int], None] | None = None
 ) -> Loss:
@@ -89,11 +106,13 @@ def _scored(articles: Iterator[Tokens], session: Callable[[], Session], timeout:
 
 
 def article_loss(article: Tokens, session: Callable[[], Session], timeout: float = 600.0) -> ArticleLoss:
-    """The loss on one article. Raises like `evaluate`."""
+    """The loss on one article. Raises like `evaluate`, and `ServerFault` where a token was not scored."""
     with session() as opened:
         before = len(opened.prefix)
         for _ in opened.generate(article.input_ids.tolist(), _SCORED, timeout=timeout):
             pass
         trained = [before + index for index, wanted in enumerate(article.trained.tolist()) if wanted]
-        scores = [opened.scores[position].logprob for position in trained if position in opened.scores]
+        if missing := [position for position in trained if position and position not in opened.scores]:
+            raise ServerFault(f"the server scored {len(trained) - len(missing)} of {len(trained)} tokens: evaluate again")
+        scores = [opened.scores[position].logprob for position in trained if position]
     return ArticleLoss(-math.fsum(scores), len(scores))

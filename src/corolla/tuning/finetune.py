@@ -21,6 +21,7 @@ from corolla.errors import CorollaError, InvalidSetting, StorageError, TrainingE
 from corolla.models.architecture import Architecture
 from corolla.models.catalog import resolve
 from corolla.models.checkpoint import Checkpoint, Progress
+from corolla.models.devices import settled_device
 from corolla.models.families import architecture
 from corolla.swarm.records import fingerprint
 from corolla.tuning.finetune_data import Loader, PhaseData, parse_source
@@ -43,7 +44,7 @@ class FinetuneSettings:
         lora_rank, lora_alpha: the factors' rank, and their scale times the rank.
         evaluate_every: steps between two evaluations and checkpoints; None is ten in each phase.
         report_to: one of `reporting.REPORTERS`.
-        device: "cpu" or "cuda"; None is a GPU where there is one.
+        device: "cpu" or "cuda"; the CPU by default.
         check_memory: refuse what would not fit.
 
     Raises `InvalidSetting` for a value outside its range.
@@ -65,13 +66,15 @@ class FinetuneSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidSetting(name.replace("_", "-"), f"{value} is not at least 1")
+        if self.device not in (None, "cpu", "cuda"):
+            raise InvalidSetting("device", f"{self.device!r} is neither cpu nor cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InvalidSetting("device", "this machine has no GPU that torch can use; leave it out")
         check_reporter(self.report_to)
 
     @property
     def on(self) -> torch.device:
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return torch.device(self.device or "cpu")
 
 
 def finetune(
@@ -98,6 +101,7 @@ def finetune(
             gradient is not finite.
         DataError, InvalidSetting, ModelNotFound, UnsupportedModel, CheckpointError, StorageError: as they say.
     """
+    settled_device(settings.device)  # which tells of a device that is not used
     process = PartialState(cpu=settings.on.type == "cpu")
     if not process.is_main_process:
         console, progress = Console(quiet=True), None

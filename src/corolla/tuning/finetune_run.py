@@ -28,6 +28,8 @@ from corolla.tuning.batches import Collator, Sequences, wants_mask
 from corolla.tuning.card import CARD, model_card
 from corolla.tuning.chat_template import jinja_of
 from corolla.tuning.checkpoints import last_checkpoint
+from corolla.tuning.divergence import Divergence
+from corolla.tuning.evaluation import check_loss
 from corolla.tuning.finetune_data import PhaseData
 from corolla.tuning.finetune_trainer import FinetuneTrainer
 from corolla.tuning.recipe import Recipe
@@ -141,11 +143,15 @@ class Run:
         arguments = self._arguments(directory, index, phase.epochs, held_out is not None)
         trainer = FinetuneTrainer(self._model, recipe, arguments, Sequences(data.training), held_out, self._collator)
         trainer.remove_callback(PrinterCallback)  # which prints what the bar shows
-        for callback in (_Keeping(trainer, record, offset), bar, interruption, *self._callbacks):
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        for callback in (Divergence(vocabulary), _Keeping(trainer, record, offset), bar, interruption, *self._callbacks):
             trainer.add_callback(callback)
         if held_out is not None and record.base is None and not index:
             self._console.print("measuring the held-out loss before training ...")
-            record.update(base={name: value for name, value in trainer.held_out_loss().fields.items() if name != "step"})
+            base = trainer.held_out_loss()
+            remedy = "its weights are damaged, or the tokenizer and the template are not the model's"
+            check_loss(base.loss, vocabulary, "before training", remedy)
+            record.update(base={name: value for name, value in base.fields.items() if name != "step"})
         checkpoint = last_checkpoint(directory)
         record.back_to(offset + (int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0))
         if len(self._phases) > 1:

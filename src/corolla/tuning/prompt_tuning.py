@@ -23,6 +23,7 @@ from corolla.data.tokens import TrainingTokenizer
 from corolla.errors import CallerError, CorollaError, InvalidSetting, StorageError, TrainingError
 from corolla.models.catalog import resolve
 from corolla.models.checkpoint import Progress
+from corolla.models.devices import settled_device
 from corolla.models.families import architecture
 from corolla.models.prompts import save_prompt
 from corolla.remote.heads import DistributedForCausalLM
@@ -31,6 +32,8 @@ from corolla.remote.prompts import TuningMode, soft_prompts
 from corolla.swarm.records import fingerprint
 from corolla.tuning.checkpoints import last_checkpoint, remove_checkpoints
 from corolla.tuning.dialogues import DataSettings, Dialogues, in_order, load_dialogues
+from corolla.tuning.divergence import Divergence
+from corolla.tuning.evaluation import check_loss
 from corolla.tuning.record import RECORD, HeldOut, Record, begun_in
 from corolla.tuning.replies import conversations, reply, without_prompt
 from corolla.tuning.reporting import Interruption, TrainingBar, check_reporter
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SAMPLES = 2  # replies before and after
-_FREE = ("report_to", "save_every")  # what may be another when a run is resumed
+_FREE = ("report_to", "save_every", "device")  # what may be another when a run is resumed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,7 @@ class TuneSettings:
         evaluate_every: steps between two measurements of the held-out loss; None measures at the end only.
         report_to: one of `reporting.REPORTERS`.
         dtype: that the embeddings and the head, and blocks in this process, are computed in.
+        device: "cpu" or "cuda", of the same; the CPU by default.
 
     Raises `InvalidSetting` for a value outside its range.
     """
@@ -71,6 +75,7 @@ class TuneSettings:
     evaluate_every: int | None = None
     report_to: str = "trackio"
     dtype: str = "float32"
+    device: str | None = None
     template: str | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +88,8 @@ class TuneSettings:
                 raise InvalidSetting(name.replace("_", "-"), f"{getattr(self, name):g} is not more than 0")
         if not 0 <= self.weight_decay < math.inf:
             raise InvalidSetting("weight-decay", f"{self.weight_decay:g} is not at least 0")
+        if self.device not in (None, "cpu", "cuda"):
+            raise InvalidSetting("device", f"{self.device!r} is neither cpu nor cuda")
         check_reporter(self.report_to)
 
 
@@ -116,6 +123,7 @@ def tune(
         DataError, InvalidSetting, ModelNotFound, UnsupportedModel, StorageError, NoRoute, ServerFault, NetworkError: as they say.
     """
     before = begun_in(output, resume)
+    device = settled_device(settings.device)
     directory = resolve(name, weights=False, progress=progress)
     tokenizer = TrainingTokenizer(directory)
     template = template_named(settings.template) if settings.template else default_template(tokenizer, name)
@@ -131,6 +139,7 @@ def tune(
         "family": arch.family,
         "fingerprint": fingerprint(json.loads((directory / "config.json").read_bytes())),
         "dtype": settings.dtype,
+        "device": device,
         "peers": len(peers),
     }
     record.data = dialogues.described
@@ -139,7 +148,7 @@ def tune(
     if before is not None:
         record = _resumed(before, record)
     model = AutoDistributedModelForCausalLM.from_pretrained(
-        name, initial_peers=peers, secret=secret, torch_dtype=settings.dtype, progress=progress, **servers
+        name, initial_peers=peers, secret=secret, torch_dtype=settings.dtype, device=device, progress=progress, **servers
     )
     try:
         run = _Run(model, dialogues, tokenizer, template, data.seed, settings, record, console, callbacks)
@@ -181,6 +190,7 @@ class _Run:
         torch.manual_seed(seed)
         model.bare.prompts = soft_prompts(settings.mode, settings.prompt_tokens, weights, architecture(model.config).blocks)
         self._tuned = TunedModel(model)
+        self._vocabulary = architecture(model.config).vocabulary
 
     def go(self) -> None:
         record = self._record
@@ -202,6 +212,8 @@ class _Run:
             if held_out.articles:
                 self._console.print("measuring the perplexity without a prompt ...")
                 loss, tokens = self._tuned.held_out_loss(held_out.articles, self._settings.batch)
+                remedy = "its weights are damaged, or the tokenizer and the template are not the model's"
+                check_loss(loss, self._vocabulary, "before training", remedy)
                 record.base = {name: value for name, value in HeldOut(0, loss, tokens).fields.items() if name != "step"}
             record.samples = conversations(held_out.examples or self._dialogues.training.examples, self._template, _SAMPLES)
             for sample in record.samples:
@@ -210,6 +222,8 @@ class _Run:
 
     def _measure(self, step: int) -> HeldOut:
         loss, tokens = self._tuned.held_out_loss(self._dialogues.held_out.articles, self._settings.batch)
+        remedy = "the last checkpoint is kept; begin again with a lower --learning-rate"
+        check_loss(loss, self._vocabulary, f"on held-out dialogues after step {step}", remedy)
         measured = HeldOut(step, loss, tokens)
         self._record.evaluations.append(measured.fields)
         self._record.write()
@@ -219,7 +233,7 @@ class _Run:
         settings, record = self._settings, self._record
         steps, bar, interruption = record.steps["total"], TrainingBar(self._console), Interruption(self._console)
         articles = in_order(self._dialogues.training.articles, steps, settings.batch, self._seed)
-        callbacks = [Keeping(self._tuned, record, self._save), bar, interruption, *self._callbacks]
+        callbacks = [Divergence(self._vocabulary), Keeping(self._tuned, record, self._save), bar, interruption, *self._callbacks]
         trainer = PromptTrainer(self._tuned, articles, self._measure, self._arguments(), callbacks)
         checkpoint = last_checkpoint(self._output)
         if checkpoint is not None:
@@ -269,6 +283,7 @@ class _Run:
             run_name=f"{self._output.name} {self._record.started}",
             project="corolla",
             disable_tqdm=True,
+            use_cpu=self._record.model["device"] == "cpu",
         )
         _ = arguments.device  # which counts the devices
         arguments._n_gpu = min(1, arguments.n_gpu)  # the blocks are elsewhere: nothing is gained by copies of the rest

@@ -58,7 +58,7 @@ class TunedModel(nn.Module):
         """The mean loss of a trained token, as the trainer wants it. Raises `TrainingError` when it is not finite."""
         loss, count = summed_loss(self.model, input_ids, attention_mask, labels)
         if not bool(loss.isfinite()):
-            raise TrainingError("the loss became NaN or infinite: begin again with a lower --learning-rate")
+            raise TrainingError("the loss became NaN or infinite: begin again with a lower learning rate")
         self.rows += int(attention_mask.sum()) + len(input_ids) * len(self.prompts)
         return {"loss": loss / (count if num_items_in_batch is None else num_items_in_batch)}
 
