@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from corolla.chat.rendering import OwnTemplate, RenderingLimits
 from corolla.chat.templates import TEMPLATES, Turn, default_template, encode, stop_ids, template_named
 from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import CallerError, CheckpointError, InvalidSetting
@@ -114,6 +115,29 @@ def test_the_sandbox_and_helpers_of_own_templates(tmp_path: Path) -> None:
     escape = own(tmp_path / "escape", "{{ messages.__class__.__mro__ }}")
     with pytest.raises(CallerError, match="refuses"):
         encode(TEMPLATES["tokenizer"], escape, "", TURNS)
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ 1 / 0 }}", "fails at this conversation .ZeroDivisionError"),
+        ("{{ messages + 1 }}", "fails at this conversation .TypeError"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "fails at this conversation .OverflowError"),
+        ("{{ ''|attr('__class__') }}{{ ''.__class__.__mro__ }}", "refuses"),
+        ("{{ '%s' % messages.x.y }}", "refuses"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "fails at this conversation .RecursionError"),
+        ("{{ 'a' * 300000000 }}", "300000000 characters came of it|MemoryError|took more than"),
+        ("{{ 'a' * 3000000000 }}", "MemoryError"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took more than"),
+        ("{{ 9 ** (9 ** 9) }}", "took more than"),
+        ("{{ strftime_now(messages) }}", "fails at this conversation .TypeError"),
+    ],
+)
+def test_what_a_template_does_wrong_ends_in_a_sentence(tmp_path: Path, template: str, problem: str) -> None:
+    bounded = RenderingLimits(seconds=1.0)
+    with pytest.raises(CallerError, match=problem):
+        OwnTemplate(own(tmp_path / "bad", template), bounded).render("", TURNS)
+    assert OwnTemplate(own(tmp_path / "good", toy.CHATML), bounded).render("", TURNS[:1]).startswith("<s>user\nhello</s>")
 
 
 def test_as_transformers_renders_it(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_an_example_that_cannot_be_rendered_is_a_problem(tokenizer: TrainingToke
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "refuses this dialogue .roles must alternate."),
+        ("{{ raise_exception('roles must alternate') }}", "refuses this conversation .roles must alternate."),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "ends an answer with no end token"),
         ("{% for m in messages %}{{ loop.revindex ~ m.content }}</s>{% endfor %}", "spells earlier turns differently"),
     ],

@@ -6,18 +6,14 @@ language; one renderer serves all others.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from corolla.chat.rendering import OwnTemplate
 from corolla.client.tokenizer import TextTokenizer
-from corolla.errors import CallerError, CheckpointError, InvalidSetting
-
-if TYPE_CHECKING:
-    import jinja2
+from corolla.errors import InvalidSetting
 
 Role = Literal["user", "assistant"]
 
@@ -135,10 +131,10 @@ def encode(template: Template, tokenizer: TextTokenizer, system: str, turns: Seq
     """The tokens of a conversation up to where the next answer begins.
 
     A growing conversation's tokens begin with those of the shorter one (a model's own template may decide otherwise).
-    Raises `CallerError` when the model's own template refuses the conversation, `CheckpointError` when it is missing or damaged.
+    Raises as `OwnTemplate` does where the template is the model's own.
     """
     if template.own:
-        return tokenizer.encode(_render_own(tokenizer, system, turns))
+        return tokenizer.encode(OwnTemplate(tokenizer).render(system, turns))
     tokens = list(tokenizer.opening_ids)
     text = ""
     for piece, marked in _render(template, system, turns):
@@ -174,50 +170,3 @@ def marks_of(template: Template, text: str) -> Iterator[tuple[str, bool]]:
     for piece in re.split(f"({'|'.join(map(re.escape, template.special_tokens))})", text):
         if piece:
             yield piece, piece in template.special_tokens
-
-
-def _render_own(tokenizer: TextTokenizer, system: str, turns: Sequence[Turn]) -> str:
-    import jinja2
-
-    if tokenizer.chat_template is None:
-        raise CheckpointError(f"{tokenizer.directory} has no chat template: choose one with --template")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": turn.role, "content": turn.content} for turn in turns]
-    try:
-        compiled = environment().from_string(tokenizer.chat_template)
-    except jinja2.TemplateError as error:
-        raise CheckpointError(f"the chat template in {tokenizer.directory} is damaged ({error}): choose one with --template") from None
-    try:
-        return compiled.render(messages=messages, add_generation_prompt=True, **tokenizer.special_tokens)
-    except jinja2.TemplateError as error:
-        raise CallerError(f"the model's chat template refuses this conversation ({error}): choose another with --template") from None
-
-
-def environment() -> jinja2.Environment:
-    """Jinja as models' templates expect it: as transformers sets it up."""
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}...{% endgeneration %}` marks what a model is trained on; here it is only its content."""
-
-        tags = {"generation"}  # noqa: RUF012 (the library's interface)
-
-        def parse(self, parser: Any) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: object, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **options})
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    return environment

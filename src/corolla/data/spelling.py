@@ -12,12 +12,11 @@ from collections.abc import Collection, Generator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
-import jinja2
-
-from corolla.chat.templates import Template, Turn, environment, marks_of, stop_ids
+from corolla.chat.rendering import OwnTemplate
+from corolla.chat.templates import Template, Turn, marks_of, stop_ids
 from corolla.data.locating import Located, Text
 from corolla.data.tokens import Kind, TrainingTokenizer
-from corolla.errors import CallerError, CheckpointError
+from corolla.errors import CallerError
 
 PROMPT, COMPLETION = bytes([Kind.PROMPT]), bytes([Kind.COMPLETION])
 
@@ -178,23 +177,18 @@ def closing_length(template: Template) -> int:
 
 
 class OwnSpelling:
-    """By the model's own template in Jinja's language, compiled once. It has to end each answer with an end token."""
+    """By the model's own template in Jinja's language. It has to end each answer with an end token."""
 
     def __init__(self, tokenizer: TrainingTokenizer, template: Template) -> None:
-        if tokenizer.chat_template is None:
-            raise CheckpointError(f"{tokenizer.directory} has no chat template: choose one with --template")
-        try:
-            self._compiled = environment().from_string(tokenizer.chat_template)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(f"the chat template in {tokenizer.directory} is damaged ({error}): choose one with --template") from None
-        self._tokenizer = tokenizer
+        self._template = OwnTemplate(tokenizer)
+        self._template.check()
         self._stops = frozenset(stop_ids(template, tokenizer))
 
     def spell(self, system: str, turns: Sequence[Turn], trained: Collection[int]) -> Plan:
-        text = self._text(system, turns)
+        text = self._template.render(system, turns)
         begins = []
         for index in trained:
-            prompt = self._text(system, turns[:index])
+            prompt = self._template.render(system, turns[:index])
             if not text.startswith(prompt):
                 raise CallerError("the model's chat template spells earlier turns differently in a longer dialogue: choose another one")
             begins.append(len(prompt))
@@ -208,11 +202,3 @@ class OwnSpelling:
                 raise CallerError("the model's chat template ends an answer with no end token: choose another one")
             kinds[begin:stop] = COMPLETION * (stop - begin)
         return Spelled(ids[:stop], kinds[:stop])  # what follows the last answer asks for the next one
-
-    def _text(self, system: str, turns: Sequence[Turn]) -> str:
-        messages = [{"role": "system", "content": system}] if system else []
-        messages += [{"role": turn.role, "content": turn.content} for turn in turns]
-        try:
-            return self._compiled.render(messages=messages, add_generation_prompt=True, **self._tokenizer.special_tokens)
-        except jinja2.TemplateError as error:
-            raise CallerError(f"the model's chat template refuses this dialogue ({error}): choose another one") from None
