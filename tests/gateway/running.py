@@ -18,9 +18,8 @@ import uvicorn
 
 from corolla.client.swarm import SwarmTransport
 from corolla.engine.engine import Engine, EngineConfig
-from corolla.gateway.app import gateway_app
 from corolla.gateway.database import Database
-from corolla.gateway.protocol import PatientHTTP
+from corolla.gateway.serve import server_config
 from corolla.gateway.served import Models, served_model
 from corolla.gateway.service import Gateway, GatewayConfig
 from corolla.models.span import load_span
@@ -160,23 +159,14 @@ def running(
     database: Path | str,
     config: GatewayConfig | None = None,
     others: Mapping[str, TinySwarm] | None = None,
-    **server: Any,
 ) -> Iterator[Running]:
     """A gateway over `swarm`, whose model is "tiny", and over `others` by their models' names, until the block ends."""
     kept = Database(str(database))
     swarms = {"tiny": swarm, **(others or {})}
     models = [served_model(name, each.directory, each.transport, "any", CONTEXT, each.records) for name, each in swarms.items()]
     gateway = Gateway(Models(models), kept, config or GatewayConfig(drain=0.5))
-    settings = uvicorn.Config(
-        gateway_app(gateway),
-        port=0,
-        ws="websockets-sansio",
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        timeout_graceful_shutdown=5,
-        **{"http": PatientHTTP, **server},
-    )
+    settings = server_config(gateway)
+    settings.port = 0
     uvicorn_server = uvicorn.Server(settings)
     thread = threading.Thread(target=lambda: asyncio.run(_serve(uvicorn_server, gateway)), name="gateway", daemon=True)
     thread.start()

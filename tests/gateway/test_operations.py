@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from pathlib import Path
 
 import httpx2
@@ -11,9 +10,8 @@ import pytest
 
 from corolla.errors import InvalidSetting, StorageError
 from corolla.gateway.database import Database
-from corolla.gateway.protocol import PatientHTTP
 from corolla.gateway.service import GatewayConfig
-from tests.gateway.running import DEADLINE, Running, TinySwarm, running
+from tests.gateway.running import Running, TinySwarm, running
 
 SECRET = "a-word-that-nobody-else-says"
 BODY = {"prompt": SECRET, "max_tokens": 4, "temperature": 0}
@@ -73,23 +71,6 @@ def test_only_a_debugging_gateway_shows_tracebacks(swarm: TinySwarm, client: htt
     with running(swarm, tmp_path / "g.sqlite", GatewayConfig(debug=True, drain=0.5)) as gateway, gateway.client() as debugging:
         assert "Traceback (most recent call last)" in debugging.post("/api/v1/generate", data=wrong).json()["traceback"]
     assert "Traceback" not in client.post("/api/v1/generate", data=wrong).json()["traceback"]
-
-
-class Impatient(PatientHTTP):
-    first_request = 0.3
-
-
-def test_idle_connections_are_closed(swarm: TinySwarm, tmp_path: Path) -> None:
-    with running(swarm, tmp_path / "g.sqlite", http=Impatient, timeout_keep_alive=1) as gateway:
-        address = ("127.0.0.1", httpx2.URL(gateway.url).port or 0)
-        with socket.create_connection(address, timeout=DEADLINE) as silent:
-            assert silent.recv(100) == b""
-        with socket.create_connection(address, timeout=DEADLINE) as idle:
-            idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            heard = b""
-            while piece := idle.recv(1000):
-                heard += piece
-            assert heard.endswith(b"ok\n")
 
 
 @pytest.mark.parametrize("url", ["nosuch://", "postgresql+nosuch://x/y", "://"])

@@ -39,6 +39,22 @@ def gateway(
             metavar="ORIGIN", help="Another site whose pages may call, as https://example.org; may be repeated.", rich_help_panel=HTTP
         ),
     ] = None,
+    public_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Where browsers find the page through a proxy, as https://chat.example.org; with https its cookies are Secure.",
+            rich_help_panel=HTTP,
+        ),
+    ] = None,
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="That proxy's address, whose X-Forwarded-For is believed; may be repeated; with --public-url this machine's by default.",
+            rich_help_panel=HTTP,
+        ),
+    ] = None,
     database: options.Database = None,
     prompts: Annotated[Path | None, typer.Option(metavar="DIR", help="Soft prompts that may be chosen: directories in it.")] = None,
     streams: Annotated[int, typer.Option(min=1, help="Answers that are written at a time.", rich_help_panel=LIMITS)] = 64,
@@ -66,19 +82,23 @@ def gateway(
 
     from corolla.gateway.admission import AdmissionConfig
     from corolla.gateway.database import Database, default_url
-    from corolla.gateway.guard import GuardConfig
+    from corolla.gateway.guard import GuardConfig, checked_url
     from corolla.gateway.joining import joined_models
     from corolla.gateway.keys import Keys
+    from corolla.gateway.protocol import ConnectionLimits
     from corolla.gateway.serve import check_access, is_loopback, run
     from corolla.gateway.service import GatewayConfig
     from corolla.models.catalog import resolve
     from corolla.swarm.peer import PeerConfig
 
+    address = None if public_url is None else checked_url(public_url)
+    proxies = tuple(proxy or ("127.0.0.1", "::1")) if proxy or address else ()
     kept = Database(database or default_url())
     try:
-        free = check_access(host, Keys(kept), open_to_all=open_to_all)
+        free = check_access(host, Keys(kept), open_to_all=open_to_all, public_url=address)
         config = GatewayConfig(
-            guard=GuardConfig(open=free, loopback=is_loopback(host) and not open_to_all, origins=tuple(origin or ())),
+            guard=GuardConfig(open=free, loopback=is_loopback(host) and not open_to_all, origins=tuple(origin or ()), public_url=address),
+            connections=ConnectionLimits(proxies=proxies),
             admission=AdmissionConfig(streams=streams, waiting=waiting, waiting_of_one=max(1, waiting * 3 // 4)),
             debug=debug,
             drain=drain,

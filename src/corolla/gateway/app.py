@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,7 +23,7 @@ from corolla.errors import CorollaError, InvalidSetting
 from corolla.gateway import openai_chat, openai_completions, petals, petals_socket, playground, ui, ui_looks
 from corolla.gateway.guard import Guard
 from corolla.gateway.openai import router as openai
-from corolla.gateway.problems import BadRequest, documented, kind_of, response
+from corolla.gateway.problems import BadRequest, documented, fault, kind_of, response
 from corolla.gateway.service import Gateway, TheGateway
 from corolla.gateway.writing import Writings
 
@@ -34,7 +33,6 @@ _NO_PAGE = (
     "The interfaces work: see docs/api.md.\n"
 )
 _VIEWS = re.compile(r"(c/[^/]+|playground|swarm|tuning)?/?")  # the page's own paths, each the same file
-log = logging.getLogger(__name__)
 __all__ = ["gateway_app", "openai_chat", "openai_completions"]  # the last two add their routes to OpenAI's as they are imported
 
 
@@ -58,7 +56,7 @@ def gateway_app(gateway: Gateway, *, static: Path = STATIC) -> ASGIApp:
     _add_operations(app)
     _add_errors(app, gateway)
     _add_page(app, static)
-    guarded: ASGIApp = Guard(app, gateway.config.guard, gateway.keys, gateway.rates, gateway.metrics)
+    guarded: ASGIApp = Guard(app, gateway.config.guard, gateway.keys, gateway.rates, gateway.metrics, debug=gateway.config.debug)
     if gateway.config.guard.origins:
         guarded = CORSMiddleware(
             guarded, allow_origins=list(gateway.config.guard.origins), allow_methods=["*"], allow_headers=["Authorization", "Content-Type"]
@@ -114,13 +112,10 @@ def _add_errors(app: FastAPI, gateway: Gateway) -> None:
         given.headers.update(error.headers or {})
         return given
 
-    async def fault(request: Request, error: Exception) -> Response:
-        log.error("a fault of the gateway", exc_info=error, extra={"path": request.url.path})
-        return answer(
-            request, BadRequest(500, repr(error) if gateway.config.debug else "a fault of the gateway; its log says more", "Fault")
-        )
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return answer(request, fault(error, debug=gateway.config.debug))  # the guard's barrier gets the error too, and logs it
 
-    for kind, handler in ((CorollaError, ours), (RequestValidationError, invalid), (HTTPException, http), (Exception, fault)):
+    for kind, handler in ((CorollaError, ours), (RequestValidationError, invalid), (HTTPException, http), (Exception, unexpected)):
         app.add_exception_handler(kind, handler)
 
 

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from corolla.errors import CorollaError, Unauthorized
+from corolla.barrier import barrier
+from corolla.errors import CorollaError, InvalidSetting, Interrupted, Unauthorized
 from corolla.gateway.admission import Rates
 from corolla.gateway.keys import Caller, Keys
 from corolla.gateway.metrics import Metrics
-from corolla.gateway.problems import BadRequest, kind_of, response
+from corolla.gateway.problems import BadRequest, fault, kind_of, response
 
 COOKIE = "corolla_login"
 _PROTECTED = ("/api/", "/v1/", "/metrics", "/openapi.json")
 _WITHOUT_KEY = ("/api/ui/state", "/api/ui/login")
 _IMPORT = "/api/ui/conversations/import"
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_CHANGING = ("/api/v1/open_inference_session", "/api/v1/close_inference_session")  # by GET, as Petals' clients do
+_HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?")
+_ORIGIN = re.compile(rf"([a-z][a-z0-9+.-]{{0,30}})://({_HOST.pattern})")
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
@@ -43,17 +47,28 @@ class GuardConfig:
     open: bool = True  # nobody needs a key
     loopback: bool = True  # the gateway is for this machine alone: other names for it are another site's trick (DNS rebinding)
     origins: tuple[str, ...] = ()  # other sites whose pages may call
+    public_url: str | None = None  # where browsers find the gateway, through a proxy: "https://chat.example.org"
     body: int = 2 * 2**20  # bytes of a request
     imported: int = 32 * 2**20  # bytes of a conversation that is imported
     read: float = 30.0  # seconds for a request to come in
     write: float = 60.0  # seconds for a client to take what it is sent
 
 
+def checked_url(url: str) -> str:
+    """A `GuardConfig.public_url`. Raises `InvalidSetting`."""
+    found = _ORIGIN.fullmatch(url.rstrip("/"))
+    if found is None or found[1] not in ("http", "https"):
+        raise InvalidSetting("public-url", f"{url!r} is no address of a page: give it as https://chat.example.org, without a path")
+    return found[0]
+
+
 class Guard:
     """The middleware around all routes. It leaves the caller at `scope["state"]["caller"]`."""
 
-    def __init__(self, app: ASGIApp, config: GuardConfig, keys: Keys, rates: Rates, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, config: GuardConfig, keys: Keys, rates: Rates, metrics: Metrics, *, debug: bool) -> None:
         self._app, self._config, self._keys, self._rates, self._metrics = app, config, keys, rates, metrics
+        self._debug = debug
+        self._public_host = (config.public_url or "").partition("://")[2]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -61,18 +76,13 @@ class Guard:
             return
         began = time.perf_counter()
         sent = _Sent(send, self._config.write)
-        caller = Caller()
+        faults: list[Exception] = []
         try:
-            headers = Headers(scope=scope)
-            self._check_origin(scope, headers)
-            caller = await self._caller(scope, headers)
-            scope.setdefault("state", {})["caller"] = caller
-            if scope["type"] == "http" and scope["method"] not in _SAFE:
-                receive = await self._read(scope, headers, receive)
-            await self._app(scope, receive, sent)
-        except CorollaError as error:
-            self._metrics.failed(kind_of(error))
-            await self._refuse(scope, receive, sent, error)
+            with barrier("a request", faults.append):
+                await self._answer(scope, receive, sent)
+            if faults and not sent.status:
+                self._metrics.failed("Fault")
+                await self._refuse(scope, receive, sent, fault(faults[0], debug=self._debug))
         finally:
             sent.close()
             if scope["path"] not in ("/healthz", "/readyz"):
@@ -80,7 +90,7 @@ class Guard:
                     "request",
                     extra={
                         "client": scope["client"][0] if scope.get("client") else "",
-                        "key": caller.name,
+                        "key": scope["state"]["caller"].name,
                         "method": scope.get("method", "WEBSOCKET"),
                         "path": scope["path"],
                         "status": sent.status,
@@ -89,15 +99,54 @@ class Guard:
                     },
                 )
 
+    async def _answer(self, scope: Scope, receive: Receive, sent: _Sent) -> None:
+        state = scope.setdefault("state", {})
+        state["caller"] = Caller()
+        try:
+            headers = Headers(scope=scope)
+            self._check_origin(scope, headers)
+            state["caller"] = await self._caller(scope, headers)
+            if scope["type"] == "http" and scope["method"] not in _SAFE:
+                receive = await self._read(scope, headers, receive)
+            await self._app(scope, receive, sent)
+        except CorollaError as error:
+            self._metrics.failed(kind_of(error))
+            await self._refuse(scope, receive, sent, error)
+
     def _check_origin(self, scope: Scope, headers: Headers) -> None:
-        host = headers.get("host", "")
-        if self._config.open and self._config.loopback and urlsplit(f"//{host}").hostname not in _LOOPBACK:
-            raise BadRequest(403, f"this gateway answers as localhost alone, not as {host!r}: give it keys, or --open", "Forbidden")
-        origin = headers.get("origin")
-        if origin is None or origin in self._config.origins or (scope["type"] == "http" and scope["method"] in _SAFE):
+        """Raises `BadRequest`: 400 for what is no host or no origin, 403 for another site's page."""
+        host = self._host(scope, headers)
+        given = headers.getlist("origin")
+        if len(given) > 1 or (given and given[0] != "null" and _ORIGIN.fullmatch(given[0]) is None):
+            raise BadRequest(400, "the header Origin names no site")
+        changing = scope["type"] == "websocket" or scope["method"] not in _SAFE or scope["path"] in _CHANGING
+        if not changing:
             return
-        if urlsplit(origin).netloc != host:
-            raise BadRequest(403, "pages of other sites may not call this gateway", "Forbidden")
+        foreign = BadRequest(403, "pages of other sites may not call this gateway", "Forbidden")
+        if given:
+            allowed = (*self._config.origins, self._config.public_url)
+            if given[0] not in allowed and given[0].partition("://")[2] != host:
+                raise foreign
+            return
+        site = headers.get("sec-fetch-site")
+        if site not in (None, "same-origin", "none"):
+            raise foreign
+        # Over plain HTTP browsers send no Sec-Fetch-Site, and no Origin with an image or a link.
+        if site is None and scope["path"] in _CHANGING and headers.get("user-agent", "").startswith("Mozilla/"):
+            raise foreign
+
+    def _host(self, scope: Scope, headers: Headers) -> str:
+        """The name that the request came under; empty where a client of HTTP/1.0 gives none. Raises `BadRequest`."""
+        given = headers.getlist("host")
+        if not given and scope["http_version"] == "1.0":
+            return ""
+        if len(given) != 1 or (found := _HOST.fullmatch(given[0])) is None:
+            raise BadRequest(400, "the header Host names no host")
+        if self._config.open and self._config.loopback and found[1].lower() not in _LOOPBACK and found[0] != self._public_host:
+            raise BadRequest(
+                403, f"this gateway answers as localhost alone, not as {found[0]!r}: give it keys, --open or --public-url", "Forbidden"
+            )
+        return found[0]
 
     async def _caller(self, scope: Scope, headers: Headers) -> Caller:
         path = scope["path"]
@@ -137,9 +186,9 @@ class Guard:
                         break
         except TimeoutError:
             raise BadRequest(408, f"the request did not come within {self._config.read:g} s", "TooSlow") from None
-        first: Message | None = (
-            {"type": "http.request", "body": bytes(body), "more_body": False} if message["type"] == "http.request" else message
-        )
+        if message["type"] != "http.request":
+            raise Interrupted
+        first: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
 
         async def replay() -> Message:
             nonlocal first

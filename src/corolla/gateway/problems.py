@@ -51,6 +51,11 @@ class BadRequest(CorollaError):
         self.kind = kind or _HTTP_KINDS.get(status, "BadRequest")
 
 
+def fault(error: Exception, *, debug: bool) -> BadRequest:
+    """What is answered where nobody expected the error; what it says stands in the log."""
+    return BadRequest(500, repr(error) if debug else "a fault of the gateway; its log says more", "Fault")
+
+
 def documented(*codes: int) -> dict[int | str, dict[str, Any]]:
     """For a route's `responses`: what may come of it beside success."""
     always = (400, 401, 403, 408, 413, 422, 429, 503, 507)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import resource
 import socket
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -15,12 +17,11 @@ from corolla.errors import InvalidSetting, NetworkError
 from corolla.gateway.app import gateway_app
 from corolla.gateway.database import Database
 from corolla.gateway.keys import Keys
-from corolla.gateway.protocol import PatientHTTP
+from corolla.gateway.protocol import BoundedHTTP
 from corolla.gateway.served import Models
 from corolla.gateway.service import Gateway, GatewayConfig
 
-_KEEP_ALIVE = 30  # seconds that an idle connection stays open
-_CONNECTIONS = 1024  # at a time; one more is answered 503
+_FILES = 4096  # that may be open, where the system's hard limit lets so many: each connection is one
 _FAREWELL = 5  # seconds for clients to be told how what they wait for has ended
 _SOCKET_MESSAGE = 2 * 2**20  # bytes
 log = logging.getLogger(__name__)
@@ -36,15 +37,15 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_access(host: str, keys: Keys, *, open_to_all: bool) -> bool:
+def check_access(host: str, keys: Keys, *, open_to_all: bool, public_url: str | None = None) -> bool:
     """Whether nobody needs a key. Raises `InvalidSetting` where others could reach a gateway that has none."""
     if open_to_all:
         return True
     if keys.any():
         return False
-    if not is_loopback(host):
+    if public_url is not None or not is_loopback(host):
         raise InvalidSetting(
-            "host", f"others reach {host}: make a key with `corolla keys create NAME`, or say that all may come with --open"
+            "host", f"others reach {public_url or host}: make a key with `corolla keys create NAME`, or say that all may come with --open"
         )
     return True
 
@@ -54,24 +55,12 @@ def run(models: Models, database: Database, config: GatewayConfig, host: str, po
 
     On the main thread. Raises `NetworkError` when the address cannot be listened at.
     """
+    _allow_files()
     listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listening.getsockname()[1]}"
     gateway = Gateway(models, database, config)
-    settings = uvicorn.Config(
-        gateway_app(gateway),
-        http=PatientHTTP,
-        ws="websockets-sansio",
-        log_config=None,
-        access_log=False,  # guard.py writes a better one
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=round(config.drain) + _FAREWELL,
-        limit_concurrency=_CONNECTIONS,
-        ws_max_size=_SOCKET_MESSAGE,
-        lifespan="on",
-        proxy_headers=False,
-    )
+    settings = server_config(gateway)
     server = _Server(settings, gateway, lambda: ready(url))
     try:
         with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:  # uvloop, where it is installed
@@ -79,6 +68,25 @@ def run(models: Models, database: Database, config: GatewayConfig, host: str, po
     finally:
         gateway.writers.interrupt()  # where a second signal left something
         listening.close()
+
+
+def server_config(gateway: Gateway) -> uvicorn.Config:
+    """uvicorn's settings for a gateway."""
+    limits = gateway.config.connections
+    return uvicorn.Config(
+        gateway_app(gateway),
+        http=partial(BoundedHTTP, limits),  # type: ignore[arg-type]
+        ws="websockets-sansio",
+        log_config=None,
+        access_log=False,  # guard.py writes a better one
+        server_header=False,
+        timeout_keep_alive=limits.idle,
+        timeout_graceful_shutdown=round(gateway.config.drain) + _FAREWELL,
+        ws_max_size=_SOCKET_MESSAGE,
+        lifespan="on",
+        proxy_headers=bool(limits.proxies),
+        forwarded_allow_ips=list(limits.proxies),
+    )
 
 
 class _Server(uvicorn.Server):
@@ -102,6 +110,13 @@ class _Server(uvicorn.Server):
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
+
+
+def _allow_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:

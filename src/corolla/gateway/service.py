@@ -24,6 +24,7 @@ from corolla.gateway.keys import Caller, Keys
 from corolla.gateway.metrics import Metrics
 from corolla.gateway.open_sessions import OpenSessions
 from corolla.gateway.pool import PoolConfig, SessionPool
+from corolla.gateway.protocol import ConnectionLimits
 from corolla.gateway.served import Models, ServedModel
 from corolla.gateway.sse import KEEP_ALIVE_SECONDS
 from corolla.gateway.tuned import SoftPrompts
@@ -38,6 +39,7 @@ Result = TypeVar("Result")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     debug: bool = False  # real tracebacks for clients

@@ -120,7 +120,7 @@ async def login(asked: Login, http: HttpRequest, gateway: TheGateway) -> Respons
     """Exchange a key for a cookie."""
     cookie = await gateway.keys.log_in(asked.key)
     response = Response(status_code=204)
-    secure = http.url.scheme == "https"
+    secure = http.url.scheme == "https" or (gateway.config.guard.public_url or "").startswith("https:")
     response.set_cookie(COOKIE, cookie, max_age=LOGIN_SECONDS, httponly=True, samesite="strict", secure=secure, path="/")
     return response
 
