@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from corolla.barrier import barrier
-from corolla.errors import CorollaError, InvalidSetting, Interrupted, Unauthorized
+from corolla.errors import CorollaError, Interrupted, InvalidSetting, Unauthorized
 from corolla.gateway.admission import Rates
 from corolla.gateway.keys import Caller, Keys
 from corolla.gateway.metrics import Metrics
