@@ -119,9 +119,10 @@ class Ended:
             self._ended.popitem(last=False)
 
     def holds(self, session: str, way: Way) -> bool:
-        """Whether somebody on this way said that it is over."""
-        who = (way.client, *(hop.peer for hop in way.route))
-        return any(self._ended.get((session, peer), -1) >= way.generation for peer in who)
+        """Whether somebody on this way said that it is over; for good, only its client can say."""
+        by_servers = (self._ended.get((session, hop.peer), -1) for hop in way.route)
+        by_client = self._ended.get((session, way.client), -1)
+        return by_client >= way.generation or any(way.generation <= last < _FOR_EVER for last in by_servers)
 
 
 class Ways:
@@ -150,7 +151,7 @@ class Ways:
         self._of_client: Counter[tuple[str, str]] = Counter()
         self._of_sender: Counter[str] = Counter()
         # Apart, so that nobody pushes out what is known with sessions that never were.
-        self._closed, self._closed_unknown, self._cancelled = Ended(), Ended(), Ended()
+        self._over, self._over_unknown = Ended(), Ended()
         self._swept = clock()
         self.leaving = False  # no new session is taken
 
@@ -182,20 +183,19 @@ class Ways:
     def end(self, sender: str, frame: CancelFrame | CloseFrame) -> bool:
         """Whether the engine is told that an answer or a session ends, as by somebody who may say so.
 
-        Either may overtake the first step of its generation, which comes another way: then that is refused, or dropped.
+        Either may overtake the first step of its generation, which comes another way: then that is dropped.
         """
         way = self._ways.get(frame.session)
         if way is None:
-            ended = self._closed_unknown if isinstance(frame, CloseFrame) else self._cancelled
-            ended.add(frame.session, sender, frame.generation)
+            self._over_unknown.add(frame.session, sender, frame.generation)
             return False
-        if sender != way.client and not way.passes(sender):
+        if sender != way.client and (frame.generation is None or not way.passes(sender)):
             return False
         if isinstance(frame, CancelFrame):
             way.cancelled = max(way.cancelled, frame.generation)
             way.over |= frame.generation == way.generation
             return True
-        self._closed.add(frame.session, sender, frame.generation)
+        self._over.add(frame.session, sender, frame.generation)
         if frame.generation is None or way.generation <= frame.generation:
             self._forget(frame.session)
         return True
@@ -210,7 +210,7 @@ class Ways:
         way.over = True
         if new:
             self.forget(session)
-            self._cancelled.add(session, self._me, way.generation)
+            self._over_unknown.add(session, self._me, way.generation)
 
     def of_step(self, sender: str, frame: StepFrame, admitted: Callable[[Way], None]) -> Way | None:
         """The way of a step that may be taken in; remembered if the step brings it, and `admitted` is told of it then.
@@ -237,7 +237,8 @@ class Ways:
         self._admit(sender, frame.session, way, known)
         way.asked = self._clamped(way)
         if known is None:
-            return None if self._cancelled.holds(frame.session, way) else way
+            over = self._over.holds(frame.session, way) or self._over_unknown.holds(frame.session, way)
+            return None if over else way
         if way.generation < known.generation or way.generation <= known.cancelled:
             return None
         if way.generation > known.generation:
@@ -276,8 +277,6 @@ class Ways:
             if way.client != known.client:
                 raise Unauthorized("the session belongs to another client")
             return
-        if self._closed.holds(session, way) or self._closed_unknown.holds(session, way):
-            raise Unauthorized("the session was closed while the step was on its way")
         if self.leaving:
             raise NetworkError("this server is leaving, and takes no new sessions")
         # Counted by who brings them, too: a peer that names another's client takes none of its places.
