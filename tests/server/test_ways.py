@@ -114,6 +114,14 @@ def test_places_are_counted_by_client_and_given_back() -> None:
     assert not known._of_sender
 
 
+def test_sessions_of_a_lost_server_before_are_forgotten_whoever_it_named_as_their_client() -> None:
+    known = ways()
+    known.of_step("a", StepFrame("s", 1, 0, (5,), route=ROUTE, hop=1, client="b"), lambda way: None)
+    gone, parted = known.lose("a")
+    assert [session for session, _ in gone] == [session for session, _ in parted] == ["s"]
+    assert len(known) == 0
+
+
 def test_sessions_that_were_not_used_for_long_are_found() -> None:
     now = [0.0]
     known = Ways("b", Span(2, 4), 4, SpanServerConfig(wire_dtype="float32", idle=600.0), clock=lambda: now[0])

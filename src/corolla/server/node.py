@@ -138,7 +138,7 @@ class SpanServer:
         for session, way in gone:
             self._engine.receive(Close(session))
             # A server in the middle of the route may never have been connected to the client: it is told by those that were.
-            for hop in way.route:
+            for hop in way.route if peer == way.client else ():
                 if hop.peer != self._network.me:
                     self._send(hop.peer, CloseFrame(session, way.generation))
         for session, way in parted:

@@ -166,11 +166,13 @@ class Ways:
         return self._ways.get(session)
 
     def lose(self, peer: str) -> tuple[list[tuple[str, Way]], list[tuple[str, Way]]]:
-        """Forget the sessions of a client that is gone. Returns them, and those that go by a server of that id."""
-        gone = [(session, way) for session, way in self._ways.items() if way.client == peer]
+        """A peer is gone. Forget the sessions that it was the client of, or brought the steps of: whoever it named as their client may
+        have never heard of them. Returns them, and all whose route goes by a server of that id."""
+        parted = [(session, way) for session, way in self._ways.items() if way.passes(peer)]
+        gone = [(session, way) for session, way in self._ways.items() if peer in (way.client, way.before)]
         for session, _ in gone:
             self._forget(session)
-        return gone, [(session, way) for session, way in self._ways.items() if way.passes(peer)]
+        return gone, parted
 
     def unused(self) -> Iterator[tuple[str, Way]]:
         """The sessions of which nothing came for `SpanServerConfig.idle` seconds; looked for once in a sixtieth of that time."""
