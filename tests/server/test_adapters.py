@@ -181,15 +181,14 @@ def test_a_client_whose_adapter_is_too_large_is_told(swarm: Swarm, adapters: lis
 
 def test_who_is_being_sent_one_is_waited_for_until_it_is_there(swarm: Swarm, adapters: list[Adapter]) -> None:
     swarm.hub.freeze("a")
-    swarm.transport.give_adapter("a", adapters[0].part(Span(0, 2)))
-    assert swarm.transport.carrying("a")
-    swarm.transport.give_adapter("b", adapters[0].part(Span(2, 3)))
+    swarm.transport.parts.give_adapter("a", adapters[0].part(Span(0, 2)))
+    assert swarm.transport.parts.carrying("a")
+    swarm.transport.parts.give_adapter("b", adapters[0].part(Span(2, 3)))
     deadline = time.monotonic() + TIMEOUT
-    while "b" in swarm.transport._carrying:
+    while swarm.transport.parts.carrying("b"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert "a" in swarm.transport._carrying
-    assert not swarm.transport.carrying("b")
+    assert swarm.transport.parts.carrying("a")
 
 
 def test_a_name_stands_for_one_digest(adapters: list[Adapter]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from corolla.engine.engine import Engine, EngineConfig
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.arrays import to_array
-from corolla.swarm.network import LocalHub, LocalNetwork, OnLost, OnMessage
+from corolla.swarm.network import LocalHub
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Quality, Route, find_route
 from corolla.swarm.wire import FailedFrame, Hop, Ping, Pong, SettingsFrame, StepFrame, WireMessage
@@ -36,31 +37,8 @@ HIDDEN = 64  # values in a row of the tiny model
 
 CONFIG = SpanServerConfig(wire_dtype="float32")
 
-Alter = Callable[[WireMessage], WireMessage]
-
-
-class Tampering:
-    """A network whose peer changes some of the messages that it sends."""
-
-    def __init__(self, network: LocalNetwork, alter: Alter) -> None:
-        self._network, self._alter = network, alter
-        self.me = network.me
-        self.altered = 0
-
-    def listen(self, on_message: OnMessage, on_lost: OnLost) -> None:
-        self._network.listen(on_message, on_lost)
-
-    def send(self, peer: str, message: WireMessage) -> None:
-        altered = self._alter(message)
-        self.altered += altered is not message
-        self._network.send(peer, altered)
-
-    def send_all(self, messages: Sequence[tuple[str, WireMessage]]) -> None:
-        for peer, message in messages:
-            self.send(peer, message)
-
-    def close(self) -> None:
-        self._network.close()
+Alter = Callable[[WireMessage], WireMessage | list[WireMessage]]
+"""What a peer sends, or gets, in the place of a message."""
 
 
 class Swarm:
@@ -68,12 +46,16 @@ class Swarm:
 
     def __init__(self, directory: Path) -> None:
         self.hub = LocalHub()
+        self.hub.intercept = self._intercept
         self.directory = directory
         self.records: dict[str, ServerRecord] = {}
         self.servers: dict[str, SpanServer] = {}
         self.engines: dict[str, Engine] = {}
-        self.networks: dict[str, Tampering] = {}
+        self.alters: dict[str, Alter] = {}  # of what a server sends
+        self.gets: dict[str, Alter] = {}  # of what comes to it
+        self.altered: Counter[str] = Counter()  # messages, by the server
         self.transports: list[SwarmTransport] = []
+        self.routes: list[Route] = []
 
     def add(
         self,
@@ -88,22 +70,34 @@ class Swarm:
         engine = Engine(load_span(self.directory, Span(start, end), dtype="float32"), EngineConfig(cache_tokens=cache, page_size=16))
         engine.start()
         self.engines[name] = engine
-        self.networks[name] = Tampering(self.hub.join(name), alter)
-        self.servers[name] = SpanServer(engine, self.networks[name], config)
+        self.alters[name] = alter
+        self.servers[name] = SpanServer(engine, self.hub.join(name), config)
         self.records[name] = record(name, start, end, throughput)
         return self.servers[name]
 
-    def client(self, name: str) -> SwarmTransport:
-        patience = Patience(silence=2.0, answer=2.0, lost=1.0)
+    def client(self, name: str, *, silence: float = 2.0, answer: float = 2.0, lost: float = 1.0) -> SwarmTransport:
+        patience = Patience(silence=silence, answer=answer, lost=lost)
         transport = SwarmTransport(self.hub.join(name), self, patience=patience, vocabulary=tiny.VOCABULARY)
         self.transports.append(transport)
         return transport
 
     def route(self, avoid: Any, needed_tokens: int, like: Quality | None = None, adapter: Any = None) -> Route:
-        return find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
+        route = find_route(self.records.values(), blocks=4, now=time.time(), banned=avoid, needed_tokens=needed_tokens)
+        self.routes.append(route)
+        return route
 
     def quicker(self, route: Route, avoid: Any, needed_tokens: int, adapter: Any = None) -> Route | None:
         return None
+
+    def _intercept(self, sender: str, receiver: str, message: WireMessage) -> list[tuple[float, WireMessage]]:
+        messages = [message]
+        for name, alter in ((sender, self.alters.get(sender)), (receiver, self.gets.get(receiver))):
+            if alter is not None:
+                made = [alter(each) for each in messages]
+                changed = [each for many in made for each in (many if isinstance(many, list) else [many])]
+                self.altered[name] += changed != messages
+                messages = changed
+        return [(0.0, each) for each in messages]
 
     def check_integrity(self) -> None:
         """No engine has died, and all that is held is accounted for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 import uuid
 from collections.abc import Generator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
+from corolla.client.deadline import LOOK, Deadline
 from corolla.errors import (
     AdapterError,
     CallerError,
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from corolla.models.prompts import SoftPrompt
 
 _PLACEHOLDER = 0  # a token for each position that a soft prompt takes; which one is of no matter
+_LEAST_SLEEP = 0.1  # seconds until a full server is asked again, whatever it says
+_JITTER = 1.5  # times as long at most
 _MOST_GIVEN = 8  # a route may change several times before a token comes
 
 
@@ -120,7 +124,7 @@ class Session:
         if settings.prompt_logprobs:
             self._cached = 0
         try:
-            deadline = time.monotonic() + timeout
+            deadline = Deadline(timeout)
             self._step(settings, deadline)
             while not finished:
                 reply = self._wait(deadline)
@@ -130,12 +134,14 @@ class Session:
                     self.tokens.append(reply.token_id)
                     self._given = 0
                     self._cached = reply.position
-                    deadline = time.monotonic() + timeout
                     finished = reply.finish is not None
                     yield reply
+                    deadline.restart()
                 elif isinstance(reply, Scores):
-                    self.scores |= {at: score for at, score in enumerate(reply.scores, reply.start) if at < expected}
-                    deadline = time.monotonic() + timeout
+                    new = {at: score for at, score in enumerate(reply.scores, reply.start) if at < expected and at not in self.scores}
+                    self.scores |= new
+                    if new:
+                        deadline.restart()
                 elif isinstance(reply, Gap):
                     self._close_gap(reply.have)
                     self._step(self._remaining(settings, expected), deadline)
@@ -164,7 +170,7 @@ class Session:
             self._link.send(Close(self.name))
         self._link.close()
 
-    def _step(self, settings: GenerationSettings, deadline: float) -> None:
+    def _step(self, settings: GenerationSettings, deadline: Deadline) -> None:
         """Send what the server lacks: at least one token, for it has to compute the logits after the last one."""
         while True:
             self._generation += 1
@@ -221,13 +227,17 @@ class Session:
             raise ServerFault(f"the server says it lacks tokens before {start} and yet has {have}")
         self._cached = have
 
-    def _wait(self, deadline: float) -> Reply:
-        """The next reply to the step under way; late ones to earlier steps are ignored."""
+    def _wait(self, deadline: Deadline) -> Reply:
+        """The next reply to the step under way; late ones to earlier steps are ignored. What has arrived is taken before the deadline
+        is looked at."""
         while True:
+            left = deadline.look()
             try:
-                reply = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
+                reply = self._replies.get(timeout=min(max(0.0, left), LOOK))
             except Empty:
-                raise DeadlineExceeded("the server did not answer in time: try again, or allow a longer timeout") from None
+                if left <= 0:
+                    raise DeadlineExceeded("the server did not answer in time: try again, or allow a longer timeout") from None
+                continue
             if reply.session == self.name and reply.generation == self._generation:
                 return reply
 
@@ -235,10 +245,15 @@ class Session:
         """What is left of an answer that began at a position and is asked for again."""
         return replace(settings, max_tokens_to_generate=settings.max_tokens_to_generate - (self.position - began))
 
-    def _sleep(self, full: CapacityError, deadline: float) -> None:
-        if time.monotonic() + full.retry_after > deadline:
+    def _sleep(self, full: CapacityError, deadline: Deadline) -> None:
+        """Until there may be room; never so short that a server is asked again and again, nor as long as all others wait."""
+        left = deadline.look()
+        if full.retry_after > left:
             raise full
-        time.sleep(full.retry_after)
+        until = time.monotonic() + min(left, max(full.retry_after, _LEAST_SLEEP) * random.uniform(1.0, _JITTER))
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, LOOK))
+            deadline.look()
 
     def _cancel(self) -> None:
         with suppress(NetworkError):  # the answer died with its server

@@ -2,47 +2,135 @@
 
 from __future__ import annotations
 
+import math
+import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
+from corolla.errors import (
+    ActivationsGone,
+    AdapterNeeded,
+    Busy,
+    CapacityError,
+    CorollaError,
+    EmptyPrompt,
+    InvalidSetting,
+    NetworkError,
+    PromptNeeded,
+    PromptTooLong,
+    ProtocolError,
+    ServerFault,
+)
 from corolla.swarm.wire import CachedFrame, FailedFrame, GapFrame, ScoresFrame, TokenFrame
+from corolla.types import FinishReason, GenerationSettings
 
-_MOST_GAPS = 16  # without a token between: a server that is short of room evicts a session now and then, not again and again
+ReplyFrame = TokenFrame | ScoresFrame | CachedFrame | GapFrame | FailedFrame
+
+MOST_GAPS = 16  # a server that is short of room evicts a session now and then, not again and again
+_MOST_TOKENS = 2**31  # of a vocabulary that is not known
+_LONGEST_TEXT = 400  # characters of what a server says
+# What a server may answer to a step or a call. Unauthorized, for one, is none of them: it speaks of who brought the step.
+_FROM_SERVERS = frozenset(
+    {
+        ActivationsGone,
+        AdapterNeeded,
+        Busy,
+        CapacityError,
+        EmptyPrompt,
+        InvalidSetting,
+        NetworkError,
+        PromptNeeded,
+        PromptTooLong,
+        ProtocolError,
+        ServerFault,
+    }
+)
 
 
-def problem_of(
-    frame: TokenFrame | ScoresFrame | CachedFrame | GapFrame | FailedFrame,
-    *,
-    from_head: bool,
-    start: int,
-    position: int,
-    gaps: int,
-    vocabulary: int | None,
-) -> str | None:
+def believed(error: CorollaError) -> CorollaError:
+    """An error as a server may raise it, its text made fit to be shown.
+
+    One of a kind that no server raises is a `ServerFault` of the server that sent it.
+    """
+    text = shown(str(error))
+    if type(error) not in _FROM_SERVERS:
+        return ServerFault(f"a server answered with {type(error).__name__}, which no server raises: {text}")
+    error.args = (f"a server said: {text}",)
+    return error
+
+
+def shown(text: str) -> str:
+    """What a stranger wrote, as one line of bounded length without characters that control a terminal or hide text."""
+    plain = "".join(" " if unicodedata.category(character) in _HIDDEN else character for character in text[: 4 * _LONGEST_TEXT])
+    line = " ".join(plain.split())
+    return line if len(line) <= _LONGEST_TEXT else line[: _LONGEST_TEXT - 1] + "…"
+
+
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a step asks for.
+
+    Args:
+        start: its first token's position.
+        end: the position of the answer's first token.
+        settings: how it goes on; None asks for no token.
+        vocabulary: of the model; None where it is not known.
+    """
+
+    start: int
+    end: int
+    settings: GenerationSettings | None
+    vocabulary: int | None
+
+
+def problem_of(frame: ReplyFrame, asked: Asked, *, from_head: bool, position: int, gaps: float) -> str | None:
     """What no honest server answers in this frame, if anything.
 
     Args:
         from_head: whether its sender is the last of the route.
-        start: where the step began.
         position: of the next token to come.
-        gaps: since the last token, this one among them.
+        gaps: answered lately, this one among them.
     """
     if isinstance(frame, GapFrame):
-        if frame.have > start:
-            return f"it lacks what comes before {start}, and yet says that it has {frame.have}"
-        return f"it lost the session {gaps} times in a row" if gaps > _MOST_GAPS else None
+        if frame.have > asked.start:
+            return f"it lacks what comes before {asked.start}, and yet says that it has {frame.have}"
+        return f"it lost the session again and again, {MOST_GAPS} times with hardly a token between" if gaps > MOST_GAPS else None
     if isinstance(frame, (FailedFrame, CachedFrame)):
         return None
     if not from_head:
         return "it answered a token without having the head"
+    settings = asked.settings
     if isinstance(frame, ScoresFrame):
-        beyond = frame.start + len(frame.scores) > position
-        return f"it scored tokens from {frame.start} on of a history of {position}" if beyond else None
-    if frame.position > position:
-        return f"it answered the token at position {frame.position} before that at {position}"
-    if vocabulary is not None and frame.token_id >= vocabulary:
-        return f"it answered token {frame.token_id} of a vocabulary of {vocabulary}"
-    return None
+        if settings is None or not settings.prompt_logprobs:
+            return "it scored tokens of a prompt, which nobody asked for"
+        if frame.start <= asked.start or frame.start + len(frame.scores) > position or not frame.scores:
+            return f"it scored tokens from {frame.start} on of a history from {asked.start} to {position}"
+        return next(filter(None, (_problem_of_logprobs(*score, settings, asked.vocabulary) for score in frame.scores)), None)
+    if settings is None:
+        return "it answered a token that nobody asked for"
+    last = asked.end + settings.max_tokens_to_generate - 1
+    if frame.position > last or (frame.position == last and frame.finish is None):
+        return f"it goes on after {settings.max_tokens_to_generate} tokens, which were all that was asked for"
+    if frame.token_id >= (asked.vocabulary or _MOST_TOKENS):
+        return f"it answered token {frame.token_id} of a vocabulary of {asked.vocabulary}"
+    if (frame.finish is FinishReason.STOP) != (frame.token_id in settings.stop_token_ids):
+        return f"it answered token {frame.token_id} and {'ended' if frame.finish else 'did not end'} the answer there"
+    return _problem_of_logprobs(frame.logprob, frame.top_logprobs, settings, asked.vocabulary)
+
+
+def _problem_of_logprobs(
+    logprob: float, alternatives: Sequence[tuple[int, float]], settings: GenerationSettings, vocabulary: int | None
+) -> str | None:
+    if len(alternatives) > settings.top_logprobs:
+        return f"it answered {len(alternatives)} alternatives to a token in place of {settings.top_logprobs}"
+    if not all(map(math.isfinite, (logprob, *(other for _, other in alternatives)))):
+        return "it answered a token that it gives no probability"
+    outside = next((token for token, _ in alternatives if token >= (vocabulary or _MOST_TOKENS)), None)
+    return None if outside is None else f"it answered the alternative {outside} of a vocabulary of {vocabulary}"
 
 
 def suspects(peers: Sequence[str], said: Mapping[str, tuple[int, int]]) -> list[str]:

@@ -6,18 +6,20 @@ history again, and that step takes a new route. What late or hung servers still 
 
 from __future__ import annotations
 
+import logging
 import threading
-import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from typing import Protocol
 
+from corolla.barrier import barrier
+from corolla.client.deadline import Pauses
 from corolla.client.link import SwarmLink
-from corolla.errors import NetworkError
+from corolla.client.parts import Parts
+from corolla.client.peers import PeerBook
+from corolla.errors import NetworkError, NoRoute, ServerFault
 from corolla.swarm.bans import Bans
-from corolla.swarm.convert import from_adapter_part, from_prompt_part
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.routing import Quality, Route, WantedAdapter
@@ -34,10 +36,10 @@ from corolla.swarm.wire import (
     Whereabouts,
     WireMessage,
 )
-from corolla.types import AdapterPart, PromptPart, Span
 
-_SLOWEST = 128 * 2**10  # bytes a second that every link between peers carries, as in `swarm.p2p`
-_OWN_PINGS = 2**32  # and above: those that do not measure a round trip
+log = logging.getLogger(__name__)
+
+_TRUSTED = 8  # doubted peers that are tried one at a time, before all of them are
 
 
 class Router(Protocol):
@@ -57,11 +59,14 @@ class Router(Protocol):
 class Patience:
     """When a route is doubted, in seconds."""
 
-    silence: float = 2.0  # without a reply, until the route's servers are asked whether they live
+    silence: float = 2.0  # without progress, until the route's servers are asked whether they live
     answer: float = 1.0  # for them to say so; who does not is as good as dead
-    lost: float = 20.0  # without a reply, until they are asked, twice, how the session is getting on
+    # Without progress, until they are asked how far the session is, and again as much later: where none got further by then, a message
+    # is asked for again that nobody works on, and a server is left that says it works, or says nothing, if others hold its blocks.
+    lost: float = 20.0
     reconsider: float = 5.0  # on a route, until a quicker one is looked for
     leaving: float = 60.0  # for which a server that said it leaves, or says nothing at all, is avoided
+    full: float = 10.0  # that a server is believed to be full at most, whatever it says
 
 
 @dataclass(slots=True)
@@ -70,7 +75,10 @@ class ClientCounters:
 
     replays: int = 0  # histories that were sent again from the beginning
     faults: int = 0  # servers that were given up by a session
-    moves: int = 0  # sessions that went on elsewhere because a server left or had become slow
+    moves: int = 0  # sessions that went on elsewhere because a server left, had become slow, was full or refused them
+    lies: int = 0  # answers that no honest server gives; each is one of the faults
+    full: int = 0  # times that a server had no room and another one was taken at once
+    refusals: int = 0  # errors that blamed the caller, and were tried at another route
 
 
 class SwarmTransport:
@@ -100,14 +108,9 @@ class SwarmTransport:
         self.vocabulary, self.timed = vocabulary, timed
         self.counters = ClientCounters()
         self.round_trips = RoundTrips(network.send)
+        self.peers = PeerBook(self.patience.leaving)
+        self.parts = Parts(network)
         self._links: dict[str, SwarmLink] = {}
-        self._heard: dict[str, float] = {}  # when a peer last sent anything
-        self._leaving: dict[str, float] = {}  # when a peer said that it leaves
-        self._silent: dict[str, float] = {}  # when a peer was given up because nothing came from it
-        self._given: dict[str, set[tuple[str, Span]]] = {}  # soft prompts and adapters by name, for which blocks, that a peer should have
-        # Until when adapters may be on their way to a peer, and the ping behind the last of them.
-        self._carrying: dict[str, tuple[float, int]] = {}
-        self._pings = count(_OWN_PINGS)
         self._lock = threading.Lock()
         self._closed = threading.Event()
         network.listen(self._receive, self._lose)
@@ -125,44 +128,23 @@ class SwarmTransport:
     @property
     def avoided(self) -> frozenset[str]:
         """The peers that no session should go to now."""
-        since = time.monotonic() - self.patience.leaving
-        return self.bans.banned() | self._silent.keys() | {peer for peer, said in list(self._leaving.items()) if said > since}
+        return self.bans.banned() | self.peers.avoided
 
-    def heard(self, peer: str) -> float:
-        """When `peer` last sent anything, on `time.monotonic`'s clock; minus infinity if never."""
-        return self._heard.get(peer, float("-inf"))
-
-    def silent(self, peer: str) -> None:
-        """Nothing came from `peer`: it is avoided until something does, or long enough for its record to expire."""
-        self._silent[peer] = time.monotonic()
-
-    def give(self, peer: str, part: PromptPart) -> None:
-        """Send a soft prompt to `peer`, unless it should have it."""
-        given = self._given.setdefault(peer, set())
-        if (part.name.name, part.span) not in given:
-            given.add((part.name.name, part.span))
-            self.network.send(peer, from_prompt_part(part))
-
-    def give_adapter(self, peer: str, part: AdapterPart) -> None:
-        """Send an adapter, or a part of it, to `peer`, unless it should have it."""
-        given = self._given.setdefault(peer, set())
-        if (part.digest, part.span) in given:
-            return
-        given.add((part.digest, part.span))
-        until, nonce = max(time.monotonic(), self._carrying.get(peer, (0.0, 0))[0]), next(self._pings)
-        for frame in from_adapter_part(part):
-            until += frame.hidden.nbytes / _SLOWEST
-            self._carrying[peer] = until, nonce
-            self.network.send(peer, frame)
-        self.network.send(peer, Ping(nonce))
-
-    def carrying(self, peer: str) -> bool:
-        """Whether an adapter may still be on its way to `peer`, which answers nothing until it is there."""
-        return self._carrying.get(peer, (0.0, 0))[0] > time.monotonic()
-
-    def lacks_parts(self, peer: str) -> None:
-        """`peer` has forgotten what it was given."""
-        self._given.pop(peer, None)
+    def route(
+        self,
+        needed_tokens: int,
+        like: Quality | None = None,
+        adapter: WantedAdapter | None = None,
+        around: Collection[str] = (),
+    ) -> Route:
+        """The router's route around the peers that are avoided and those of `around`; around doubted ones, too, as far as there is
+        one. Raises `NoRoute` and `NetworkError`."""
+        avoided = self.avoided | frozenset(around)
+        doubted = frozenset(self.peers.doubted) - avoided
+        for trusted in (frozenset[str](), *({peer} for peer in sorted(doubted)[:_TRUSTED])) if doubted else ():
+            with suppress(NoRoute):
+                return self.router.route(avoided | (doubted - trusted), needed_tokens, like, adapter)
+        return self.router.route(avoided, needed_tokens, like, adapter)
 
     def enter(self, session: str, link: SwarmLink) -> None:
         with self._lock:
@@ -172,48 +154,64 @@ class SwarmTransport:
         with self._lock:
             self._links = {session: other for session, other in self._links.items() if other is not link}
 
+    # On the network's thread, but for the watch's.
+
     def _receive(self, sender: str, message: WireMessage) -> None:
-        self._heard[sender] = time.monotonic()
-        self._silent.pop(sender, None)
+        with barrier("a client's message", lambda error: self._fail_session(message, error)), suppress(NetworkError):  # closed just now
+            self._take(sender, message)
+
+    def _take(self, sender: str, message: WireMessage) -> None:
+        self.peers.hear(sender)
         if isinstance(message, (TokenFrame, ScoresFrame, CachedFrame, GapFrame, FailedFrame)):
-            with self._lock:
-                link = self._links.get(message.session)
-            if link is not None:
+            if (link := self._link(message.session)) is not None:
                 link.receive(sender, message)
         elif isinstance(message, Whereabouts):
-            with self._lock:
-                link = self._links.get(message.session)
-            if link is not None:
+            if (link := self._link(message.session)) is not None:
                 link.told(sender, message)
         elif isinstance(message, Leaving):
-            self._leaving[sender] = time.monotonic()
-            for link in self._all():
-                link.left(sender)
+            self.peers.leave(sender)
+            self._each("a server's leave", lambda link: link.left(sender))
         elif isinstance(message, Ping):
             self.network.send(sender, Pong(message.nonce))
         elif isinstance(message, Pong):
             self.round_trips.answered(sender, message)
-            if self._carrying.get(sender, (0.0, 0))[1] == message.nonce:
-                self._carrying.pop(sender, None)
+            self.parts.arrived(sender, message)
+            if message.failing:
+                fault = ServerFault("its engine is dead, or stands still")
+                self._each("a server's failure", lambda link: link.lost(sender, fault))
 
     def _lose(self, peer: str) -> None:
         self.round_trips.forget(peer)
-        self.lacks_parts(peer)
-        self._carrying.pop(peer, None)
-        for link in self._all():
-            link.lost(peer, NetworkError(f"the connection to {peer} broke"))
+        self.parts.lose(peer)
+        self._each("a server's loss", lambda link: link.lost(peer, NetworkError(f"the connection to {peer} broke")))
 
-    def _all(self) -> list[SwarmLink]:
+    def _link(self, session: str) -> SwarmLink | None:
         with self._lock:
-            return list(self._links.values())
+            return self._links.get(session)
+
+    def _each(self, name: str, act: Callable[[SwarmLink], None]) -> None:
+        """For every session; where one cannot, it alone fails."""
+        with self._lock:
+            links = set(self._links.values())
+        for link in links:
+            with barrier(name, link.fail), suppress(NetworkError):
+                act(link)
+
+    def _fail_session(self, message: WireMessage, error: Exception) -> None:
+        link = self._link(getattr(message, "session", ""))
+        if link is not None:
+            link.fail(error)
 
     def _watch(self) -> None:
-        while not self._closed.wait(self.patience.answer / 2):
-            now = time.monotonic()
-            for link in self._all():
-                link.check(now)
-            self._silent = {peer: since for peer, since in self._silent.items() if now - since < self.patience.leaving}
-            self._ask(self._silent)
+        interval = self.patience.answer / 2
+        pauses = Pauses()
+        while not self._closed.wait(interval):
+            if stood := pauses.look(interval):
+                log.info("this process stood still for %.1f s: nobody is blamed for it", stood)
+                self._each("a client's watch", SwarmLink.excuse)
+            self._each("a client's watch", SwarmLink.check)
+            with barrier("a client's watch"):
+                self._ask(self.peers.silent)
 
     def _ask(self, peers: Iterable[str]) -> None:
         with suppress(NetworkError):  # closed just now

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 
 from corolla.errors import CallerError, CheckpointError
 
+_IDS = range(2**32)  # that the library takes
+
 
 class TextTokenizer:
     """Text to token ids and back, by the files of a model's directory.
@@ -92,12 +94,12 @@ class TextTokenizer:
         return _encode(self._plain, text, False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids`; special tokens have none, incomplete characters are U+FFFD."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        """The text of `token_ids`; special tokens and ids outside the vocabulary have none, incomplete characters are U+FFFD."""
+        return self._tokenizer.decode([token for token in token_ids if token in _IDS], skip_special_tokens=True)
 
     def spelling(self, token_id: int) -> str:
-        """One token as text; a special one as it is written out."""
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+        """One token as text; a special one as it is written out, one outside the vocabulary as nothing."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False) if token_id in _IDS else ""
 
     @cached_property
     def _plain(self) -> Tokenizer:

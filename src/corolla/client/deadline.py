@@ -1,0 +1,46 @@
+"""Waits that end, in time that this process could run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+LOOK = 1.0
+"""Seconds: whoever waits looks at the clock at least so often."""
+_STOOD_STILL = 1.0  # seconds by which a look is late, from which on this process was stopped, or its machine asleep
+
+
+class Pauses:
+    """Finds the time in which this process stood still (SIGSTOP, a closed lid): what others sent meanwhile waits to be read.
+
+    `clock` counts seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._looked = clock()
+
+    def look(self, expected: float = LOOK) -> float:
+        """Seconds by which this look comes later than `expected` after the one before, if this process stood still; else 0."""
+        before, self._looked = self._looked, self._clock()
+        late = self._looked - before - expected
+        return late if late > _STOOD_STILL else 0.0
+
+
+class Deadline:
+    """`seconds` from now; later by as long as this process stands still meanwhile."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._clock = seconds, clock
+        self._pauses = Pauses(clock)
+        self._until = clock() + seconds
+
+    def restart(self) -> None:
+        """As many seconds from now on again."""
+        self._pauses.look()
+        self._until = self._clock() + self._seconds
+
+    def look(self) -> float:
+        """Seconds that are left; not more than 0 when it is over. To be called every `LOOK` seconds."""
+        self._until += self._pauses.look()
+        return self._until - self._clock()
