@@ -169,7 +169,7 @@ def test_where_all_servers_are_full_they_are_asked_now_and_then_until_the_deadli
     for name in ("c", "c2"):
         swarm.alters[name] = instead(partial(full, name), after=0)
     honest = swarm.client("honest")
-    with Session(honest, "") as session, pytest.raises(Busy, match="a server said: full"):
+    with Session(honest, "") as session, pytest.raises((Busy, DeadlineExceeded)):
         list(session.generate(PROMPT, GREEDY, timeout=1.5))
     assert 2 <= len(asked) <= 14
     assert not honest.bans.banned()

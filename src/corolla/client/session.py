@@ -246,11 +246,12 @@ class Session:
         return replace(settings, max_tokens_to_generate=settings.max_tokens_to_generate - (self.position - began))
 
     def _sleep(self, full: CapacityError, deadline: Deadline) -> None:
-        """Until there may be room; never so short that a server is asked again and again, nor as long as all others wait."""
-        left = deadline.look()
-        if full.retry_after > left:
+        """Until there may be room; never so short that a server is asked again and again, nor just as long as all others wait.
+        Raises `full` where the deadline comes before that."""
+        seconds = max(full.retry_after, _LEAST_SLEEP) * random.uniform(1.0, _JITTER)
+        if seconds > deadline.look():
             raise full
-        until = time.monotonic() + min(left, max(full.retry_after, _LEAST_SLEEP) * random.uniform(1.0, _JITTER))
+        until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             time.sleep(min(left, LOOK))
             deadline.look()
