@@ -19,6 +19,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.types import ASGIApp
 
 import corolla
+from corolla.barrier import barrier
 from corolla.errors import CorollaError, InvalidSetting
 from corolla.gateway import openai_chat, openai_completions, petals, petals_socket, playground, ui, ui_looks
 from corolla.gateway.guard import Guard
@@ -42,12 +43,15 @@ def gateway_app(gateway: Gateway, *, static: Path = STATIC) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await gateway.conversations.interrupt_all()
-        pruning = asyncio.create_task(_prune(gateway))
+        await gateway.keeper.start()
+        tasks = [asyncio.create_task(gateway.keeper.run()), asyncio.create_task(_prune(gateway))]
         yield
-        pruning.cancel()
         await gateway.close()
         await gateway.writings.settle()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await gateway.keeper.close()
 
     app = FastAPI(title="Corolla", version=corolla.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.gateway = gateway
@@ -67,7 +71,8 @@ def gateway_app(gateway: Gateway, *, static: Path = STATIC) -> ASGIApp:
 async def _prune(gateway: Gateway) -> None:
     while True:
         await asyncio.sleep(30)
-        await asyncio.to_thread(gateway.writers.pool.prune)
+        with barrier("closing idle sessions"):
+            await asyncio.to_thread(gateway.writers.pool.prune)
 
 
 def _add_operations(app: FastAPI) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, delete, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, insert, or_, select, update
 
 from corolla.errors import CallerError, Conflict
-from corolla.gateway.database import Database, conversations, messages
+from corolla.gateway.admission import AdmissionConfig, Gate
+from corolla.gateway.database import Database, conversations, gateways, messages
 
 SETTABLE = ("title", "model", "system", "template", "prompt", "settings", "leaf")
 ENDED = ("done", "stopped", "interrupted", "failed")
 MOST_MESSAGES = 10_000  # of an imported conversation
+LEASE_SECONDS = 15.0
+_SEARCHES = AdmissionConfig(streams=2, waiting=64, waiting_of_one=8, retry_after=1.0)
+_PAGE = 100  # messages
 _AROUND_A_HIT = 60  # characters before and after what was searched for
 _TITLE = 60  # characters
 
@@ -34,9 +38,11 @@ class Conversations:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._searching = Gate(_SEARCHES)
+        self.writer = uuid.uuid4().hex  # this gateway's name in the database
 
     async def search(self, owner: str, query: str, limit: int, before: str | None) -> dict[str, Any]:
-        """Titles and messages that contain `query`, the latest first; `before` is the last answer's `next`."""
+        """Titles and messages that contain `query`, the latest first; `before` is the last answer's `next`. Raises `Busy`."""
         found = select(conversations).where(conversations.c.owner == owner)
         if query:
             inside = exists().where(messages.c.conversation == conversations.c.id, messages.c.text.icontains(query, autoescape=True))
@@ -74,7 +80,10 @@ class Conversations:
             more = len(rows) > limit
             return {"conversations": entries, "next": f"{shown[-1].updated!r}_{shown[-1].id}" if more else None}
 
-        return await self._database.run(work)
+        if not query:
+            return await self._database.read(work)
+        async with self._searching.place(owner):  # every message is read for it
+            return await self._database.read(work)
 
     async def create(self, owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """A conversation without messages."""
@@ -91,22 +100,26 @@ class Conversations:
 
         def work(connection: Connection) -> dict[str, Any]:
             connection.execute(insert(conversations).values(row))
-            return {**_shown_conversation(_row(connection, owner, str(row["id"]))), "messages": []}
+            return _shown_conversation(_row(connection, owner, str(row["id"])))
 
-        return await self._database.run(work)
+        return await self._database.write(work)
 
-    async def get(self, owner: str, conversation: str, *, whole: bool = True) -> dict[str, Any]:
-        """A conversation as the page gets it, with its messages if it is to be `whole`."""
+    async def get(self, owner: str, conversation: str) -> dict[str, Any]:
+        """A conversation as the page gets it, without its messages."""
+        return await self._database.read(lambda connection: _shown_conversation(_row(connection, owner, conversation)))
 
-        def work(connection: Connection) -> dict[str, Any]:
-            row = _row(connection, owner, conversation)
-            shown = _shown_conversation(row)
-            if whole:
-                found = connection.execute(select(messages).where(messages.c.conversation == conversation).order_by(messages.c.number))
-                shown["messages"] = [shown_message(message) for message in found]
-            return shown
-
-        return await self._database.run(work)
+    async def pages(self, conversation: str) -> AsyncIterator[list[dict[str, Any]]]:
+        """Its messages in the order they were written, some at a time: all of them may be many megabytes."""
+        last = 0
+        while True:
+            found = select(messages).where(messages.c.conversation == conversation, messages.c.number > last)
+            rows = await self._database.read(
+                lambda connection, found=found: connection.execute(found.order_by(messages.c.number).limit(_PAGE)).all()  # type: ignore[misc]
+            )
+            yield [shown_message(row) for row in rows]
+            if len(rows) < _PAGE:
+                return
+            last = rows[-1].number
 
     async def change(self, owner: str, conversation: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Change what is `SETTABLE`."""
@@ -118,8 +131,8 @@ class Conversations:
             if values:
                 connection.execute(update(conversations).where(conversations.c.id == conversation).values(dict(values)))
 
-        await self._database.run(work)
-        return await self.get(owner, conversation, whole=False)
+        await self._database.write(work)
+        return await self.get(owner, conversation)
 
     async def delete(self, owner: str, conversation: str) -> list[str]:
         """Delete it with all its messages; returns their ids."""
@@ -131,10 +144,10 @@ class Conversations:
             connection.execute(delete(conversations).where(conversations.c.id == conversation))
             return ids
 
-        return await self._database.run(work)
+        return await self._database.write(work)
 
     async def import_one(self, owner: str, content: Mapping[str, Any]) -> dict[str, Any]:
-        """A conversation as `get` gives it, under new ids. Raises `CallerError` for what is none."""
+        """A conversation with its messages, under new ids; returned as `get` does. Raises `CallerError` for what is none."""
         given = content["messages"]
         ids = {message["id"]: uuid.uuid4().hex for message in given}
         if len(ids) != len(given) or len(given) > MOST_MESSAGES:
@@ -170,8 +183,8 @@ class Conversations:
                 connection.execute(insert(messages), [{**row, "conversation": created["id"]} for row in rows])
             connection.execute(update(conversations).where(conversations.c.id == created["id"]).values(leaf=leaf))
 
-        await self._database.run(work)
-        return await self.get(owner, created["id"])
+        await self._database.write(work)
+        return {**created, "leaf": leaf}
 
     async def add_question(
         self, owner: str, conversation: str, parent: str | None, text: str, *, at_leaf: bool
@@ -187,15 +200,15 @@ class Conversations:
                     raise Conflict("a question follows an answer: name an answer as its parent, or none")
                 if above.state == "writing":
                     raise Conflict("the answer before it is still being written: wait for it, or stop it")
-            question = _add(connection, conversation, after, "user", text, "done")
-            answer = _add(connection, conversation, question["id"], "assistant", "", "writing")
+            question = _add(connection, conversation, after, "user", text, "done", None)
+            answer = self._begin(connection, conversation, question["id"])
             title = row.title or _title(text)
             connection.execute(
                 update(conversations).where(conversations.c.id == conversation).values(leaf=answer["id"], title=title, updated=time.time())
             )
             return question, answer
 
-        return await self._database.run(work)
+        return await self._database.write(work)
 
     async def add_answer(self, owner: str, message: str) -> tuple[str, dict[str, Any]]:
         """Another answer to a question, or beside an answer; returns the conversation's id and the answer."""
@@ -205,13 +218,13 @@ class Conversations:
             question = row.id if row.role == "user" else row.parent
             if question is None:
                 raise Conflict("this answer stands at the beginning and answers no question")
-            answer = _add(connection, row.conversation, question, "assistant", "", "writing")
+            answer = self._begin(connection, row.conversation, question)
             connection.execute(
                 update(conversations).where(conversations.c.id == row.conversation).values(leaf=answer["id"], updated=time.time())
             )
             return row.conversation, answer
 
-        return await self._database.run(work)
+        return await self._database.write(work)
 
     async def reopen(self, owner: str, message: str) -> tuple[str, dict[str, Any]]:
         """An answer that ended before its end is being written again. Raises `Conflict` for another."""
@@ -222,7 +235,7 @@ class Conversations:
             changed = connection.execute(
                 update(messages)
                 .where(messages.c.id == message, messages.c.role == "assistant", messages.c.state.in_(ended))
-                .values(state="writing", error=None)
+                .values(state="writing", error=None, writer=self.writer)
             )
             if not changed.rowcount:
                 raise Conflict("only an answer that was interrupted, stopped or failed can go on")
@@ -231,34 +244,63 @@ class Conversations:
             )
             return row.conversation, {**shown_message(row), "state": "writing", "error": None}
 
-        return await self._database.run(work)
+        return await self._database.write(work)
 
     async def message(self, owner: str, message: str) -> dict[str, Any]:
         """One message."""
-        return await self._database.run(lambda connection: shown_message(_message(connection, owner, message)))
+        return await self._database.read(lambda connection: shown_message(_message(connection, owner, message)))
+
+    async def check_writer(self, owner: str, message: str) -> None:
+        """Raises `Conflict` where another gateway writes that answer."""
+        row = await self._database.read(lambda connection: _message(connection, owner, message))
+        if row.state == "writing" and row.writer != self.writer:
+            raise Conflict("another gateway on the same database writes this answer: stop it there")
 
     async def branch(self, owner: str, conversation: str, message: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The conversation, and its messages from the beginning up to the one before `message`."""
-        whole = await self.get(owner, conversation)
-        by_id = {each["id"]: each for each in whole.pop("messages")}
-        if message not in by_id:
-            raise NotFound("message")
-        path: list[dict[str, Any]] = []
-        at = by_id[message]["parent"]
-        while at is not None and at in by_id:
-            path.append(by_id[at])
-            at = by_id[at]["parent"]
-        return whole, path[::-1]
 
-    async def write(self, message: str, **values: Any) -> None:
-        """What has come of an answer so far, or its end."""
-        await self._database.run(lambda connection: connection.execute(update(messages).where(messages.c.id == message).values(values)))
+        def work(connection: Connection) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            row = _row(connection, owner, conversation)
+            parent = _message_of(connection, conversation, message).parent
+            path = select(messages).where(messages.c.id == parent, messages.c.conversation == conversation).cte("path", recursive=True)
+            path = path.union(select(messages).where(messages.c.id == path.c.parent, messages.c.conversation == conversation))
+            above = connection.execute(select(path).order_by(path.c.number)).all()  # a parent was written before what follows it
+            return _shown_conversation(row), [shown_message(each) for each in above]
 
-    async def interrupt_all(self) -> None:
-        """No answer is being written by a gateway that has just begun."""
-        await self._database.run(
-            lambda connection: connection.execute(update(messages).where(messages.c.state == "writing").values(state="interrupted"))
-        )
+        return await self._database.read(work)
+
+    async def save(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
+        """What has come so far of answers that this gateway writes, or their end, by the message. All of them or none."""
+
+        def work(connection: Connection) -> None:
+            for message, values in answers.items():
+                connection.execute(update(messages).where(messages.c.id == message, messages.c.writer == self.writer).values(dict(values)))
+
+        await self._database.write(work)
+
+    async def keep_lease(self) -> None:
+        """This gateway lives. What was being written by one that was not seen for `LEASE_SECONDS` is interrupted."""
+
+        def work(connection: Connection) -> None:
+            now = time.time()
+            if not connection.execute(update(gateways).where(gateways.c.id == self.writer).values(seen=now)).rowcount:
+                connection.execute(insert(gateways).values(id=self.writer, seen=now))
+            connection.execute(delete(gateways).where(gateways.c.seen < now - LEASE_SECONDS))
+            _interrupt(connection, or_(messages.c.writer.is_(None), messages.c.writer.not_in(select(gateways.c.id))))
+
+        await self._database.write(work)
+
+    async def leave(self) -> None:
+        """This gateway writes nothing any more."""
+
+        def work(connection: Connection) -> None:
+            connection.execute(delete(gateways).where(gateways.c.id == self.writer))
+            _interrupt(connection, messages.c.writer == self.writer)
+
+        await self._database.write(work)
+
+    def _begin(self, connection: Connection, conversation: str, parent: str) -> dict[str, Any]:
+        return _add(connection, conversation, parent, "assistant", "", "writing", self.writer)
 
 
 def iso(moment: float) -> str:
@@ -309,7 +351,13 @@ def _message_of(connection: Connection, conversation: str, message: str) -> Row[
     return row
 
 
-def _add(connection: Connection, conversation: str, parent: str | None, role: str, text: str, state: str) -> dict[str, Any]:
+def _interrupt(connection: Connection, which: ColumnElement[bool]) -> None:
+    connection.execute(update(messages).where(messages.c.state == "writing", which).values(state="interrupted"))
+
+
+def _add(
+    connection: Connection, conversation: str, parent: str | None, role: str, text: str, state: str, writer: str | None
+) -> dict[str, Any]:
     row: dict[str, Any] = {
         "id": uuid.uuid4().hex,
         "conversation": conversation,
@@ -319,6 +367,7 @@ def _add(connection: Connection, conversation: str, parent: str | None, role: st
         "state": state,
         "notices": [],
         "created": time.time(),
+        "writer": writer,
     }
     connection.execute(insert(messages).values(row))
     return shown_message(connection.execute(select(messages).where(messages.c.id == row["id"])).one())

@@ -6,9 +6,12 @@ import asyncio
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from alembic.util.exc import CommandError
 from sqlalchemy import (
     JSON,
     Column,
@@ -26,11 +29,21 @@ from sqlalchemy import (
     event,
 )
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    NotSupportedError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from corolla.errors import InvalidSetting, StorageError
 
 Result = TypeVar("Result")
+_MOST_SAID = 200  # characters of a database's own words
 
 metadata = MetaData()
 
@@ -86,6 +99,14 @@ messages = Table(
     Column("error", Text),
     Column("notices", JSON, nullable=False),
     Column("created", Float, nullable=False),
+    Column("writer", String(32)),  # the gateway that writes it, or wrote it
+)
+
+gateways = Table(
+    "gateways",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("seen", Float, nullable=False),  # what was being written by one that was not seen for a while is interrupted
 )
 
 
@@ -95,17 +116,25 @@ class Database:
     Raises `InvalidSetting` for a URL that names none, `StorageError` when it cannot be opened.
     """
 
-    def __init__(self, url: str) -> None:
-        self.engine = _engine(url)
-        self._threads = ThreadPoolExecutor(4, thread_name_prefix="corolla-database")
+    def __init__(self, url: str, *, patience: float = 5.0) -> None:
+        """`patience` are seconds that SQLite waits for another process's lock."""
+        self.engine = _engine(url, patience)
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="corolla-database")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="corolla-database-writer")  # where it is locked, readers go on
         try:
             _migrate(self.engine)
         except SQLAlchemyError as error:
-            raise StorageError(f"the database {self.engine.url!r} cannot be opened: {error}") from None
+            raise StorageError(f"the database {self.engine.url!r} cannot be opened: {_reason(error)}") from None
+        except CommandError as error:
+            raise StorageError(f"the database {self.engine.url!r} is another version's: bring Corolla up to date ({error})") from None
 
-    async def run(self, work: Callable[[Connection], Result]) -> Result:
-        """One transaction, beside the event loop. Raises `StorageError`."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.now, work)
+    async def read(self, work: Callable[[Connection], Result]) -> Result:
+        """One transaction that changes nothing, beside the event loop. Raises `StorageError`."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self.now, work)
+
+    async def write(self, work: Callable[[Connection], Result]) -> Result:
+        """One transaction after the other, beside the event loop. Raises `StorageError`."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self.now, work)
 
     def now(self, work: Callable[[Connection], Result]) -> Result:
         """One transaction, on this thread. Raises `StorageError`."""
@@ -113,11 +142,12 @@ class Database:
             with self.engine.begin() as connection:
                 return work(connection)
         except SQLAlchemyError as error:
-            raise StorageError(f"the database {self.engine.url!r} does not answer: {error}") from None
+            raise StorageError(f"the database {self.engine.url!r} does not answer: {_reason(error)}") from None
 
     def close(self) -> None:
         """Wait for what is under way, and leave."""
-        self._threads.shutdown(wait=True)
+        self._readers.shutdown(wait=True)
+        self._writer.shutdown(wait=True)
         self.engine.dispose()
 
 
@@ -128,26 +158,43 @@ def default_url() -> str:
     return f"sqlite:///{directory / 'gateway.sqlite'}"
 
 
-def _engine(url: str) -> Engine:
+def _engine(url: str, patience: float) -> Engine:
     if "://" not in url:
         url = f"sqlite:///{url}"  # a file
     try:
         parsed = make_url(url)
-        if parsed.get_backend_name() == "sqlite" and parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        engine = create_engine(parsed)
+        if parsed.get_backend_name() == "sqlite" and parsed.database and parsed.database != ":memory:":
+            _make_private(Path(parsed.database))
+        engine = create_engine(parsed, hide_parameters=True)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise InvalidSetting("database", f"{url!r} cannot be used ({error}); give a file, or a URL as SQLAlchemy takes it") from None
     except OSError as error:
-        raise StorageError(f"the database's directory cannot be made: {error}") from None
+        raise StorageError(f"the database's file cannot be made: {error}") from None
     if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "connect", partial(_set_up_sqlite, round(patience * 1000)))
     return engine
 
 
-def _set_up_sqlite(connection: object, _: object) -> None:
+def _make_private(file: Path) -> None:
+    """Conversations are in it: nobody else reads it, nor what SQLite writes beside it."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+    for each in (file, *(file.with_name(file.name + end) for end in ("-wal", "-shm", "-journal"))):
+        with suppress(FileNotFoundError, PermissionError):  # of another user that shares it with this one
+            each.chmod(0o600)
+
+
+def _reason(error: SQLAlchemyError) -> str:
+    """In words without the statement and its parameters: people's conversations are among them."""
+    about_data = isinstance(error, (IntegrityError, DataError, ProgrammingError, NotSupportedError))
+    if isinstance(error, DBAPIError) and not about_data and (lines := str(error.orig).splitlines()):
+        return lines[0][:_MOST_SAID]
+    return type(error).__name__
+
+
+def _set_up_sqlite(patience_ms: int, connection: object, _: object) -> None:
     cursor = connection.cursor()  # type: ignore[attr-defined]
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=10000"):
+    for pragma in (f"busy_timeout={patience_ms}", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

@@ -104,13 +104,13 @@ class Keys:
             connection.execute(delete(logins).where(logins.c.expires < now))
             connection.execute(insert(logins).values(hash=_hash(cookie), key=caller.id, expires=now + LOGIN_SECONDS))
 
-        await self._database.run(work)
+        await self._database.write(work)
         return cookie
 
     async def log_out(self, cookie: str) -> None:
         """The cookie is worth nothing any more."""
         self._remembered.pop(_hash(cookie), None)
-        await self._database.run(lambda connection: connection.execute(delete(logins).where(logins.c.hash == _hash(cookie))))
+        await self._database.write(lambda connection: connection.execute(delete(logins).where(logins.c.hash == _hash(cookie))))
 
     async def _find(self, digest: str, *, login: bool) -> Caller | None:
         now = time.monotonic()
@@ -122,7 +122,7 @@ class Keys:
             query = query.join(logins).where(logins.c.hash == digest, logins.c.expires > time.time())
         else:
             query = query.where(keys.c.hash == digest)
-        row = await self._database.run(lambda connection: connection.execute(query).one_or_none())
+        row = await self._database.read(lambda connection: connection.execute(query).one_or_none())
         if row is None:
             self._remembered.pop(digest, None)
             return None

@@ -14,11 +14,12 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from corolla.errors import InvalidSetting, ModelNotFound
+from corolla.gateway.bodies import StrictRoute
 from corolla.gateway.problems import ANSWERING, documented
 from corolla.gateway.service import TheGateway
 from corolla.types import GenerationSettings
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ANSWERING)
+router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ANSWERING, route_class=StrictRoute)
 MOST_CHOICES = 16
 _SEED = 2**63
 _STARTED = int(time.time())

@@ -16,13 +16,14 @@ from starlette.requests import Request as HttpRequest
 
 from corolla.errors import CallerError, EmptyPrompt, InvalidSetting, PromptTooLong
 from corolla.gateway.answers import Request
+from corolla.gateway.bodies import StrictRoute
 from corolla.gateway.pool import Kept
 from corolla.gateway.problems import ANSWERING, BadRequest
 from corolla.gateway.served import ServedModel
 from corolla.gateway.service import Gateway, TheCaller, TheGateway, unless_gone
 from corolla.types import GenerationSettings
 
-router = APIRouter(prefix="/api/v1", tags=["Petals"], responses=ANSWERING)
+router = APIRouter(prefix="/api/v1", tags=["Petals"], responses=ANSWERING, route_class=StrictRoute)
 
 
 class Inference(BaseModel):

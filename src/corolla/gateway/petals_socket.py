@@ -18,6 +18,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from corolla.client.completion import Piece
 from corolla.errors import CallerError, CorollaError, InvalidSetting
 from corolla.gateway.answers import Answer, Request
+from corolla.gateway.bodies import decoded
 from corolla.gateway.open_sessions import OpenSession
 from corolla.gateway.petals import Inference, tokens_of
 from corolla.gateway.problems import petals_text
@@ -67,8 +68,8 @@ class Inbox:
     async def _read(self, socket: WebSocket) -> None:
         while (message := await socket.receive())["type"] != "websocket.disconnect":
             try:
-                request = msgspec.json.decode(message.get("text") or message.get("bytes") or b"")
-            except (msgspec.DecodeError, UnicodeDecodeError):
+                request = decoded(message.get("text") or message.get("bytes") or b"")
+            except ValueError:
                 request = None
             if self._requests.qsize() < _MOST_WAITING:
                 self._requests.put_nowait(request if isinstance(request, dict) else CallerError("a request is one JSON object"))

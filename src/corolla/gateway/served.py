@@ -42,6 +42,11 @@ class ServedModel:
         """The blocks that no ready server holds."""
         return gaps([record for record in self.records() if record.state == "ready"], self.blocks)
 
+    @property
+    def most_characters(self) -> int:
+        """More of them have no room in the context, however they are tokenized."""
+        return self.context_length * _LONGEST_TOKEN
+
     def template_or_default(self, name: str | None) -> Template:
         """Raises `InvalidSetting` where there is no such template."""
         return self.template if name is None else template_named(name)
@@ -53,7 +58,7 @@ class ServedModel:
     def check_size(self, *texts: str) -> None:
         """Raises `PromptTooLong` for more characters than any tokens of the context could spell, before they are tokenized."""
         characters = sum(map(len, texts))
-        if characters > self.context_length * _LONGEST_TOKEN:
+        if characters > self.most_characters:
             raise PromptTooLong(characters // _LONGEST_TOKEN, self.context_length)
 
     def check_room(self, tokens: int) -> int:

@@ -20,6 +20,7 @@ from corolla.gateway.answers import Answer, Writers
 from corolla.gateway.conversations import Conversations
 from corolla.gateway.database import Database
 from corolla.gateway.guard import GuardConfig
+from corolla.gateway.keeping import Keeper
 from corolla.gateway.keys import Caller, Keys
 from corolla.gateway.metrics import Metrics
 from corolla.gateway.open_sessions import OpenSessions
@@ -61,6 +62,7 @@ class Gateway:
         self.models, self.database, self.config = models, database, config
         self.keys = Keys(database)
         self.conversations = Conversations(database)
+        self.keeper = Keeper(self.conversations)
         self.metrics = Metrics()
         self.gate = Gate(config.admission)
         self.writers = Writers(self.gate, SessionPool(config.pool), self.metrics, timeout=config.token_timeout)

@@ -5,28 +5,33 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 import corolla
 from corolla.chat.templates import TEMPLATES
 from corolla.errors import CorollaError, EmptyPrompt
+from corolla.gateway.bodies import StrictRoute
 from corolla.gateway.guard import COOKIE, cookie_of
 from corolla.gateway.inference import SETTINGS
+from corolla.gateway.keeping import EVERY
 from corolla.gateway.keys import LOGIN_SECONDS
 from corolla.gateway.problems import ANSWERING
 from corolla.gateway.served import ServedModel
 from corolla.gateway.service import Gateway, TheCaller, TheGateway
-from corolla.gateway.sse import EventStream, event
+from corolla.gateway.sse import KEEP_ALIVE, EventStream, event
 from corolla.gateway.writing import chat_settings
 
-router = APIRouter(prefix="/api/ui", tags=["The page"], responses=ANSWERING)
+router = APIRouter(prefix="/api/ui", tags=["The page"], responses=ANSWERING, route_class=StrictRoute)
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}}
-_SOON, _TRIES = 0.05, 100  # seconds, and how often
+_WHOLE: dict[str, Any] = {"description": "The conversation with its messages.", "content": {"application/json": {}}}
+_SOON, _TRIES = 0.05, 20  # seconds, and how often
 _NAME = Annotated[str, Field(max_length=200)]
 _TEXT = Annotated[str, Field(max_length=4_000_000)]
 _ID = Annotated[str, Field(max_length=64)]
@@ -152,35 +157,30 @@ async def create(asked: NewConversation, gateway: TheGateway, caller: TheCaller)
     """A new conversation, and its first question if there is a `text`: then there is none where that cannot be answered."""
     values = _checked(gateway, asked.model_dump(exclude_unset=True, exclude={"leaf", "text"}))
     if asked.text is None:
-        return await gateway.conversations.create(caller.id, values)
+        return {**await gateway.conversations.create(caller.id, values), "messages": []}
     made = await gateway.conversations.create(caller.id, values)
     try:
         begun = await ask(made["id"], Question(text=asked.text), gateway, caller)
     except CorollaError:
         await gateway.conversations.delete(caller.id, made["id"])
         raise
-    return {**await gateway.conversations.get(caller.id, made["id"], whole=False), **begun}
+    return {**await gateway.conversations.get(caller.id, made["id"]), **begun}
 
 
-@router.post("/conversations/import", status_code=201)
-async def import_conversation(asked: Imported, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+@router.post("/conversations/import", status_code=201, response_class=Response, responses={201: _WHOLE})
+async def import_conversation(asked: Imported, gateway: TheGateway, caller: TheCaller) -> Response:
     """A conversation that was exported, as a new one."""
     values = asked.model_dump()
     if values["model"] not in [model.name for model in gateway.models]:
         values["model"] = None  # it is served elsewhere; here it goes on with what there is
-    return await gateway.conversations.import_one(
-        caller.id, {**values, **_checked(gateway, {"settings": values["settings"] or {}, "template": values["template"]})}
-    )
+    values |= _checked(gateway, {"settings": values["settings"] or {}, "template": values["template"]})
+    return _whole(gateway, await gateway.conversations.import_one(caller.id, values), status_code=201)
 
 
-@router.get("/conversations/{conversation}")
-async def get(conversation: str, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+@router.get("/conversations/{conversation}", response_class=Response, responses={200: _WHOLE})
+async def get(conversation: str, gateway: TheGateway, caller: TheCaller) -> Response:
     """A conversation with all its messages."""
-    whole = await gateway.conversations.get(caller.id, conversation)
-    for message in whole["messages"]:
-        if (writing := gateway.writings.get(message["id"])) is not None:
-            message["text"] = writing.text
-    return whole
+    return _whole(gateway, await gateway.conversations.get(caller.id, conversation))
 
 
 @router.patch("/conversations/{conversation}")
@@ -197,13 +197,29 @@ async def delete(conversation: str, gateway: TheGateway, caller: TheCaller) -> R
     return Response(status_code=204)
 
 
-@router.get("/conversations/{conversation}/export")
+@router.get("/conversations/{conversation}/export", response_class=Response, responses={200: _WHOLE})
 async def export(conversation: str, gateway: TheGateway, caller: TheCaller) -> Response:
     """A conversation as a file."""
-    whole = await gateway.conversations.get(caller.id, conversation)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", whole["title"]).strip("-")[:60] or "conversation"
-    headers = {"Content-Disposition": f'attachment; filename="{name}.json"'}
-    return Response(json.dumps(whole, ensure_ascii=False, indent=2), media_type="application/json", headers=headers)
+    known = await gateway.conversations.get(caller.id, conversation)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", known["title"]).strip("-")[:60] or "conversation"
+    return _whole(gateway, known, headers={"Content-Disposition": f'attachment; filename="{name}.json"'})
+
+
+def _whole(gateway: Gateway, conversation: dict[str, Any], **options: Any) -> Response:
+    """A conversation with its messages, a page of them after the other: all may be many megabytes."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield json.dumps(conversation).encode()[:-1] + b', "messages": ['
+        before = b"\n"
+        async for page in gateway.conversations.pages(conversation["id"]):
+            for message in page:
+                if (writing := gateway.writings.get(message["id"])) is not None:
+                    message["text"] = writing.text
+                yield before + json.dumps(message).encode()
+                before = b",\n"
+        yield b"\n]}\n"
+
+    return StreamingResponse(pieces(), media_type="application/json", **options)
 
 
 @router.post("/conversations/{conversation}/messages", status_code=202)
@@ -239,7 +255,7 @@ async def resume(message: str, gateway: TheGateway, caller: TheCaller) -> dict[s
 @router.post("/messages/{message}/stop", status_code=204)
 async def stop(message: str, gateway: TheGateway, caller: TheCaller) -> Response:
     """End an answer where it is."""
-    await gateway.conversations.message(caller.id, message)
+    await gateway.conversations.check_writer(caller.id, message)
     gateway.writings.stop(message)
     return Response(status_code=204)
 
@@ -255,13 +271,26 @@ async def events(message: str, gateway: TheGateway, caller: TheCaller) -> Respon
         if known["state"] != "writing":
             break
         await asyncio.sleep(_SOON)  # it is about to begin, or just being kept
-    tokens = (known["stats"] or {}).get("tokens", 0)
+    return EventStream(_followed(gateway, caller.id, known))
 
-    async def ended():  # type: ignore[no-untyped-def]
-        yield event("snapshot", {"text": known["text"], "tokens": tokens, "state": known["state"]})
-        yield event("done", {"message": known})
 
-    return EventStream(ended())
+async def _followed(gateway: Gateway, owner: str, known: dict[str, Any]) -> AsyncIterator[bytes]:
+    """The events of an answer that has ended, or that another gateway writes: as it is saved."""
+    yield event("snapshot", {"text": known["text"], "tokens": (known["stats"] or {}).get("tokens", 0), "state": known["state"]})
+    while known["state"] == "writing" and not gateway.closing.is_set():
+        with suppress(TimeoutError):
+            await asyncio.wait_for(gateway.closing.wait(), EVERY)
+        before = known["text"]
+        try:
+            known = await gateway.conversations.message(owner, known["id"])
+        except CorollaError:
+            break  # it was deleted, or cannot be read now: this is what is known
+        if known["text"] != before and known["text"].startswith(before):
+            stats = {name: (known["stats"] or {}).get(name) for name in ("tokens", "tokens_per_second", "ttft")}
+            yield event("delta", {"text": known["text"][len(before) :], **stats})
+        else:
+            yield KEEP_ALIVE
+    yield event("done", {"message": known})
 
 
 def _checked(gateway: Gateway, values: dict[str, Any]) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from corolla.gateway.bodies import StrictRoute
 from corolla.gateway.problems import ANSWERING
 from corolla.gateway.served import ServedModel
 from corolla.gateway.service import Gateway, TheGateway
 from corolla.gateway.sse import EventStream, event
 
-router = APIRouter(prefix="/api/ui", tags=["The page"], responses=ANSWERING)
+router = APIRouter(prefix="/api/ui", tags=["The page"], responses=ANSWERING, route_class=StrictRoute)
 _EVERY = 2.0  # seconds
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}}
 

@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from corolla.barrier import barrier
 from corolla.chat.conversation import Conversation
 from corolla.chat.templates import Template
 from corolla.client.completion import CompletionResult, Piece
 from corolla.errors import CorollaError
 from corolla.gateway.answers import Answer, Notice, Request
 from corolla.gateway.conversations import turns
+from corolla.gateway.keeping import EVERY, lasting
 from corolla.gateway.problems import kind_of
 from corolla.gateway.served import ServedModel
 from corolla.gateway.service import Gateway
@@ -22,8 +24,11 @@ from corolla.gateway.sse import KEEP_ALIVE, event
 from corolla.types import GenerationSettings
 
 CHAT_DEFAULTS: Mapping[str, Any] = {"max_tokens_to_generate": 512, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
-_SAVED_EVERY = 1.0  # seconds
 _TICK = 1.0
+_NOT_SAVED = (  # seconds, and what is then told
+    (3.0, Notice("The answer is not saved yet: the database does not answer.")),
+    (12.0, Notice("The answer could not be saved: copy what you need of it. It is still tried.")),
+)
 
 
 class Stats:
@@ -76,14 +81,22 @@ class Writing:
 
     async def write(self, gateway: Gateway) -> None:
         """Until the answer ends, whatever ends it."""
+        faults: list[Exception] = []
+        with barrier("an answer of a conversation", faults.append):
+            await self._write(gateway)
+        if faults:
+            self.answer.stop()
+            await self._end(gateway, "failed", None, CorollaError("a fault of the gateway; its log says more"))
+
+    async def _write(self, gateway: Gateway) -> None:
         saved = time.monotonic()
         error: CorollaError | None = None
         try:
             async for item in self.answer.items(_TICK):
                 self._take(item)
-                if time.monotonic() - saved > _SAVED_EVERY:
+                if time.monotonic() - saved > EVERY:
                     saved = time.monotonic()
-                    await gateway.conversations.write(self.message["id"], text=self.text, stats=self.stats, notices=self.message["notices"])
+                    gateway.keeper.put(self.message["id"], {"text": self.text, "stats": self.stats, "notices": self.message["notices"]})
         except CorollaError as raised:
             error = raised
             gateway.metrics.failed(kind_of(raised))
@@ -91,20 +104,24 @@ class Writing:
         result = self.answer.result
         finish = None if result is None or result.finish_reason is None else result.finish_reason.value
         state = "failed" if error is not None else "done" if finish else "stopped" if self.stopped else "interrupted"
+        await self._end(gateway, state, finish, error)
+
+    async def _end(self, gateway: Gateway, state: str, finish: str | None, error: CorollaError | None) -> None:
         ending = {
             "text": self.text,
             "state": state,
             "finish": finish,
             "stats": self.stats,
-            "error": None if error is None else str(error),
+            "error": None if error is None else lasting(error),
             "notices": self.message["notices"],
         }
-        self.message |= ending
-        try:
-            await gateway.conversations.write(self.message["id"], **ending)
-        finally:
-            self._over = True
-            self._tell()
+        saving = gateway.keeper.end(self.message["id"], ending)
+        for patience, notice in _NOT_SAVED:
+            if not (await asyncio.wait([saving], timeout=patience))[0]:
+                self._take(notice)
+        self.message |= {**ending, "notices": self.message["notices"]}
+        self._over = True
+        self._tell()
 
     async def watch(self, keep_alive: float, closing: asyncio.Event) -> AsyncIterator[bytes]:
         """Events as docs/api.md has them."""
@@ -173,7 +190,7 @@ class Writings:
             request = await self._request(owner, conversation, message)
             answer = self._gateway.writers.begin(request)
         except CorollaError as error:
-            await self._gateway.conversations.write(message["id"], state="failed", error=str(error))
+            self._gateway.keeper.end(message["id"], {"state": "failed", "error": lasting(error)})
             raise
         writing = self._by_message[message["id"]] = Writing(message, answer)
         task = asyncio.create_task(writing.write(self._gateway))
@@ -197,8 +214,8 @@ class Writings:
         template = model.template_or_default(known["template"])
         settings = chat_settings(known["settings"], template, model)
         soft = await self._gateway.soft_prompt(known["prompt"], model)
-        said = turns(path)
-        model.check_size(*(text for _, text in said[-1:]))
+        said = _recent(turns(path), model.most_characters)
+        model.check_size(known["system"] or "", *(text for _, text in said[-1:]))
         make = partial(
             prompt_of,
             model,
@@ -211,6 +228,18 @@ class Writings:
         )
         prompt = await self._gateway.writers.prepare(make)
         return Request(model=model, owner=owner, prompt=prompt, settings=settings, keep=True, soft=soft)
+
+
+def _recent(said: Sequence[tuple[str, str]], characters: int) -> Sequence[tuple[str, str]]:
+    """The last of them, from a question on: what is before so many characters has no room in any prompt."""
+    first = len(said) - 1
+    for index in range(len(said) - 1, -1, -1):
+        characters -= len(said[index][1])
+        if characters < 0:
+            break
+        if said[index][0] == "user":
+            first = index
+    return said[max(0, first) :]
 
 
 def chat_settings(given: Mapping[str, Any], template: Template, model: ServedModel) -> GenerationSettings:
