@@ -20,6 +20,7 @@ def record(start: int, end: int, **changes: Any) -> ServerRecord:
         "start": start,
         "end": end,
         "blocks": 30,
+        "hidden": 64,
         "dtype": "bfloat16",
         "weights": "packed",
         "throughput": 4412.6,

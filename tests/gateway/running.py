@@ -110,6 +110,7 @@ def _record(name: str, span: tuple[int, int], *, quick: str) -> ServerRecord:
         start=span[0],
         end=span[1],
         blocks=BLOCKS,
+        hidden=64,
         dtype="float32",
         weights="packed",
         throughput=1.0 if quick.startswith("spare") else 1000.0,

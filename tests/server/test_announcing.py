@@ -30,7 +30,7 @@ def peer() -> LocalPeer:
 
 
 def describe() -> ServerRecord:
-    return make_record("a", 0, 4, expires=time.time() + 60)
+    return make_record("a", 0, 4, expires=time.time() + 15)
 
 
 def test_it_announces_again_and_again_until_it_is_withdrawn(peer: LocalPeer) -> None:

@@ -35,6 +35,7 @@ def make_record(peer: str, start: int, end: int, **changes: object) -> ServerRec
         "start": start,
         "end": end,
         "blocks": 12,
+        "hidden": 64,
         "dtype": "float32",
         "weights": "plain",
         "throughput": 1000.0,

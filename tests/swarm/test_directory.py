@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from corolla.errors import InvalidSetting, NetworkError
-from corolla.swarm.directory import MAX_LIFETIME, HivemindDirectory, LocalDirectory
+from corolla.swarm.directory import MAX_LIFETIME, HivemindDirectory, HivemindDirectoryConfig, LocalDirectory
 from corolla.swarm.records import ServerRecord
 
 # hivemind scripts a function as it is imported, which torch 2.13 calls deprecated.
@@ -26,6 +26,7 @@ with warnings.catch_warnings():
     from corolla.swarm.signatures import MAX_ENTRY_BYTES, Identity, SignedEntries
 
 SECRET = b"correct horse battery staple"
+LONGEST = 3600.0  # seconds that records may live here: a slow machine must not make them expire
 
 
 def record(peer: str = "QmA", **fields: Any) -> ServerRecord:
@@ -37,6 +38,7 @@ def record(peer: str = "QmA", **fields: Any) -> ServerRecord:
         "start": 0,
         "end": 4,
         "blocks": 8,
+        "hidden": 64,
         "dtype": "float32",
         "weights": "plain",
         "throughput": 1000.0,
@@ -56,7 +58,7 @@ def record(peer: str = "QmA", **fields: Any) -> ServerRecord:
 
 def test_what_is_published_is_found_until_it_expires() -> None:
     now = [100.0]
-    directory = LocalDirectory(clock=lambda: now[0])
+    directory = LocalDirectory(clock=lambda: now[0], longest=LONGEST)
     asyncio.run(directory.publish(record(expires=130.0)))
     assert [found.peer for found in asyncio.run(directory.servers())] == ["QmA"]
     now[0] = 130.0
@@ -66,7 +68,7 @@ def test_what_is_published_is_found_until_it_expires() -> None:
 
 def test_a_server_has_one_record_and_withdraws_it() -> None:
     async def scenario() -> None:
-        directory = LocalDirectory()
+        directory = LocalDirectory(longest=LONGEST)
         await directory.publish(record(active=0))
         await directory.publish(record(active=3))
         assert [found.active for found in await directory.servers()] == [3]
@@ -79,7 +81,7 @@ def test_a_server_has_one_record_and_withdraws_it() -> None:
 
 def test_servers_are_found_by_model_in_order_of_their_spans() -> None:
     async def scenario() -> None:
-        directory = LocalDirectory()
+        directory = LocalDirectory(longest=LONGEST)
         for published in (record("QmB", start=4, end=8), record("QmA"), record("QmC", model="b"), record("QmD", model="b")):
             await directory.publish(published)
         await directory.publish(record("QmE", model="b"))
@@ -246,7 +248,7 @@ async def until_found(directory: HivemindDirectory, *names: str, model: str | No
 @over_hivemind
 def test_two_nodes_share_a_directory(tmp_path: Path) -> None:
     async def scenario(one: tuple[Any, SignedEntries], two: tuple[Any, SignedEntries]) -> None:
-        (first, a), (second, b) = ((HivemindDirectory(*side), side[1].identity.peer) for side in (one, two))
+        (first, a), (second, b) = ((HivemindDirectory(*side, HivemindDirectoryConfig(longest=LONGEST)), side[1].identity.peer) for side in (one, two))
         assert str(one[0].peer_id) == a  # what libp2p calls itself and what signs are one key
 
         await first.publish(record(a, name="first"))
@@ -285,7 +287,7 @@ def test_two_nodes_share_a_directory(tmp_path: Path) -> None:
         assert await first.models() == ["0123456789abcdef"]
 
         # It comes back as a new process, which knows nothing of what it stored before.
-        reborn = HivemindDirectory(*two)
+        reborn = HivemindDirectory(*two, HivemindDirectoryConfig(longest=LONGEST))
         await reborn.publish(record(b, model="other", name="reborn", expires=time.time() + 300))
         await until_found(first, "reborn", model="other")
 
@@ -310,7 +312,7 @@ class _Posing:
 def test_a_node_that_has_ended_is_a_network_error(tmp_path: Path) -> None:
     async def scenario() -> None:
         with node(tmp_path, "one", None, []) as one:
-            directory = HivemindDirectory(*one)
+            directory = HivemindDirectory(*one, HivemindDirectoryConfig(longest=LONGEST))
             await asyncio.to_thread(one[0].shutdown)
             with pytest.raises(NetworkError, match="ended"):
                 await directory.servers()

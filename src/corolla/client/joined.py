@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from corolla.barrier import barrier
 from corolla.client.swarm import SwarmTransport
-from corolla.errors import AdapterError, CorollaError, NetworkError, NoRoute
+from corolla.errors import AdapterError, CorollaError, NetworkError, NoRoute, UnsupportedModel
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.pings import RoundTrips
+from corolla.swarm.probing import Probes
 from corolla.swarm.records import ServerRecord, fingerprint
 from corolla.swarm.routing import Quality, Route, WantedAdapter, find_route, quality, seconds_along
 
@@ -25,6 +28,7 @@ _DEFAULT_CONTEXT = 2048
 _WORTH_MOVING = 2.0  # times quicker than the route that a session has: its whole history is computed again
 _SHORT_DIGEST = 8  # hexadecimal digits at least
 _MEASURED = 16  # servers whose round trips are measured
+_STRANGERS = 128  # servers that have proven nothing yet, of which routes are looked for at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +49,16 @@ class Joined:
 
 
 class KnownServers:
-    """What the directory says of one model's servers, looked up again on a thread of its own: the `Router` of a client."""
+    """What the directory says of one model's servers, looked up again on a thread of its own: the `Router` of a client. Records that
+    do not have the model's `blocks` are not believed."""
 
-    def __init__(self, peer: SwarmPeer, model_id: str) -> None:
-        self._peer, self._model_id = peer, model_id
+    def __init__(self, peer: SwarmPeer, model_id: str, blocks: int) -> None:
+        self._peer, self._model_id, self._blocks = peer, model_id, blocks
         self._records: list[ServerRecord] = []
-        self._blocks = 0  # of the whole model, as soon as any server has said it
+        self._heard_of = False  # any server, ever
         self._round_trips: RoundTrips | None = None
+        self._probes: Probes | None = None
+        self._chance = random.Random()
         self._closing = threading.Event()
         self._look()
         deadline = time.monotonic() + _FIRST_LOOK
@@ -65,9 +72,12 @@ class KnownServers:
     def records(self) -> list[ServerRecord]:
         return self._records
 
-    def measure(self, round_trips: RoundTrips) -> None:
-        """From now on measure this client's round trips too, to those servers that its tokens go to and come from."""
-        self._round_trips = round_trips
+    def measure(self, round_trips: RoundTrips, probes: Probes | None = None) -> None:
+        """From now on measure this client's round trips too, to those servers that its tokens go to and come from; and let servers prove
+        that they compute what they claim, before routes go over them."""
+        self._round_trips, self._probes = round_trips, probes
+        if probes is not None:
+            probes.ask(self._records)
 
     def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None, adapter: WantedAdapter | None = None) -> Route:
         """See `client.swarm.Router`."""
@@ -92,9 +102,13 @@ class KnownServers:
         like: Quality | None,
         adapter: WantedAdapter | None,
     ) -> Route:
-        if records:
-            self._blocks = records[0].blocks
-        if not self._blocks:
+        proven = None
+        if self._probes is not None:
+            known = self._probes.proven(records)
+            proven = {record.peer for record in known}
+            strangers = [record for record in records if record.peer not in proven]
+            records = known + self._chance.sample(strangers, min(len(strangers), _STRANGERS))
+        if not self._heard_of:
             raise NetworkError("no server of this swarm serves this model; `corolla status` shows which it serves")
         return find_route(
             records,
@@ -105,6 +119,7 @@ class KnownServers:
             prefer=self._prefer,
             like=like,
             adapter=adapter,
+            proven=proven,
         )
 
     @property
@@ -116,17 +131,18 @@ class KnownServers:
         self._thread.join()
 
     def _look(self) -> None:
-        self._records = self._peer.servers(self._model_id)
+        self._records = [record for record in self._peer.servers(self._model_id) if record.blocks == self._blocks]
+        self._heard_of |= bool(self._records)
         if self._round_trips is not None:
             ends = [record.peer for record in self._records if record.embeds or record.heads]
             self._round_trips.ask(ends[:_MEASURED])
+        if self._probes is not None:
+            self._probes.ask(self._records)
 
     def _keep_looking(self) -> None:
         while not self._closing.wait(_REFRESH):
-            try:
+            with barrier("the directory watch"), suppress(CorollaError):  # what is known is used until the directory answers again
                 self._look()
-            except CorollaError:
-                continue  # what is known is used until the directory answers again
 
 
 @contextmanager
@@ -135,14 +151,14 @@ def join_swarm(directory: Path, config: PeerConfig, *, timed: bool = False) -> I
 
     `timed` asks for the timings of each token.
 
-    Raises `NetworkError` when the swarm cannot be joined.
+    Raises `NetworkError` when the swarm cannot be joined, `UnsupportedModel` for a config.json that does not say how many blocks there are.
     """
     described = json.loads((directory / "config.json").read_bytes())
     peer = SwarmPeer(config)
     try:
-        known = KnownServers(peer, fingerprint(described))
+        known = KnownServers(peer, fingerprint(described), blocks_of(described))
         transport = SwarmTransport(peer.network, known, vocabulary=vocabulary_of(described), timed=timed)
-        known.measure(transport.round_trips)
+        known.measure(transport.round_trips, transport.probes)
         try:
             yield Joined(transport, "swarm", directory, context_length_of(described), known)
         finally:
@@ -172,6 +188,15 @@ def vocabulary_of(described: dict[str, object]) -> int | None:
     """How many tokens a config.json says that its model knows."""
     value = described.get("vocab_size")
     return value if isinstance(value, int) else None
+
+
+def blocks_of(described: dict[str, object]) -> int:
+    """How many blocks a config.json says that its model has. Raises `UnsupportedModel` where it does not say."""
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        value = described.get(key)
+        if isinstance(value, int):
+            return value
+    raise UnsupportedModel("config.json does not say how many blocks the model has: num_hidden_layers is missing")
 
 
 def context_length_of(described: dict[str, object]) -> int:

@@ -22,6 +22,7 @@ from corolla.errors import NetworkError, NoRoute, ServerFault
 from corolla.swarm.bans import Bans
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
+from corolla.swarm.probing import Probes
 from corolla.swarm.routing import Quality, Route, WantedAdapter
 from corolla.swarm.transport import Deliver
 from corolla.swarm.wire import (
@@ -110,6 +111,7 @@ class SwarmTransport:
         self.round_trips = RoundTrips(network.send)
         self.peers = PeerBook(self.patience.leaving)
         self.parts = Parts(network)
+        self.probes = Probes(network.send)
         self._links: dict[str, SwarmLink] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -162,6 +164,7 @@ class SwarmTransport:
 
     def _take(self, sender: str, message: WireMessage) -> None:
         self.peers.hear(sender)
+        self.probes.receive(sender, message)
         if isinstance(message, (TokenFrame, ScoresFrame, CachedFrame, GapFrame, FailedFrame)):
             if (link := self._link(message.session)) is not None:
                 link.receive(sender, message)
@@ -183,6 +186,7 @@ class SwarmTransport:
     def _lose(self, peer: str) -> None:
         self.round_trips.forget(peer)
         self.parts.lose(peer)
+        self.probes.forget(peer)
         self._each("a server's loss", lambda link: link.lost(peer, NetworkError(f"the connection to {peer} broke")))
 
     def _link(self, session: str) -> SwarmLink | None:

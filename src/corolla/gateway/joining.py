@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from corolla.client.joined import KnownServers, context_length_of, vocabulary_of
+from corolla.client.joined import KnownServers, blocks_of, context_length_of, vocabulary_of
 from corolla.client.swarm import SwarmTransport
 from corolla.errors import InvalidSetting
 from corolla.gateway.served import Models, served_model
@@ -41,11 +41,11 @@ def joined_models(directories: Mapping[str, Path], config: PeerConfig) -> Iterat
         shared = SharedNetwork(peer.network)
         models = []
         for name, directory in directories.items():
-            known = KnownServers(peer, fingerprint(described[name]))
+            known = KnownServers(peer, fingerprint(described[name]), blocks_of(described[name]))
             transport = SwarmTransport(shared.part(), known, vocabulary=vocabulary_of(described[name]))
             stack.callback(transport.close)
             stack.callback(known.close)
-            known.measure(transport.round_trips)
+            known.measure(transport.round_trips, transport.probes)
             models.append(
                 served_model(
                     name,

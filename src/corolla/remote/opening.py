@@ -51,7 +51,7 @@ def open_blocks(
         if initial_peers:
             peer = SwarmPeer(PeerConfig(initial_peers=initial_peers, secret=secret, client_mode=True))
             stack.callback(peer.close)
-            known = KnownServers(peer, fingerprint(json.loads((directory / "config.json").read_bytes())))
+            known = KnownServers(peer, fingerprint(json.loads((directory / "config.json").read_bytes())), blocks)
             stack.callback(known.close)
             servers = Servers(peer.network, known, blocks, config=config)
             known.measure(servers.round_trips)

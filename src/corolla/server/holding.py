@@ -22,6 +22,7 @@ from corolla.server.measuring import Meter, measure_throughput
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.convert import failed_of
 from corolla.swarm.network import Network
+from corolla.swarm.probing import Probes
 from corolla.swarm.routing import Quality
 from corolla.swarm.wire import AskCounters, BackwardFrame, Counters, ForwardFrame, Ping, Pong, StepFrame, WireDtype, WireMessage
 from corolla.types import Span
@@ -77,12 +78,12 @@ class Holder:
     `load` and `let_go` are for one thread at a time, the others for any.
     """
 
-    def __init__(self, network: Network, offer: Offer) -> None:
-        self._network, self._offer = network, offer
+    def __init__(self, network: Network, offer: Offer, probes: Probes) -> None:
+        self._network, self._offer, self._probes = network, offer, probes
         self._lock = threading.Lock()
         self._leaving_for_good = threading.Event()
         self._held: Held | None = None
-        network.listen(self._answer_empty, lambda peer: None)
+        network.listen(self._answer_empty, probes.forget)
 
     @property
     def held(self) -> Held | None:
@@ -109,7 +110,7 @@ class Holder:
             if self._leaving_for_good.is_set():
                 engine.stop()
                 raise NetworkError("this server is leaving")
-            server = SpanServer(engine, self._network, SpanServerConfig(wire_dtype=self._offer.wire_dtype))
+            server = SpanServer(engine, self._network, SpanServerConfig(wire_dtype=self._offer.wire_dtype), self._probes)
             self._held = Held(engine, server, Meter(engine, throughput))
             return self._held
 
@@ -137,7 +138,7 @@ class Holder:
         """Hold nothing any more, and free its memory. Whoever has a session here is told that it ended."""
         with self._lock:
             held, self._held = self._held, None
-            self._network.listen(self._answer_empty, lambda peer: None)
+            self._network.listen(self._answer_empty, self._probes.forget)
         if held is not None:
             held.server.stop()
         del held
@@ -163,6 +164,7 @@ class Holder:
                 self._held.server.leave()
 
     def _answer_empty(self, sender: str, message: WireMessage) -> None:
+        self._probes.receive(sender, message)
         if isinstance(message, Ping):
             self._send(sender, Pong(message.nonce))
         elif isinstance(message, AskCounters):

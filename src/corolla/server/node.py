@@ -23,6 +23,7 @@ from corolla.server.ways import Way, Ways
 from corolla.swarm.convert import failed_of, to_adapter_part, to_message, to_prompt_part, to_step, to_timings
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
+from corolla.swarm.probing import Probes
 from corolla.swarm.wire import (
     AdapterFrame,
     Ask,
@@ -62,12 +63,13 @@ class SpanServerConfig:
 class SpanServer:
     """Serves one engine's span over a network until `close`, or until another one listens on that network."""
 
-    def __init__(self, engine: Engine, network: Network, config: SpanServerConfig) -> None:
+    def __init__(self, engine: Engine, network: Network, config: SpanServerConfig, probes: Probes | None = None) -> None:
         self._engine, self._network = engine, network
         span, blocks = engine.model.span, engine.model.arch.blocks
         self._ways = Ways(network.me, span, blocks, config)
         self.counters = NodeCounters()
         self.round_trips = RoundTrips(self._send)
+        self._probes = probes or Probes(self._send)
         self._calls = Calls(engine, self._send, me=network.me)
         self._onward = Onward(
             engine, network, self._send, wire_dtype=config.wire_dtype, counters=self.counters, round_trips=self.round_trips
@@ -108,6 +110,7 @@ class SpanServer:
     # On the network's thread from here on.
 
     def _receive(self, sender: str, message: WireMessage) -> None:
+        self._probes.receive(sender, message)
         if isinstance(message, StepFrame):
             self._step(sender, message)
         elif isinstance(message, (ForwardFrame, BackwardFrame)):
@@ -132,6 +135,7 @@ class SpanServer:
     def _lose(self, peer: str) -> None:
         """The sessions of a client that is gone are closed; of a server that is gone, its sessions' clients are told."""
         self.round_trips.forget(peer)
+        self._probes.forget(peer)
         self._calls.lose(peer)
         self._engine.prompts.lose(peer)
         gone, parted = self._ways.lose(peer)

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from corolla.errors import DeadlineExceeded, InvalidSetting, NetworkError, ServerFault
-from corolla.swarm.records import ServerRecord, decode_record, encode_record, is_word
+from corolla.swarm.records import CLOCKS_DIFFER, LIFETIME, ServerRecord, decode_record, encode_record, is_word
 
 if TYPE_CHECKING:
     from hivemind import DHT
 
     from corolla.swarm.signatures import SignedEntries
 
-MAX_LIFETIME = 3600.0  # seconds; a record that claims a longer one is not believed, or a server long gone could haunt the swarm
+MAX_LIFETIME = LIFETIME + CLOCKS_DIFFER  # seconds; who claims a longer one is not believed, or a server long gone could haunt the swarm
 MAX_MODELS = 64  # of one swarm that are looked up
 log = logging.getLogger(__name__)
 
@@ -54,16 +54,16 @@ class Directory(Protocol):
 
 
 class LocalDirectory:
-    """A directory of one process; `clock` gives the unix time, or a virtual one."""
+    """A directory of one process; `clock` gives the unix time, or a virtual one. No record may live for more than `longest` seconds."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.time, longest: float = MAX_LIFETIME) -> None:
+        self._clock, self._longest = clock, longest
         self._records: dict[str, ServerRecord] = {}
 
     async def publish(self, record: ServerRecord) -> None:
         """See `Directory.publish`."""
         encode_record(record)
-        _check_lifetime(record, self._clock())
+        _check_lifetime(record, self._clock(), self._longest)
         self._records[record.peer] = record
 
     async def withdraw(self, peer: str) -> None:
@@ -113,6 +113,7 @@ _WITHDRAWAL = 5.0  # seconds that a withdrawal stands at least, for clocks that 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HivemindDirectoryConfig:
     deadline: float = 10.0  # seconds for each operation
+    longest: float = MAX_LIFETIME  # seconds that a record may live, or it is not believed
 
 
 class HivemindDirectory:
@@ -135,7 +136,7 @@ class HivemindDirectory:
     async def publish(self, record: ServerRecord) -> None:
         """See `Directory.publish`. Raises `InvalidSetting` for another peer's record, too."""
         encoded = encode_record(record)
-        _check_lifetime(record, time.time())
+        _check_lifetime(record, time.time(), self._config.longest)
         self._check_ours(record.peer)
         async with self._writing:
             if self._model not in (None, record.model):
@@ -163,7 +164,7 @@ class HivemindDirectory:
         """See `Directory.models`."""
         now = time.time()
         entries = (entry for _, entry in await self._entries(INDEX))
-        served = (entry for entry in entries if isinstance(entry, _Serves) and _lives(entry.expires, now))
+        served = (entry for entry in entries if isinstance(entry, _Serves) and _lives(entry.expires, now, self._config.longest))
         return _most_served(entry.model for entry in served if is_word(entry.model))
 
     async def _withdraw(self) -> None:
@@ -187,7 +188,7 @@ class HivemindDirectory:
                 log.warning(
                     "peer %s announced peer %s with model %s among the servers of %s: ignored", peer, record.peer, record.model, model
                 )
-            elif _lives(record.expires, now):
+            elif _lives(record.expires, now, self._config.longest):
                 records.append(record)
         return records
 
@@ -250,13 +251,13 @@ class HivemindDirectory:
             raise InvalidSetting("peer", f"{peer} is not this server, which is {self._identity.peer}; a server announces itself only")
 
 
-def _check_lifetime(record: ServerRecord, now: float) -> None:
-    if not _lives(record.expires, now):
-        raise InvalidSetting("expires", f"{record.expires - now:.0f} s from now is not within the next {MAX_LIFETIME:g} s")
+def _check_lifetime(record: ServerRecord, now: float, longest: float) -> None:
+    if not _lives(record.expires, now, longest):
+        raise InvalidSetting("expires", f"{record.expires - now:.0f} s from now is not within the next {longest:g} s")
 
 
-def _lives(expires: float, now: float) -> bool:
-    return now < expires <= now + MAX_LIFETIME
+def _lives(expires: float, now: float, longest: float) -> bool:
+    return now < expires <= now + longest
 
 
 def _most_served(models: Iterable[str]) -> list[str]:

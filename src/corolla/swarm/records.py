@@ -22,8 +22,15 @@ MAX_ADDRESSES = 16
 MAX_ADDRESS = 256  # characters
 MAX_NEIGHBOURS = 64  # entries of `round_trips`
 MAX_BLOCKS = 4096  # of a whole model
+MAX_HIDDEN = 2**16  # values of a row
 MAX_ADAPTERS = 64  # that a server names
 MAX_COUNT = 2**53  # of tokens or sessions; also what JSON carries exactly
+
+ANNOUNCE_EVERY = 5.0  # seconds
+LIFETIME = 3 * ANNOUNCE_EVERY
+"""Seconds that a record lives: a server that died is listed no longer."""
+CLOCKS_DIFFER = 5.0
+"""Seconds between two peers' clocks at most; hivemind lets nobody in whose clock is 3 s off."""
 
 _WORD = re.compile(r"[A-Za-z0-9._-]{1,64}")  # fingerprints, peers, dtypes and formats
 _DIGEST = re.compile(r"[0-9a-f]{64}")  # of adapters
@@ -41,6 +48,7 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     start: int
     end: int  # the span [start, end)
     blocks: int  # of the whole model
+    hidden: int  # values of a row between blocks
     dtype: str
     weights: str  # how they are held: packed, plain, int8 or int4
     throughput: float  # rows a second through one block of this server, measured
@@ -156,6 +164,8 @@ def _problem(record: ServerRecord) -> str | None:
             return f"{field} is not at most {most} printable characters"
     if not 0 <= record.start < record.end <= record.blocks <= MAX_BLOCKS:
         return f"{record.start}:{record.end} is no span of {record.blocks} blocks (a model has at most {MAX_BLOCKS})"
+    if not 1 <= record.hidden <= MAX_HIDDEN:
+        return f"hidden is not from 1 to {MAX_HIDDEN}"
     for field in ("throughput", "expires"):
         if not _is_amount(getattr(record, field)):
             return f"{field} is not a finite number of at least 0"

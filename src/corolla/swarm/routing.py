@@ -24,6 +24,7 @@ UNKNOWN_ROUND_TRIP = 0.1
 _STEPS_OF_AN_ANSWER = 64  # the client's own way is gone once, the ring once for each of these
 _SAME = 1 - 1e-9  # sums of the same numbers in another order differ by less
 _AT_MOST = 1e9  # seconds; what strangers claim may not add up to infinity
+_DOUBT = 1e3  # seconds that a block counts at a server that is not proven: any way along proven ones is quicker
 
 
 class Quality(NamedTuple):
@@ -109,6 +110,7 @@ def find_route(
     mixed: bool = False,
     holding: Collection[str] = (),
     adapter: WantedAdapter | None = None,
+    proven: Collection[str] | None = None,
 ) -> Route:
     """The quickest route for a session of one model, the same one for the same records in any order.
 
@@ -119,6 +121,9 @@ def find_route(
 
     All servers of a route have the same weights, always, and unless `mixed` is set keep them in one format and compute in one
     dtype. A session that goes on elsewhere is of the quality `like`: others count only where servers of it leave gaps.
+
+    `proven` are the peers that this client has seen at work: others are used only for blocks that none of them holds (of a quality
+    that they do not hold wholly, where there is no better). None is all of them.
 
     A server is entered and left at any block of its span, but never twice. The search is exact: for each server that could
     be the first, costs are followed back from the last block, over boundaries of blocks, to the closing of the ring; first
@@ -138,19 +143,22 @@ def find_route(
             qualities.setdefault(Quality("", "", record.checkpoint) if mixed else quality(record), []).append(record)
     if like in qualities and not gaps(qualities[like], blocks):
         qualities = {like: qualities[like]}
-    routes = []
+    routes: list[tuple[int, Route]] = []
     lacking: list[tuple[Span, ...]] = [(Span(0, blocks),)]
     for same, servers in sorted(qualities.items()):
         missing = gaps(servers, blocks)
         if missing:
             lacking.append(missing)
         else:
-            route = _Ring(servers, blocks, rows, prefer).quickest()
+            strangers = frozenset[str]() if proven is None else frozenset(r.peer for r in servers if r.peer not in proven)
+            route = _Ring(servers, blocks, rows, prefer, strangers).quickest()
+            doubted = sum(hop.end - hop.start for hop in route.hops if hop.peer in strangers)
             ungiven = frozenset(r.peer for r in servers if r.peer in route.peers and adapter is not None and not adapter.held_by(r))
-            routes.append(replace(route, quality=None if mixed else same, lacking=ungiven))
+            seconds = route.seconds - doubted * _DOUBT
+            routes.append((doubted, replace(route, seconds=seconds, quality=None if mixed else same, lacking=ungiven)))
     if not routes:
         raise NoRoute(min(lacking, key=lambda spans: sum(map(len, spans))), adapter="" if adapter is None else adapter.digest)
-    return min(routes, key=_order)
+    return min(routes, key=lambda found: (found[0], _order(found[1])))[1]
 
 
 def seconds_along(records: Iterable[ServerRecord], route: Route, *, blocks: int, prefer: Mapping[str, float] | None = None) -> float | None:
@@ -171,10 +179,19 @@ def _order(route: Route) -> tuple[float, int, tuple[str, ...]]:
 class _Ring:
     """The ways round the ring through servers of which at least one holds each block. Servers go by their index."""
 
-    def __init__(self, servers: Sequence[ServerRecord], blocks: int, rows: int, prefer: Mapping[str, float] | None) -> None:
+    def __init__(
+        self,
+        servers: Sequence[ServerRecord],
+        blocks: int,
+        rows: int,
+        prefer: Mapping[str, float] | None,
+        doubted: Collection[str] = (),
+    ) -> None:
         self._servers = servers
         self._blocks = blocks
-        self._compute = [min(rows * (1 + server.active) / server.throughput, _AT_MOST) for server in servers]  # of one block
+        self._compute = [  # seconds of one block
+            min(rows * (1 + server.active) / server.throughput, _AT_MOST) + (_DOUBT if server.peer in doubted else 0.0) for server in servers
+        ]
         self._holders = [[i for i, server in enumerate(servers) if server.start <= block < server.end] for block in range(blocks)]
         self._client = [0.0] * len(servers)
         if prefer is not None:
