@@ -66,15 +66,11 @@ class _Seen:
     due: float = -math.inf
     asked: float = -math.inf
     ponged: float = -math.inf
-    answered: float = -math.inf
     computed: float = -math.inf
+    waits: bool = False  # the last question is not answered
     proven: bool = False  # by the last answer
     refused: bool = False  # by the last answer
     misses: int = 0  # questions in a row that proved nothing
-
-    @property
-    def waits(self) -> bool:
-        return self.answered < self.asked
 
 
 class Probes:
@@ -113,7 +109,7 @@ class Probes:
                 if seen.waits and self._overdue(seen):
                     seen.misses += 1
                     seen.proven = False
-                seen.number, seen.asked = next(self._numbers), now
+                seen.number, seen.asked, seen.waits = next(self._numbers), now, True
                 seen.due = now + max(self.config.patience, self._backoff(seen))
                 questions.append((record, seen.number))
         for record, number in questions:
@@ -156,7 +152,9 @@ class Probes:
                 return
             now = self._clock()
             if isinstance(message, Pong):
-                if message.nonce == seen.number:
+                if message.failing:
+                    self._settle(seen, now, proven=False, refused=True)
+                elif message.nonce == seen.number:
                     seen.ponged = now
                     if _joins(seen.claim):
                         self._settle(seen, now, proven=False)
@@ -230,7 +228,7 @@ class Probes:
 
     def _settle(self, seen: _Seen, now: float, *, proven: bool, refused: bool = False) -> None:
         """The last question is answered."""
-        seen.answered, seen.proven, seen.refused = now, proven, refused
+        seen.waits, seen.proven, seen.refused = False, proven, refused
         if proven:
             seen.misses = 0
             seen.due = now + self.config.again * self._chance.uniform(0.8, 1.2)
