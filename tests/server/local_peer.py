@@ -18,6 +18,7 @@ class LocalPeer:
         self.addresses = [f"/local/{name}", "x" * 1000]
         self.published: list[ServerRecord] = []
         self.withdrawn = self.closed = self.cut_off = False
+        self.failure: str | None = None
         self._directory = directory
 
     def servers(self, model: str | None = None) -> list[ServerRecord]:

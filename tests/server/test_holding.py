@@ -16,6 +16,7 @@ from corolla.models.checkpoint import read_config
 from corolla.models.families import architecture
 from corolla.server.holding import Holder, Offer, OfferedAdapter
 from corolla.swarm.network import LocalHub
+from corolla.swarm.probing import Probes
 from corolla.swarm.wire import (
     Array,
     AskCounters,
@@ -78,7 +79,8 @@ def holder(client: Client, directory: Path) -> Iterator[Holder]:
         wire_dtype="float32",
         engine=EngineConfig(cache_tokens=256),
     )
-    holder = Holder(client.hub.join("server"), offer)
+    network = client.hub.join("server")
+    holder = Holder(network, offer, Probes(network.send))
     yield holder
     holder.let_go()
 
@@ -112,7 +114,8 @@ def test_adapters_come_along_to_every_span_while_they_are_what_they_were(
 ) -> None:
     arch = architecture(read_config(directory))
     offered = OfferedAdapter("poet", lora.save(directory, tmp_path), load_adapter(tmp_path, arch).digest)
-    taking = Holder(client.hub.join("another"), dataclasses.replace(holder._offer, adapters=(offered,)))
+    network = client.hub.join("another")
+    taking = Holder(network, dataclasses.replace(holder._offer, adapters=(offered,)), Probes(network.send))
     for span in (Span(0, 2), Span(2, 4)):
         assert taking.load(span).engine.adapters.find(offered.digest, span) is not None
         taking.let_go()

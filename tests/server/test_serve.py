@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from corolla.models.reference import Reference
 from corolla.server.serve import RunningServer
 from corolla.server.terms import ServeConfig, settle_terms
 from corolla.swarm.directory import LocalDirectory
-from corolla.swarm.network import LocalHub
+from corolla.swarm.network import LocalHub, LocalNetwork
 from corolla.swarm.placement import MovePolicy
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Quality, Route, WantedAdapter, find_route
+from corolla.swarm.wire import Array, ForwardFrame, ResultFrame, WireMessage
 from corolla.types import GenerationSettings, Span
 from tests.models import tiny
 from tests.server.local_peer import LocalPeer
@@ -57,13 +59,18 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save("llama", tmp_path_factory.mktemp("llama"))
 
 
+def answer_probe(network: LocalNetwork, sender: str, message: WireMessage) -> None:
+    if isinstance(message, ForwardFrame):
+        network.send(sender, ResultFrame(message.call, Array("float32", message.hidden.shape, memoryview(bytes(message.hidden.nbytes)))))
+
+
 class Swarm:
     """Servers by name, and one client that looks for its routes in the directory."""
 
     def __init__(self, model: Path) -> None:
         self.model = model
         self.hub = LocalHub()
-        self.directory = LocalDirectory()
+        self.directory = LocalDirectory(longest=2000.0)
         self.peers: dict[str, LocalPeer] = {}
         self.servers: dict[str, RunningServer] = {}
         self.transport = SwarmTransport(self.hub.join("client"), self, patience=Patience(silence=0.5, answer=0.5))
@@ -74,11 +81,14 @@ class Swarm:
         self.servers[peer] = RunningServer(self.peers[peer], settle_terms(self.model, config), config)
         return self.servers[peer]
 
-    def announce(self, peer: str, start: int, end: int) -> None:
-        """A server that is nothing but a record."""
+    def announce(self, peer: str, start: int, end: int, *, lies: bool = False) -> None:
+        """A server that is nothing but a record, and an answer to probes unless it `lies`."""
         terms = settle_terms(self.model, ServeConfig(**QUICK))
-        same = {**terms.offer.quality._asdict(), "model": terms.model_id, "blocks": terms.blocks}
+        same = {**terms.offer.quality._asdict(), "model": terms.model_id, "blocks": terms.blocks, "hidden": terms.hidden}
         record = make_record(peer, start, end, throughput=1e9, expires=time.time() + 1000, **same)
+        if not lies:
+            network = self.hub.join(peer)
+            network.listen(partial(answer_probe, network), lambda lost: None)
         asyncio.run(self.directory.publish(record))
 
     def records(self) -> dict[str, ServerRecord]:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,8 +25,13 @@ from corolla.cli.logs import LogLevel
 from corolla.cli.opening import secret_bytes
 from corolla.cli.progress import showing_progress
 from corolla.cli.sizes import parse_size
-from corolla.errors import InvalidSetting
+from corolla.errors import InvalidSetting, ServerFault
 from corolla.types import Span
+
+
+_LOOK = 0.5  # seconds between two looks at whether the server lives
+_TO_END = 15.0  # seconds that a dead server has to leave in order
+_HURRIED = 2.0  # seconds that one has which is told twice to end
 
 
 class WireDtype(Enum):
@@ -170,7 +176,11 @@ def serve(
                 print(f"adapter {adapter} {digest[:12]}", file=sys.stderr)
             print(f"serving blocks {server.span} of {model}; another machine joins with", file=sys.stderr)
             print(join_line(model, server.addresses, secret=key is not None), flush=True)
-            signals.told.wait()
+            while not signals.told.wait(_LOOK):
+                if server.failure is not None:
+                    _end_after(_TO_END)
+                    raise ServerFault(f"this server is dead: {server.failure}; start it again")
+            _end_after(_HURRIED, once=signals.again)
             print("draining: its sessions go on at other servers; Ctrl-C again ends it at once", file=sys.stderr)
             server.close(signals.again)
         print("done: it has left the swarm", file=sys.stderr)
@@ -200,6 +210,18 @@ def until_told_to_end() -> Iterator[Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_after(seconds: float, once: threading.Event | None = None) -> None:
+    """So many seconds from now, or from when `once` is set, this process ends whatever hangs, and hivemind's processes with it."""
+
+    def end() -> None:
+        if once is not None:
+            once.wait()
+        time.sleep(seconds)
+        os._exit(1)
+
+    threading.Thread(target=end, name="corolla-end", daemon=True).start()
 
 
 def join_line(model: str, addresses: list[str], *, secret: bool) -> str:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from corolla.errors import NetworkError
+from corolla.barrier import barrier
+from corolla.errors import CorollaError, NetworkError
 from corolla.swarm.network import Network
 from corolla.swarm.records import ServerRecord
 
@@ -64,13 +65,13 @@ class Announcer:
                 time.sleep(_AGAIN_AFTER)
 
     def now(self) -> None:
-        """Announce at once. What does not go out now goes out later."""
+        """Announce at once. What does not go out now goes out later, also what a clock that was stepped makes impossible now."""
         with self._lock:
             if self._ended.is_set():
                 return
             try:
                 self._peer.publish(self._describe())
-            except NetworkError as error:
+            except CorollaError as error:
                 log.warning("the announcement did not go out: %s", error)
 
     def withdraw(self) -> None:
@@ -81,13 +82,14 @@ class Announcer:
             self._ended.set()
             try:
                 self._peer.withdraw()
-            except NetworkError as error:
+            except CorollaError as error:
                 log.warning("the record was not withdrawn, and expires by itself: %s", error)
         self._thread.join()
 
     def _run(self) -> None:
         while not self._ended.wait(self._every):
-            self.now()
+            with barrier("the announcer"):
+                self.now()
 
 
 def next_servers(records: Iterable[ServerRecord], me: ServerRecord) -> list[str]:

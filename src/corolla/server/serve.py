@@ -14,15 +14,18 @@ from contextlib import contextmanager
 import torch
 
 import corolla
-from corolla.errors import CorollaError, NetworkError
+from corolla.barrier import barrier
+from corolla.errors import CorollaError
 from corolla.models.catalog import resolve
 from corolla.models.checkpoint import Progress
 from corolla.server.announcing import Announcer, Peer, nearest, next_servers, to_ask
 from corolla.server.cores import SharedCores
+from corolla.server.health import HealthWatch
 from corolla.server.holding import Held, Holder, Report
 from corolla.server.terms import ServeConfig, Terms, settle_terms
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.placement import Mover, choose_span
+from corolla.swarm.probing import Probes
 from corolla.swarm.records import MAX_ADDRESS, MAX_ADDRESSES, ServerRecord, State
 from corolla.swarm.routing import quality
 from corolla.types import Span
@@ -30,6 +33,8 @@ from corolla.types import Span
 log = logging.getLogger(__name__)
 _POLL = 0.05  # seconds
 _TO_MOVE = 2.0  # seconds that an idle session has to go on elsewhere when its server ends
+_TO_WITHDRAW = 10.0  # seconds until the rest goes on without the withdrawal
+_AT_ONCE = 0.5  # seconds that it gets where everything has to end at once
 
 
 class RunningServer:
@@ -48,11 +53,12 @@ class RunningServer:
         self._draining = False
         self._stays_until = self._retries_at = float("-inf")
         self._neighbours: Sequence[str] = ()
-        others = self._others()
+        self._probes = Probes(peer.network.send)
+        self._holder = Holder(peer.network, terms.offer, self._probes)
+        others = self._proven_others() if config.span is None else []
         # This server has not measured itself yet: it takes itself for one like the others.
         self._throughput = statistics.median([record.throughput for record in others]) if others else 1.0
         self._span = config.span or self._choose(others)
-        self._holder = Holder(peer.network, terms.offer)
         self._stopping = threading.Event()
         self._announcer = Announcer(peer, self._describe, config.announce_every)
         try:
@@ -65,6 +71,7 @@ class RunningServer:
         self._announcer.now()
         self._life = threading.Thread(target=self._live, name="corolla-server", daemon=True)
         self._life.start()
+        self._health = HealthWatch(self._find_failure, self._die, config.look_every)
 
     @property
     def addresses(self) -> list[str]:
@@ -80,27 +87,43 @@ class RunningServer:
         """The blocks that it holds or loads."""
         return self._span
 
+    @property
+    def failure(self) -> str | None:
+        """Why this server is dead: which part of it ended, and what to do. None while it lives."""
+        return self._health.failure
+
     def close(self, at_once: threading.Event | None = None) -> None:
         """Withdraw the record, let the sessions go on elsewhere, leave the swarm and stop the engine.
 
-        Answers that nobody else can take are served here for up to `drain_timeout`, or until `at_once` is set. Closing twice is no
-        error.
+        Answers that nobody else can take are served here for up to `drain_timeout`, or until `at_once` is set; a server that is dead
+        (see `failure`) serves none. Closing twice is no error.
         """
         at_once = at_once or threading.Event()
         if self._stopping.is_set():
             return
         self._stopping.set()
-        self._announcer.withdraw()
+        self._withdraw(at_once)
         self._holder.leave_for_good()
         began = time.monotonic()
-        while self._in_the_way(time.monotonic() - began) and not at_once.wait(_POLL):
+        while self.failure is None and self._in_the_way(time.monotonic() - began) and not at_once.wait(_POLL):
             pass
+        self._health.end()
         held = self._holder.held
-        if held is not None:
+        if held is not None and self.failure is None:  # an engine that hangs would never stop
             if held.server.sessions:
                 log.warning("sessions that nobody else could take: %d", held.server.sessions)
             held.server.close()
         self._peer.close()
+
+    def _withdraw(self, at_once: threading.Event) -> None:
+        """On a thread of its own: the directory may not answer for as long as half a minute."""
+        withdrawing = threading.Thread(target=self._announcer.withdraw, name="corolla-withdraw", daemon=True)
+        withdrawing.start()
+        deadline = time.monotonic() + _TO_WITHDRAW
+        while withdrawing.is_alive() and not at_once.is_set() and time.monotonic() < deadline:
+            withdrawing.join(_POLL)
+        if at_once.is_set():
+            withdrawing.join(_AT_ONCE)
 
     def _in_the_way(self, waited: float) -> bool:
         """Whether something still has to be waited for before this server ends, after so many seconds."""
@@ -115,14 +138,24 @@ class RunningServer:
         """The records of the servers that this one may share a route with."""
         offer, me = self._terms.offer, self._peer.network.me
         records = self._peer.servers(self._terms.model_id)
-        return [record for record in records if record.peer != me and quality(record) == offer.quality]
+        like_this = (self._terms.blocks, self._terms.hidden, offer.quality)
+        return [record for record in records if record.peer != me and (record.blocks, record.hidden, quality(record)) == like_this]
+
+    def _proven_others(self) -> list[ServerRecord]:
+        """The others that this server has seen at work, or that load, after a moment in which each of them could answer."""
+        others, deadline = self._others(), time.monotonic() + self._config.proofs
+        self._probes.ask(others)
+        while self._probes.waiting and time.monotonic() < deadline:
+            time.sleep(_POLL)
+            self._probes.ask(others)  # a few at a time
+        return self._probes.believed(others)
 
     def _choose(self, others: list[ServerRecord]) -> Span:
         return choose_span(others, blocks=self._terms.blocks, capacity=self._terms.capacity, throughput=self._throughput)
 
     def _choose_again(self, known: Collection[str]) -> None:
         """Of servers that start together all choose the same span: now that each is announced, those of higher ids yield."""
-        others = [record for record in self._others() if record.peer in known or record.peer < self._peer.network.me]
+        others = [record for record in self._proven_others() if record.peer in known or record.peer < self._peer.network.me]
         span = self._choose(others)
         if span != self._span:
             self._span = span
@@ -132,10 +165,11 @@ class RunningServer:
 
     def _live(self) -> None:
         while not self._stopping.wait(self._config.announce_every):
-            try:
-                self._look_around()
-            except NetworkError as error:
-                log.warning("the swarm could not be looked at: %s", error)
+            with barrier("the server's life"):
+                try:
+                    self._look_around()
+                except CorollaError as error:
+                    log.warning("the swarm could not be looked at: %s", error)
 
     def _look_around(self) -> None:
         held = self._holder.held
@@ -146,8 +180,11 @@ class RunningServer:
         held.meter.update()
         if self._cores is not None:
             held.engine.threads = self._cores.share
-        records = self._peer.servers(self._terms.model_id)
-        me = self._describe()
+        others, me = self._others(), self._describe()
+        # Before this server leaves its blocks, whoever else says that they hold them proves it again.
+        urgent = [record.peer for record in others if record.start < me.end and me.start < record.end] if self._mover.draining else []
+        self._probes.ask(others, urgent)
+        records = self._probes.believed(others)
         self._neighbours = next_servers(records, me)
         round_trips = held.server.round_trips
         round_trips.ask(to_ask(self._neighbours, round_trips.seconds, self._chance))
@@ -177,15 +214,28 @@ class RunningServer:
     def _take_up(self, span: Span) -> bool:
         """Load and serve a span; whether that went well. If not, it is tried again later."""
         self._span = span
-        try:
-            self._throughput = self._holder.load(span).meter.throughput
-        except (CorollaError, OSError, RuntimeError, MemoryError) as error:
-            log.error("blocks %s were not loaded: %s", span, error)
-            self._retries_at = time.monotonic() + self._config.retry_every
-            return False
-        log.info("blocks %s are loaded", span)
-        self._announcer.now()
-        return True
+        with barrier("loading blocks"):
+            try:
+                self._throughput = self._holder.load(span).meter.throughput
+            except (CorollaError, OSError, RuntimeError, MemoryError) as error:
+                log.error("blocks %s were not loaded: %s", span, error)
+            else:
+                log.info("blocks %s are loaded", span)
+                self._announcer.now()
+                return True
+        self._retries_at = time.monotonic() + self._config.retry_every
+        return False
+
+    # On the thread of the health watch.
+
+    def _find_failure(self) -> str | None:
+        held = self._holder.held
+        return None if held is None or held.engine.alive else "the engine's thread has ended"
+
+    def _die(self, failure: str) -> None:
+        log.error("this server is dead and leaves the swarm: %s", failure)
+        self._announcer.withdraw()
+        self._holder.leave_for_good()
 
     # On any thread.
 
@@ -200,6 +250,7 @@ class RunningServer:
             start=self._span.start,
             end=self._span.end,
             blocks=self._terms.blocks,
+            hidden=self._terms.hidden,
             dtype=offer.dtype,
             weights=offer.weights,
             throughput=self._throughput if held is None else held.meter.throughput,

@@ -22,7 +22,7 @@ from corolla.server.capacity import Footprint, available, footprint
 from corolla.server.embedded import fast_dtype
 from corolla.server.holding import Offer, OfferedAdapter
 from corolla.swarm.placement import MovePolicy
-from corolla.swarm.records import MAX_ADAPTERS, fingerprint, is_word
+from corolla.swarm.records import ANNOUNCE_EVERY, LIFETIME, MAX_ADAPTERS, fingerprint, is_word
 from corolla.swarm.wire import WireDtype
 from corolla.types import Span
 
@@ -41,8 +41,10 @@ class ServeConfig:
     adapters: Mapping[str, Path] = field(default_factory=dict)  # LoRA adapters to hold: their directories by name
     take_adapters: bool = False  # others too, from clients
     engine: EngineConfig = field(default_factory=EngineConfig)
-    announce_every: float = 5.0  # seconds; also between two looks at the others' records
-    lifetime: float = 20.0  # of an announcement, in seconds: how long a server that died is still listed
+    announce_every: float = ANNOUNCE_EVERY  # seconds; also between two looks at the others' records
+    lifetime: float = LIFETIME  # of an announcement, in seconds: how long a server that died is still listed
+    look_every: float = 1.0  # seconds between two looks at whether this server can go on
+    proofs: float = 2.0  # seconds that other servers have, before this one first chooses its span, to prove that they hold theirs
     drain_timeout: float = 30.0  # seconds for which answers that nobody else can take are still served when it ends
     # Half of the usual times: records are looked up every `announce_every`, so that they spread sooner.
     moving: MovePolicy = field(default_factory=lambda: MovePolicy(pace=10.0, settle=10.0))
@@ -57,6 +59,7 @@ class Terms:
     offer: Offer
     model_id: str
     blocks: int
+    hidden: int  # values of a row
     capacity: int  # blocks
 
 
@@ -88,7 +91,13 @@ def settle_terms(directory: Path, config: ServeConfig) -> Terms:
         engine=replace(config.engine, take_adapters=config.take_adapters),
         adapters=adapters,
     )
-    return Terms(offer=offer, model_id=model_fingerprint(directory), blocks=arch.blocks, capacity=_capacity(takes, device, config))
+    return Terms(
+        offer=offer,
+        model_id=model_fingerprint(directory),
+        blocks=arch.blocks,
+        hidden=arch.hidden,
+        capacity=_capacity(takes, device, config),
+    )
 
 
 def _adapters(directories: Mapping[str, Path], arch: Architecture, dtype: torch.dtype) -> tuple[tuple[OfferedAdapter, ...], int]:
