@@ -248,7 +248,9 @@ async def until_found(directory: HivemindDirectory, *names: str, model: str | No
 @over_hivemind
 def test_two_nodes_share_a_directory(tmp_path: Path) -> None:
     async def scenario(one: tuple[Any, SignedEntries], two: tuple[Any, SignedEntries]) -> None:
-        (first, a), (second, b) = ((HivemindDirectory(*side, HivemindDirectoryConfig(longest=LONGEST)), side[1].identity.peer) for side in (one, two))
+        (first, a), (second, b) = (
+            (HivemindDirectory(*side, HivemindDirectoryConfig(longest=LONGEST)), side[1].identity.peer) for side in (one, two)
+        )
         assert str(one[0].peer_id) == a  # what libp2p calls itself and what signs are one key
 
         await first.publish(record(a, name="first"))

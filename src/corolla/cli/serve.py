@@ -28,7 +28,6 @@ from corolla.cli.sizes import parse_size
 from corolla.errors import InvalidSetting, ServerFault
 from corolla.types import Span
 
-
 _LOOK = 0.5  # seconds between two looks at whether the server lives
 _TO_END = 15.0  # seconds that a dead server has to leave in order
 _HURRIED = 2.0  # seconds that one has which is told twice to end

@@ -119,7 +119,9 @@ class Probes:
 
     def _due(self, records: Collection[ServerRecord], urgent: Collection[str], now: float) -> list[ServerRecord]:
         """Whom to ask now."""
-        renewals, newcomers, at_once = [], [], []
+        renewals: list[ServerRecord] = []
+        newcomers: list[ServerRecord] = []
+        at_once: list[ServerRecord] = []
         for record in records:
             seen = self._seen.get(record.peer)
             if seen is not None:
@@ -198,7 +200,9 @@ class Probes:
             coming = [
                 self._capped(record, most)
                 for record in records
-                if record.state == "joining" and self._verdict(record) == "alive" and now - self._seen[record.peer].since < self.config.loading
+                if record.state == "joining"
+                and self._verdict(record) == "alive"
+                and now - self._seen[record.peer].since < self.config.loading
             ]
         return proven + coming
 

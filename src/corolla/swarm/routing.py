@@ -190,7 +190,8 @@ class _Ring:
         self._servers = servers
         self._blocks = blocks
         self._compute = [  # seconds of one block
-            min(rows * (1 + server.active) / server.throughput, _AT_MOST) + (_DOUBT if server.peer in doubted else 0.0) for server in servers
+            min(rows * (1 + server.active) / server.throughput, _AT_MOST) + (_DOUBT if server.peer in doubted else 0.0)
+            for server in servers
         ]
         self._holders = [[i for i, server in enumerate(servers) if server.start <= block < server.end] for block in range(blocks)]
         self._client = [0.0] * len(servers)
