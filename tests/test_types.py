@@ -30,6 +30,22 @@ def test_a_temperature_of_0_is_greedy() -> None:
         ("temperature", 2.1),
         ("temperature", float("nan")),
         ("temperature", "warm"),
+        ("temperature", 1e-39),  # subnormal in float32
+        ("temperature", 0.0009),
+        ("temperature", float("inf")),
+        ("temperature", 10**400),
+        ("max_tokens_to_generate", 2**31),
+        ("top_k", 2**63),
+        ("top_p", 1e-39),
+        ("top_p", float("nan")),
+        ("repetition_penalty", float("nan")),
+        ("seed", 2**63),
+        ("stop_sequences", ["\ud800"]),
+        ("stop_sequences", ["a"] * 1025),
+        ("stop_sequences", ["a" * 10_000] * 2),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [1] * 1025),
         ("top_k", 0),
         ("top_p", 0),
         ("top_p", 1.01),
@@ -48,6 +64,17 @@ def test_a_value_outside_its_range_names_its_setting(setting: str, value: Any) -
     with pytest.raises(InvalidSetting, match=setting) as caught:
         GenerationSettings.parse(**{setting: value})
     assert caught.value.setting == setting
+
+
+@pytest.mark.parametrize("setting", ["max_tokens_to_generate", "temperature", "seed", "stop_token_ids"])
+def test_integers_of_thousands_of_digits_are_refused(setting: str) -> None:
+    with pytest.raises(InvalidSetting, match=setting):
+        GenerationSettings.parse(**{setting: [10**5000] if setting == "stop_token_ids" else 10**5000})
+
+
+def test_the_ends_of_the_ranges_are_settings() -> None:
+    GenerationSettings(temperature=0.001, top_p=1e-6, top_k=2**63 - 1, seed=2**63 - 1, max_tokens_to_generate=2**31 - 1)
+    GenerationSettings(temperature=2, top_p=1, repetition_penalty=2, stop_token_ids=(2**63 - 1,) * 1024, stop_sequences=("a" * 16,) * 1024)
 
 
 def test_an_unknown_setting_and_one_given_twice() -> None:

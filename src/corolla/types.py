@@ -5,8 +5,7 @@ Nothing here imports torch: a thin client and `corolla --help` need these words 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +41,13 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # the limit of tokens, or the end of the context
 
 
+# Smaller ones mean nothing in float32: logits divided by them overflow, and 1 - top_p is 1.
+_LEAST_TEMPERATURE, _LEAST_TOP_P = 1e-3, 1e-6
+_MOST_TOKENS = 2**31 - 1  # of an answer
+_MOST_STOPS = 1024  # of either kind
+_MOST_STOP_CHARACTERS = 16384  # of all stop sequences together
+_INT64 = 2**63 - 1
+
 # The spellings that other interfaces use for the same settings.
 _ALIASES = {
     "max_new_tokens": "max_tokens_to_generate",
@@ -63,35 +69,36 @@ class GenerationSettings:
     Raises `InvalidSetting` for a value outside its range. `parse` also takes the common spellings.
     """
 
-    max_tokens_to_generate: int = 256
+    max_tokens_to_generate: int = 256  # 1..2^31 - 1
     do_sample: bool = False
-    temperature: float = 1.0  # (0, 2]; BLOOMChat's ends at 1, OpenAI's interface goes on to 2
+    temperature: float = 1.0  # [0.001, 2]; BLOOMChat's ends at 1, OpenAI's interface goes on to 2
     top_k: int | None = None  # 1..vocabulary; None keeps every token
-    top_p: float = 1.0  # (0, 1]
+    top_p: float = 1.0  # [0.000001, 1]
     repetition_penalty: float = 1.0  # [1, 2], after CTRL (Keskar et al., 2019)
     top_logprobs: int = 0  # 0..20 alternatives reported for each token
     prompt_logprobs: bool = False  # `Scores` of the prompt's own tokens first; nothing of it is taken from a cache
     seed: int = 0  # the token at position p is drawn by a generator of (seed, p)
-    stop_sequences: tuple[str, ...] = ()  # matched in text by the client; never part of the answer
-    stop_token_ids: tuple[int, ...] = ()  # matched by the engine; never part of the answer's text
+    stop_sequences: tuple[str, ...] = ()  # matched in text by the client; never part of the answer; at most 1024, of 16,384 characters
+    stop_token_ids: tuple[int, ...] = ()  # matched by the engine; never part of the answer's text; at most 1024
 
     def __post_init__(self) -> None:
-        _check_integer("max_tokens_to_generate", self.max_tokens_to_generate, 1)
-        _check_real("temperature", self.temperature, 0.0, 2.0, open_low=True)
-        _check_real("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_integer("max_tokens_to_generate", self.max_tokens_to_generate, 1, _MOST_TOKENS)
+        _check_real("temperature", self.temperature, _LEAST_TEMPERATURE, 2.0)
+        _check_real("top_p", self.top_p, _LEAST_TOP_P, 1.0)
         _check_real("repetition_penalty", self.repetition_penalty, 1.0, 2.0)
         if self.top_k is not None:
-            _check_integer("top_k", self.top_k, 1)
+            _check_integer("top_k", self.top_k, 1, _INT64)
         _check_integer("top_logprobs", self.top_logprobs, 0, 20)
-        _check_integer("seed", self.seed, 0, 2**63 - 1)
+        _check_integer("seed", self.seed, 0, _INT64)
         for name in ("do_sample", "prompt_logprobs"):
             if not isinstance(getattr(self, name), bool):
-                raise InvalidSetting(name, f"{getattr(self, name)!r} is neither true nor false")
-        for name, kind, what in (("stop_sequences", str, "non-empty strings"), ("stop_token_ids", int, "token ids")):
-            given = getattr(self, name)
-            if not isinstance(given, (list, tuple)) or not all(isinstance(item, kind) and item != "" for item in given):
-                raise InvalidSetting(name, f"{given!r} is not a list of {what}")
-            object.__setattr__(self, name, tuple(given))
+                raise InvalidSetting(name, f"{_shown(getattr(self, name))} is neither true nor false")
+        _check_stops("stop_sequences", self.stop_sequences, _is_text, "non-empty strings")
+        _check_stops("stop_token_ids", self.stop_token_ids, _is_token, "token ids")
+        if sum(map(len, self.stop_sequences)) > _MOST_STOP_CHARACTERS:
+            raise InvalidSetting("stop_sequences", f"all together have more than {_MOST_STOP_CHARACTERS} characters")
+        object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
 
     @classmethod
     def parse(cls, **options: Any) -> GenerationSettings:
@@ -120,16 +127,37 @@ class GenerationSettings:
         return cls(**given)
 
 
-def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    inside = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
-    if not inside:
-        raise InvalidSetting(name, f"{value!r} is not an integer {f'from {low} to {high}' if high is not None else f'of at least {low}'}")
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if not (isinstance(value, int) and not isinstance(value, bool) and low <= value <= high):
+        raise InvalidSetting(name, f"{_shown(value)} is not an integer from {low} to {high}")
 
 
-def _check_real(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not (real and (low < value if open_low else low <= value) and value <= high):  # type: ignore[operator]
-        raise InvalidSetting(name, f"{value!r} is not a number in {'(' if open_low else '['}{low:g}, {high:g}]")
+def _check_real(name: str, value: object, low: float, high: float) -> None:
+    if not (isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high):  # NaN is outside
+        raise InvalidSetting(name, f"{_shown(value)} is not a number in [{low:g}, {high:g}]")
+
+
+def _check_stops(name: str, given: object, fits: Callable[[object], bool], what: str) -> None:
+    if not (isinstance(given, (list, tuple)) and len(given) <= _MOST_STOPS and all(map(fits, given))):
+        raise InvalidSetting(name, f"{_shown(given)} is not a list of at most {_MOST_STOPS} {what}")
+
+
+def _is_text(item: object) -> bool:
+    """Whether it is a string that has a spelling in UTF-8: half of a surrogate pair has none."""
+    return isinstance(item, str) and item != "" and not any("\ud800" <= character <= "\udfff" for character in item)
+
+
+def _is_token(item: object) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= _INT64
+
+
+def _shown(value: object) -> str:
+    """A value in an error's sentence, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits has none
+        text = f"a {type(value).__name__} of very many digits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 # Soft prompts. Their rows stand at the first positions of a session, whose history begins with as many placeholder ids.

@@ -41,10 +41,13 @@ def check_vocabulary(settings: GenerationSettings, vocabulary: int) -> None:
         raise InvalidSetting("top_k", f"{settings.top_k} is more than the vocabulary's {vocabulary} tokens")
 
 
+_LARGEST = 1e30  # of sound logits: what settings divide or multiply by leaves them inside float32
+
+
 @torch.inference_mode()
 def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Sampled | None]:
     """The next token of each row of `logits` [rows, vocabulary] (any float dtype; computed in float32); None for a row with
-    NaN or infinity, from which nothing can be drawn.
+    NaN, infinity or magnitudes above 1e30, from which nothing can be drawn.
 
     Raises `InvalidSetting` for a `top_k` above the vocabulary.
     """
@@ -57,7 +60,8 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Samp
         check_vocabulary(request.settings, vocabulary)
     scores = logits.float()
     highest, best = scores.max(dim=-1)  # the first of equal ones; NaN wins
-    sound = [high - low < float("inf") for high, low in zip(highest.tolist(), scores.amin(dim=-1).tolist(), strict=True)]
+    lowest = scores.amin(dim=-1)
+    sound = [high < _LARGEST and low > -_LARGEST for high, low in zip(highest.tolist(), lowest.tolist(), strict=True)]
     tokens = best.tolist()
     for row, request in enumerate(requests):
         settings = request.settings
@@ -116,7 +120,7 @@ def _penalized(scores: torch.Tensor, request: SampleRequest) -> torch.Tensor:
         return scores
     seen = np.asarray(request.history, dtype=np.int64)
     # A model may have fewer logits than its tokenizer has tokens; those beyond cannot be drawn anyway.
-    ids = torch.from_numpy(seen[seen < len(scores)]).to(scores.device)
+    ids = torch.from_numpy(seen[(seen >= 0) & (seen < len(scores))]).to(scores.device)
     of_seen = scores[ids]
     return scores.index_put((ids,), torch.where(of_seen < 0, of_seen * penalty, of_seen / penalty))
 

@@ -104,8 +104,7 @@ def from_step(
 ) -> StepFrame:
     """A step on its way to `route[hop]`; without a route, to a server that remembers what came with it.
 
-    Raises `InvalidSetting` for a setting that does not fit 64 bits, `ServerFault` like `to_array`, and `ValueError` for more
-    than `MAX_STEP_TOKENS` tokens, or tokens and rows that differ in number.
+    Raises `ServerFault` like `to_array`, and `ValueError` for more than `MAX_STEP_TOKENS` tokens, or tokens and rows that differ in number.
     """
     hidden = None
     if isinstance(step.payload, Sequence):
@@ -214,12 +213,7 @@ def to_settings(frame: SettingsFrame) -> GenerationSettings:
 
 
 def from_settings(settings: GenerationSettings) -> SettingsFrame:
-    """Raises `InvalidSetting` for a number that does not fit 64 bits."""
     given = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    for name, value in given.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and not -(2**63) <= number < 2**63:
-                raise InvalidSetting(name, f"{number} does not fit 64 bits")
     return SettingsFrame(**{field.name: given[field.name] for field in fields(settings) if given[field.name] != field.default})
 
 
