@@ -12,6 +12,7 @@ import pytest
 
 from corolla.engine.drafts import Guess, guess
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.engine.parts import EngineParts
 from corolla.errors import InvalidSetting
 from corolla.models.span import SpanModel, load_span
 from corolla.types import Cancel, FinishReason, Gap, GenerationSettings, Hidden, Reply, Span, Step, Token
@@ -231,7 +232,7 @@ def test_guesses_go_through_spans_and_the_head_says_which_were_right(directory: 
     text = [*asked, *(token.token_id for token in plain)]
     config = EngineConfig(cache_tokens=512, page_size=16)
     first = Engine(load_span(directory, Span(0, 2), dtype="float32"), config)
-    last = Engine(load_span(directory, Span(2, 4), dtype="float32"), config, knowing(text, right=2))
+    last = Engine(load_span(directory, Span(2, 4), dtype="float32"), config, EngineParts(guess=knowing(text, right=2)))
     answered: list[Token] = []
     tokens, start, drafts, steps = asked, 0, 0, 0
     while not answered or answered[-1].finish is None:

@@ -13,6 +13,7 @@ import torch
 
 from corolla.engine.drafts import Guess, guess
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.engine.parts import EngineParts
 from corolla.errors import Busy, CorollaError, EmptyPrompt, InvalidSetting, PromptTooLong, ServerFault
 from corolla.models.reference import Reference
 from corolla.models.span import SpanModel, load_span
@@ -26,8 +27,9 @@ SAMPLED = GenerationSettings(max_tokens_to_generate=40, do_sample=True, temperat
 class Driver:
     """An engine and the replies of every session."""
 
-    def __init__(self, model: SpanModel, guess: Guess = guess, **config: Any) -> None:
-        self.engine = Engine(model, EngineConfig(**{"cache_tokens": 4096, "page_size": 16, "step_rows": 64, **config}), guess)
+    def __init__(self, model: SpanModel, guess: Guess = guess, parts: EngineParts | None = None, **config: Any) -> None:
+        config = {"cache_tokens": 4096, "page_size": 16, "step_rows": 64, **config}
+        self.engine = Engine(model, EngineConfig(**config), parts or EngineParts(guess=guess))
         self.replies: dict[str, list[Reply]] = defaultdict(list)
 
     def send(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from corolla.engine.clock import AwakeClock
 from corolla.engine.pages import PagePool
 from corolla.engine.scheduler import Scheduler
 from corolla.engine.sequence import Conversation
@@ -23,7 +24,7 @@ from corolla.types import GenerationSettings, Span
 )
 def test_what_goes_on_goes_in_parts(rows: int, gives_hidden: bool, parts: list[int]) -> None:
     pool = PagePool(num_pages=400, page_size=16)
-    scheduler = Scheduler(pool, step_rows=256)
+    scheduler = Scheduler(pool, step_rows=256, clock=AwakeClock())
     conversation = Conversation("a", pool.open(), Span(0, 2), takes_hidden=False, shares_prefixes=False, tokens=[5] * rows)
     conversation.settings, conversation.gives_hidden, conversation.deliver = GenerationSettings(), gives_hidden, print
     found = []

@@ -10,6 +10,7 @@ from corolla.client.session import Session
 from corolla.client.swarm import Patience, SwarmTransport
 from corolla.engine.drafts import Guess, guess
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.engine.parts import EngineParts
 from corolla.errors import NoRoute
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
@@ -39,7 +40,7 @@ class Swarm:
 
     def add(self, name: str, start: int, end: int, throughput: float = 100.0, cache_tokens: int = 2048) -> None:
         model = load_span(self.directory, Span(start, end), dtype="float32")
-        engine = Engine(model, EngineConfig(cache_tokens=cache_tokens, page_size=16, step_rows=32), self.guess)
+        engine = Engine(model, EngineConfig(cache_tokens=cache_tokens, page_size=16, step_rows=32), EngineParts(guess=self.guess))
         engine.start()
         self.engines[name] = engine
         self.servers[name] = SpanServer(engine, self.hub.join(name), SpanServerConfig(wire_dtype="float32"))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, cast
@@ -14,7 +13,9 @@ from typing import Any, cast
 import pytest
 import torch
 
+from corolla.engine.beside import Beside
 from corolla.engine.calls import backward, forward
+from corolla.engine.counters import Counters
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.prompts import PromptStore
 from corolla.models.linear import PlainLinear
@@ -43,14 +44,13 @@ class Loop:
     def __init__(self, model: SpanModel) -> None:
         self.model = model
         self.prompts = PromptStore(model)
-        self.jobs: deque[Iterator[None]] = deque()
-
-    def call(self, job: Iterator[None], on_stop: Callable[[], None]) -> None:
-        self.jobs.append(job)
+        self.counters = Counters()
+        self.beside = Beside(self.counters)
+        self.call = self.beside.add
 
     def run(self) -> None:
-        while self.jobs:
-            list(self.jobs.popleft())
+        while self.beside.advance(None):
+            pass
 
 
 class Server:
@@ -153,10 +153,11 @@ def test_calls_of_a_lost_peer_are_dropped(model: SpanModel) -> None:
     server = Server(model)
     for call, peer in enumerate(("a", "b", "a")):
         server.calls.receive(peer, forward_frame(call))
-    next(server.loop.jobs[0])
+    server.loop.beside.advance(None)
     server.calls.lose("a")
     assert server.calls.waiting == 1
-    assert [len(list(job)) for job in server.loop.jobs] == [0, len(SPAN), 0]
+    server.loop.run()
+    assert server.loop.counters.call_pieces == 1 + 1 + len(SPAN) + 1 + 1  # one of the call under way, and each one's end
     assert [peer for peer, _ in server.sent] == ["b"]
 
 

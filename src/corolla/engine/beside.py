@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
+from corolla.barrier import barrier
 from corolla.engine.counters import Counters
+from corolla.errors import CorollaError, ServerFault
+
+OnFailure = Callable[[CorollaError], None]
+"""Told why a job will not be done."""
 
 
 class Beside:
@@ -15,12 +20,20 @@ class Beside:
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
-        self._jobs: deque[tuple[Iterator[None], Callable[[], None]]] = deque()
+        self._lock = threading.Lock()
+        self._jobs: deque[tuple[Iterator[None], OnFailure]] = deque()
         self._owed = 0.0  # seconds of sessions' steps until the next piece
+        self._closed: CorollaError | None = None
 
-    def add(self, job: Iterator[None], on_stop: Callable[[], None]) -> None:
-        """A job that must not raise, and what to call if the engine ends before it does."""
-        self._jobs.append((job, on_stop))
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def add(self, job: Iterator[None], on_failure: OnFailure) -> None:
+        """A job, and whom to tell if it raises, or if the engine ends before it does. Raises what `end` was given."""
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            self._jobs.append((job, on_failure))
 
     def advance(self, step_seconds: float | None) -> bool:
         """A piece of the oldest job, unless sessions have steps to compute (this turn's took so long) and the last piece took longer
@@ -32,15 +45,27 @@ class Beside:
             if self._owed > 0:
                 self._counters.call_pieces_put_off += 1
                 return False
-        began, ended = time.perf_counter(), object()
-        if next(self._jobs[0][0], ended) is ended:
+        began, ended, errors = time.perf_counter(), object(), list[Exception]()
+        job, on_failure = self._jobs[0]
+        going = False
+        with barrier("a call", errors.append):
+            going = next(job, ended) is not ended
+        if not going:
             self._jobs.popleft()
+        if errors:
+            self._counters.unexpected += 1
+            with barrier("the answer to a call"):
+                on_failure(ServerFault(f"the call failed: {errors[0]!r}"))
         self._counters.call_pieces += 1
         self._owed = time.perf_counter() - began
         return True
 
-    def end(self) -> None:
-        """Tell all that still wait."""
-        with suppress(IndexError):  # of a deque that another thread has just emptied
-            while True:
-                self._jobs.popleft()[1]()
+    def end(self, error: CorollaError) -> None:
+        """Take no more jobs, and tell all that still wait."""
+        with self._lock:
+            self._closed = self._closed or error
+            left = list(self._jobs)
+            self._jobs.clear()
+        for _, on_failure in left:
+            with barrier("the answer to a call"):
+                on_failure(error)

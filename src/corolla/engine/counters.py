@@ -16,6 +16,7 @@ class Counters:
     drafted: int = 0  # tokens that were guessed
     drafts_kept: int = 0  # of them, those that were sampled then
     gaps: int = 0
+    unexpected: int = 0  # errors that nobody expected: each ended one session or one call, or counts towards the engine's end
     evicted_idle: int = 0
     evicted_running: int = 0
     call_pieces: int = 0  # of forward and backward calls

@@ -18,6 +18,8 @@ from corolla.engine.sampler import Sampled, SampleRequest, sample
 from corolla.engine.sequence import Conversation
 from corolla.engine.work import Work
 
+Sample = Callable[[torch.Tensor, Sequence[SampleRequest]], list[Sampled | None]]
+"""`sampler.sample`."""
 Guess = Callable[[Sequence[int], int, int], tuple[int, ...]]
 """Tokens that may follow a history and the token after it, and how many of them at most."""
 
@@ -67,7 +69,9 @@ class _Verified:
         return guessed == self.sampled[-1].token_id
 
 
-def verified(scheduled: Sequence[tuple[Conversation, Work]], logits: torch.Tensor | None) -> list[list[Sampled] | None]:
+def verified(
+    scheduled: Sequence[tuple[Conversation, Work]], logits: torch.Tensor | None, sample: Sample = sample
+) -> list[list[Sampled] | None]:
     """What each of the works that want logits gives: one token, and another for each guess that turned out right. None where
     a row has NaN or infinity, from which nothing can be drawn.
 

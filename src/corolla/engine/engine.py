@@ -8,36 +8,41 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from corolla.barrier import barrier
 from corolla.engine.adapters import AdapterStore
-from corolla.engine.admission import admitted_span
-from corolla.engine.beside import Beside
+from corolla.engine.attention import Rows
+from corolla.engine.beside import Beside, OnFailure
 from corolla.engine.cache import KVCache
+from corolla.engine.clock import AwakeClock
 from corolla.engine.counters import Counters
-from corolla.engine.drafts import Guess, guess, verified
+from corolla.engine.drafts import verified
 from corolla.engine.executor import INVARIANT_ROWS, Executor
 from corolla.engine.furnishing import furnished
-from corolla.engine.pages import PagePool
+from corolla.engine.inbox import Inbox
+from corolla.engine.parts import EngineParts
 from corolla.engine.prompts import PromptStore
-from corolla.engine.replying import Replying
+from corolla.engine.replying import Replying, tell
+from corolla.engine.sampler import Sampled, SampleRequest
 from corolla.engine.scheduler import Scheduler
 from corolla.engine.scores import scores_of
 from corolla.engine.sequence import Conversation, Deliver
 from corolla.engine.sessions import Sessions
-from corolla.engine.work import Computed, Work
+from corolla.engine.validation import validated_span
+from corolla.engine.work import Work
 from corolla.errors import AdapterNeeded, Busy, CapacityError, CorollaError, PromptNeeded, ServerFault
 from corolla.models.span import SpanModel
-from corolla.types import AdapterPart, Failed, Gap, Give, Message, PromptPart, Span, Step
+from corolla.types import AdapterPart, Failed, Gap, GenerationSettings, Give, Message, PromptPart, Scores, Span, Step
 
 _LIGHT_ROWS = 32
 _LINGER = 0.1  # of the last forward's time, until sessions that are expected back are waited for no longer
 _LINGER_AT_MOST = 1e-3  # seconds
 _LOOK_AGAIN = 5.0  # seconds: sessions may wait for the pages of one whose next token never comes
+_TRIES = 3  # turns with an error outside of any session, one after another, or computations of the engine's own: then it ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,36 +55,57 @@ class EngineConfig:
     take_adapters: bool = True  # that clients send
     drafts: int = 3  # tokens that are guessed at most, to be computed in one step with the token before them; 0 guesses none
     batch_invariant: bool = False  # the same bits whatever shares the batch, at the cost that docs/performance.md shows
+    stall_after: float = 120.0  # seconds of one turn: a forward of `step_rows` rows takes no longer
+
+
+@dataclass(slots=True, eq=False)
+class Outcome:
+    """What a forward left of one session's rows, before anybody is told."""
+
+    conversation: Conversation
+    work: Work
+    hidden: torch.Tensor  # [rows, hidden]
+    scores: list[Scores]
+    unscored: torch.Tensor | None
+    sampled: list[Sampled]
+    error: CorollaError | None = None  # its rows are damaged
 
 
 class Engine:
-    """Serves sessions on one span. `after_turn` is called when the replies of a turn have been delivered. `guess` says which tokens
-    may follow (`engine.drafts`): a better one makes answers quicker and changes nothing in them.
+    """Serves sessions on one span. `after_turn` is called when the replies of a turn have been delivered.
 
     `receive` and the callbacks are the whole interface: replies are delivered on the engine's thread, so a callback must
     return quickly and must not call `run_once`. Without `start`, call `run_once` yourself (tests do).
+
+    An error that nobody expected ends the session that caused it, or the job, and no other. The engine is dead (`failure`) where
+    that is no remedy: when its pages contradict one another, when no row can be computed at all, or when turns go wrong again and again.
     """
 
-    def __init__(self, model: SpanModel, config: EngineConfig | None = None, guess: Guess = guess) -> None:
+    def __init__(self, model: SpanModel, config: EngineConfig | None = None, parts: EngineParts | None = None) -> None:
         self.model = model
         self.config = config = config or EngineConfig()
+        self._parts = parts = parts or EngineParts()
         pages = math.ceil(config.cache_tokens / config.page_size)
-        self.pool = PagePool(pages, config.page_size)
+        self.pool = parts.pool(pages, config.page_size)
         self.cache = KVCache(model.arch, model.span, pages * config.page_size, config.page_size, model.dtype, model.device)
         self.prompts = PromptStore(model)
         self.adapters = AdapterStore(model, takes=config.take_adapters)
-        self._executor = Executor(model, self.cache, batch_invariant=config.batch_invariant)
+        self._executor = Executor(model, self.cache, batch_invariant=config.batch_invariant, attend=parts.attend)
         rows = INVARIANT_ROWS if config.batch_invariant else config.step_rows
-        self._scheduler = Scheduler(self.pool, rows)
+        self._clock = AwakeClock()
+        self._scheduler = Scheduler(self.pool, rows, self._clock)
         self.counters = Counters()
-        self._sessions = Sessions(model, self.pool, self.cache, self.counters)
-        self._replying = Replying(self._sessions, self.pool, self.counters, self.context_length, guess)
+        self._sessions = Sessions(model, self.pool, self.cache, self.counters, self._clock)
+        self._replying = Replying(self._sessions, self.pool, self.counters, self.context_length, parts.guess)
         self._beside = Beside(self.counters)
         self.after_turn: Callable[[], None] = lambda: None
         self.threads: int | None = None  # of the products, taken up between two steps; None: torch's
         self.forward_seconds = 0.0  # of the forward whose replies are being delivered
-        self._inbox: deque[tuple[Message, Deliver | None]] = deque()
+        self.failure: str | None = None  # why the engine is dead
+        self._inbox = Inbox()
         self._awake = threading.Event()
+        self._turned = self._clock.now()  # when the last turn began
+        self._faulty_turns = 0  # that have followed one another
         self._stopping = False
         self._thread: threading.Thread | None = None
 
@@ -110,8 +136,24 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether somebody computes what is received: false when the thread has ended."""
-        return self._thread is None or self._thread.is_alive()
+        """Whether somebody computes what is received: false when the engine is dead or its thread has ended."""
+        return self.failure is None and (self._thread is None or self._thread.is_alive())
+
+    @property
+    def stalled(self) -> bool:
+        """Whether there is work, and its thread has not turned for `EngineConfig.stall_after` seconds, of which those are not counted in
+        which the process slept. It has to be asked again and again."""
+        late = self._clock.now() - self._turned > self.config.stall_after  # asked for first: the clock has to be looked at
+        return late and self._thread is not None and self._has_work
+
+    @property
+    def _has_work(self) -> bool:
+        return len(self._inbox) > 0 or len(self._beside) > 0 or any(c.pending for c in self._sessions)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it answers what it receives."""
+        return self.alive and not self.stalled
 
     @property
     def free_tokens(self) -> int:
@@ -121,7 +163,7 @@ class Engine:
 
     def whereabouts(self, session: str, generation: int) -> tuple[int, int]:
         """Tokens of a session's generation that are cached here, and rows that are still to be computed."""
-        waiting = sum(len(message.payload) for message, _ in list(self._inbox) if isinstance(message, Step) and message.session == session)
+        waiting = self._inbox.rows_of(session)
         known = self._sessions.get(session)
         if known is None or known.generation != generation:
             return 0, waiting
@@ -130,16 +172,18 @@ class Engine:
     # Receive.
 
     def receive(self, message: Message, deliver: Deliver | None = None) -> None:
-        """Take a message, from any thread; what comes of a `Step` goes to `deliver`.
+        """Take a message, from any thread; what comes of a `Step` goes to `deliver`. A `Cancel` or a `Close` changes nothing
+        once the engine has ended.
 
         Raises:
             Busy: too many sessions have a step under way.
             EmptyPrompt, PromptTooLong, InvalidSetting: the step can never be computed.
             PromptNeeded, AdapterNeeded: the step's soft prompt or adapter has to be given first.
             NetworkError: its adapter is not here, and none are taken.
+            ServerFault: the engine is dead, or was stopped.
         """
         if isinstance(message, Step):
-            span = admitted_span(message, self.model, self.context_length)
+            span = validated_span(message, self.model, self.context_length)
             self.prompts.check(message, span)
             self.adapters.check(message, span)
             known = self._sessions.get(message.session)
@@ -148,7 +192,7 @@ class Engine:
         elif isinstance(message, Give):
             self._keep(message.part)
             return
-        self._inbox.append((message, deliver))
+        self._inbox.put(message, deliver)
         self._awake.set()
 
     def _keep(self, part: PromptPart | AdapterPart) -> None:
@@ -158,58 +202,64 @@ class Engine:
         else:
             self.prompts.put("", part)
 
-    def call(self, job: Iterator[None], on_stop: Callable[[], None] = lambda: None) -> None:
+    def call(self, job: Iterator[None], on_failure: OnFailure = lambda error: None) -> None:
         """Work for the engine's thread beside the sessions, from any thread: one `next` after each step, so that nobody's
-        tokens wait for all of it. The job must not raise. `on_stop` is called if the engine ends before the job does."""
-        self._beside.add(job, on_stop)
-        if self._stopping and not self.alive:
-            self._beside.end()
+        tokens wait for all of it. `on_failure` is told if the job raises, or if the engine ends before the job does.
+
+        Raises `ServerFault` where the engine is dead, or was stopped."""
+        self._beside.add(job, on_failure)
         self._awake.set()
 
     # The loop.
 
     def run_once(self) -> bool:
-        """One turn: receive, schedule, forward, reply, and a piece of the calls. False when there was nothing to compute."""
-        while self._inbox:
-            self._sessions.take(*self._inbox.popleft())
+        """One turn: receive, schedule, forward, reply, and a piece of the calls. False when there was nothing to compute, and when the
+        engine is dead."""
+        if self.failure is not None:
+            return False
+        self._turned = self._clock.now()
+        busy, errors = True, list[Exception]()
+        with barrier("an engine's turn", errors.append):
+            busy = self._turn()
+        with barrier("sending an engine's replies", errors.append):
+            self.after_turn()
+        self._faulty_turns = self._faulty_turns + 1 if errors else 0
+        if errors:
+            self.counters.unexpected += len(errors)
+            self._consider_ending(errors[0])
+        return busy
+
+    def _turn(self) -> bool:
+        while (received := self._inbox.take()) is not None:
+            self._take(*received)
         scheduled = self._furnished(self._schedule())
         if scheduled:
             self.counters.steps += 1
         began = time.perf_counter()
         for span in sorted({conversation.span for conversation, _ in scheduled}):
-            self._forward(span, [(conversation, work) for conversation, work in scheduled if conversation.span == span])
+            self._step(span, [(conversation, work) for conversation, work in scheduled if conversation.span == span])
         called = self._beside.advance(time.perf_counter() - began if scheduled else None)
-        busy = bool(scheduled) or called or self._fail_stuck()
-        self.after_turn()
-        return busy
+        return bool(scheduled) or called or self._fail_stuck()
 
-    def _forward(self, span: Span, scheduled: list[tuple[Conversation, Work]]) -> None:
-        """Forward and reply for the sessions that go through the same blocks."""
-        began = time.perf_counter()
-        try:
-            computed = self._executor.forward([work for _, work in scheduled], span)
-            self._score(scheduled, computed)
-            sampled = iter(verified(scheduled, computed.logits))
-        except (CorollaError, RuntimeError, MemoryError) as error:
-            self._replying.fail([c for c, _ in scheduled], error)
-            return
-        self.forward_seconds = time.perf_counter() - began
-        if sum(work.rows.count for _, work in scheduled) <= _LIGHT_ROWS:
-            self.counters.light_steps += 1
-            self.counters.light_seconds += self.forward_seconds / len(span)
-        # Of several sessions together the rows of guesses take longer than they save: 0.9 times as many tokens a second with 4, where
-        # one alone has 1.3 times as many. Sessions whose tokens are long on their way between machines come one at a time.
-        drafts = self.config.drafts if len(scheduled) == 1 and self._executor.drafts_are_cheap else 0
-        at = 0
-        for conversation, work in scheduled:
-            hidden = computed.hidden[at : at + work.rows.count]
-            at += work.rows.count
-            tokens = next(sampled) if work.logits else []
-            if tokens is None:
-                damaged = ServerFault("the logits hold NaN or infinity: the weights or the hidden states behind them are damaged")
-                self._replying.fail([conversation], damaged)
-            else:
-                self._replying.reply(conversation, work, hidden, tokens, drafts)
+    def _take(self, message: Message, deliver: Deliver | None) -> None:
+        errors: list[Exception] = []
+        with barrier("receiving a message", errors.append):
+            self._sessions.take(message, deliver)
+        if errors:
+            if deliver is not None:
+                fault = ServerFault(f"the step was not taken in: {errors[0]!r}")
+                tell(deliver, Failed(message.session, getattr(message, "generation", 0), fault))
+            known = self._sessions.get(message.session)
+            if known is not None:
+                known.deliver = None  # of the step that has just been answered, or of one in whose place it came
+            self._fail(known, errors[0])
+
+    def _fail(self, conversation: Conversation | None, error: Exception) -> None:
+        """End the session that an unexpected error came from. Raises `AssertionError` where others are touched by it."""
+        self.counters.unexpected += 1
+        if conversation is not None:
+            self._replying.fail([conversation], error)
+        self.check_integrity()
 
     def _schedule(self) -> list[tuple[Conversation, Work]]:
         schedule = self._scheduler.schedule(self._sessions)
@@ -219,12 +269,13 @@ class Engine:
         for conversation in schedule.evicted:
             self._sessions.forget(conversation)
         for conversation in schedule.set_back:
-            deliver = conversation.deliver
             # A whole model computes the tokens again by itself; the servers of a route are all given them again.
             if len(conversation.span) < self.model.arch.blocks or conversation.takes_hidden:
                 self._sessions.forget(conversation)
-                assert deliver is not None, "an idle session was set back"
-                deliver(Gap(conversation.session, conversation.generation, 0))
+                assert conversation.deliver is not None, "an idle session was set back"
+                tell(conversation.deliver, Gap(conversation.session, conversation.generation, 0))
+        for conversation, error in schedule.failed:
+            self._fail(conversation, error)
         return schedule.work
 
     def _furnished(self, scheduled: list[tuple[Conversation, Work]]) -> list[tuple[Conversation, Work]]:
@@ -232,21 +283,99 @@ class Engine:
         one adapter lie together."""
         ready = []
         for conversation, work in scheduled:
-            try:
-                ready.append((conversation, furnished(work, conversation, self.prompts, self.adapters)))
-            except (PromptNeeded, AdapterNeeded) as needed:
-                self._replying.fail([conversation], needed)
+            errors: list[Exception] = []
+            with barrier("a prompt or an adapter", errors.append):
+                try:
+                    ready.append((conversation, furnished(work, conversation, self.prompts, self.adapters)))
+                except (PromptNeeded, AdapterNeeded) as needed:
+                    self._replying.fail([conversation], needed)
+            if errors:
+                self._fail(conversation, errors[0])
         return sorted(ready, key=lambda both: both[0].adapter)
 
-    def _score(self, scheduled: list[tuple[Conversation, Work]], computed: Computed) -> None:
-        """Tell those that asked what their prompts' tokens score, before any token that is sampled after them."""
-        at = 0
+    def _step(self, span: Span, scheduled: list[tuple[Conversation, Work]]) -> None:
+        """Forward and reply for the sessions that go through the same blocks."""
+        began = time.perf_counter()
+        outcomes = self._computed(span, scheduled)
+        self.forward_seconds = time.perf_counter() - began
+        if sum(work.rows.count for _, work in scheduled) <= _LIGHT_ROWS:
+            self.counters.light_steps += 1
+            self.counters.light_seconds += self.forward_seconds / len(span)
+        # Of several sessions together the rows of guesses take longer than they save: 0.9 times as many tokens a second with 4, where
+        # one alone has 1.3 times as many. Sessions whose tokens are long on their way between machines come one at a time.
+        drafts = self.config.drafts if len(scheduled) == 1 and self._executor.drafts_are_cheap else 0
+        for outcome in outcomes:
+            errors: list[Exception] = []
+            with barrier("replying to a session", errors.append):
+                self._reply(outcome, drafts)
+            if errors:
+                self._fail(outcome.conversation, errors[0])
+
+    def _computed(self, span: Span, scheduled: list[tuple[Conversation, Work]]) -> list[Outcome]:
+        """What the sessions' rows give. After an error each half of them is computed again, until the session that causes it is alone:
+        nobody has been told anything yet, and what is written to the cache is written once more."""
+        errors: list[Exception] = []
+        with barrier("computing a batch", errors.append):
+            return self._compute(span, scheduled)
+        if len(scheduled) > 1:
+            half = len(scheduled) // 2
+            return self._computed(span, scheduled[:half]) + self._computed(span, scheduled[half:])
+        self._fail(scheduled[0][0], errors[0])
+        self._check_computing(span)
+        return []
+
+    def _compute(self, span: Span, scheduled: list[tuple[Conversation, Work]]) -> list[Outcome]:
+        computed = self._executor.forward([work for _, work in scheduled], span)
+        sampled = iter(verified(scheduled, computed.logits, self._parts.sample))
+        outcomes, at = [], 0
         for conversation, work in scheduled:
-            rows = computed.hidden[at : at + work.rows.count]
+            hidden = computed.hidden[at : at + work.rows.count]
             at += work.rows.count
-            if conversation.scores and conversation.deliver is not None:
-                for scores in scores_of(self._executor, conversation, work, rows):
-                    conversation.deliver(scores)
+            tokens = next(sampled) if work.logits else []
+            outcome = Outcome(conversation, work, hidden, [], conversation.unscored, tokens or [])
+            if tokens is None:
+                outcome.error = ServerFault("the logits hold NaN or infinity: the weights or the hidden states behind them are damaged")
+            elif conversation.scores:
+                try:
+                    outcome.scores, outcome.unscored = scores_of(self._executor, conversation, work, hidden)
+                except ServerFault as error:
+                    outcome.error = error
+            outcomes.append(outcome)
+        return outcomes
+
+    def _reply(self, outcome: Outcome, drafts: int) -> None:
+        """The scores of a prompt's tokens come before any token that is sampled after them."""
+        conversation = outcome.conversation
+        if outcome.error is not None:
+            self._replying.fail([conversation], outcome.error)
+            return
+        conversation.unscored = outcome.unscored
+        for scores in outcome.scores:
+            assert conversation.deliver is not None, "an idle session was scheduled"
+            conversation.deliver(scores)
+        self._replying.reply(conversation, outcome.work, outcome.hidden, outcome.sampled, drafts)
+
+    def _check_computing(self, span: Span) -> None:
+        """A row that is nobody's tells a fault of the engine from one of a session. Raises what computing it raises: the engine ends."""
+        errors: list[Exception] = []
+        for _ in range(_TRIES):
+            with barrier("computing a row of the engine's own", errors.append):
+                self._compute_own_row(span)
+                return
+        self.failure = repr(errors[-1])
+        raise errors[-1]
+
+    def _compute_own_row(self, span: Span) -> None:
+        model, table = self.model, self.pool.open()
+        if not self.pool.reserve(table, 1):
+            return  # others compute in these pages
+        try:
+            zeros = [0] if span.start == 0 else torch.zeros(1, model.arch.hidden, dtype=model.dtype, device=model.device)
+            logits = self._executor.forward([Work(Rows(table, 0, 1), zeros, logits=1)], span).logits
+            if logits is not None:
+                self._parts.sample(logits, [SampleRequest(GenerationSettings(), 1, [0])])
+        finally:
+            self.pool.free(table)
 
     def _fail_stuck(self) -> bool:
         """Nothing could be scheduled, and nothing will give pages back: a session under way is too large for the pool."""
@@ -255,7 +384,7 @@ class Engine:
             self._replying.fail(stuck, CapacityError("the KV cache has no room for this session", self.config.retry_after))
         return False
 
-    # The thread.
+    # Its life.
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="corolla-engine", daemon=True)
@@ -267,27 +396,49 @@ class Engine:
         self._awake.set()
         if self._thread is not None:
             self._thread.join()
+        self._end(ServerFault("the engine was stopped"))
 
     def _run(self) -> None:
-        reason: BaseException = ServerFault("the engine was stopped")
         try:
-            while not self._stopping:
-                if self.threads is not None and self.threads != torch.get_num_threads():
-                    torch.set_num_threads(self.threads)
-                self._awake.clear()
-                self._linger()
-                if not self.run_once() and not self._inbox:
-                    self._awake.wait(_LOOK_AGAIN)
-        except BaseException as error:
-            # A fault of the engine itself: nobody may wait for ever on a loop that is gone.
-            reason = error
-            raise
+            while not self._stopping and self.failure is None:
+                with barrier("the engine's thread", self._consider_ending):
+                    self._loop()
         finally:
-            for message, deliver in self._inbox:
-                if deliver is not None:
-                    deliver(Failed(message.session, getattr(message, "generation", 0), ServerFault(str(reason))))
-            self._replying.fail([c for c in self._sessions if not c.idle], reason)
-            self._beside.end()
+            if not self._stopping and self.failure is None:
+                self.failure = "its thread was ended"
+            self._end(ServerFault(f"the engine ended: {self.failure or 'it was stopped'}"))
+
+    def _loop(self) -> None:
+        while not self._stopping and self.failure is None:
+            if self.threads is not None and self.threads != torch.get_num_threads():
+                torch.set_num_threads(self.threads)
+            self._awake.clear()
+            self._linger()
+            if not self.run_once() and not self._inbox:
+                self._turned = self._clock.now()
+                self._awake.wait(_LOOK_AGAIN)
+
+    def _consider_ending(self, error: Exception) -> None:
+        """After an error outside of any session."""
+        errors: list[Exception] = []
+        with barrier("an engine's pages and sessions", errors.append):
+            self.check_integrity()
+        if errors or self._faulty_turns >= _TRIES:
+            self.failure = repr(errors[0] if errors else error)
+        if self.failure is not None:
+            self._end(ServerFault(f"the engine ended: {self.failure}"))
+
+    def _end(self, error: ServerFault) -> None:
+        """Tell all that wait. Nothing is taken from here on."""
+        for message, deliver in self._inbox.close(error):
+            if deliver is not None:
+                tell(deliver, Failed(message.session, getattr(message, "generation", 0), error))
+        for conversation in self._sessions:
+            if not conversation.idle:
+                with barrier("a session of an engine that ends"):
+                    self._replying.fail([conversation], error)
+        self._beside.end(error)
+        with barrier("sending an engine's last replies"):
             self.after_turn()
 
     def _linger(self) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from corolla.engine.adapters import adapting
-from corolla.engine.attention import PagedAttention
 from corolla.engine.cache import KVCache
 from corolla.engine.graphs import DecodeGraphs, fits
+from corolla.engine.parts import Attend, paged_attention
 from corolla.engine.prompts import deep_rows, put_in
 from corolla.engine.work import Computed, Work
 from corolla.models.span import SpanModel
@@ -34,8 +34,9 @@ def packed_rows(count: int) -> int:
 
 
 class Executor:
-    def __init__(self, model: SpanModel, cache: KVCache, *, batch_invariant: bool = False) -> None:
+    def __init__(self, model: SpanModel, cache: KVCache, *, batch_invariant: bool = False, attend: Attend = paged_attention) -> None:
         self.model, self.cache = model, cache
+        self._attend = attend
         self._invariant = batch_invariant
         self._rounds = model.kernel_per_row_count
         self._graphs = DecodeGraphs(model, cache) if model.device.type == "cuda" and not batch_invariant else None
@@ -50,13 +51,13 @@ class Executor:
         """Compute the rows through the span or a `part` of it, and write their keys and values; the tables must hold room."""
         model = self.model
         part = part or model.span
-        if self._graphs is not None and part == model.span and fits(works):
+        if self._graphs is not None and part == model.span and fits(works, embeds=model.embeds):
             return self._graphs.run(works)
         count = sum(work.rows.count for work in works)
         padded = self._padded(count)
         positions = [position for work in works for position in range(work.rows.start, work.rows.end)] + [0] * (padded - count)
         hidden = self._inputs(works, padded, part)
-        attention = PagedAttention.of(model.arch, self.cache, [w.rows for w in works], padded, model.device, invariant=self._invariant)
+        attention = self._attend(model.arch, self.cache, [w.rows for w in works], padded, model.device, self._invariant)
         entering = deep_rows(works, part.start)
         adding = adapting(works, self._padded, padded, alone_alike=self._invariant)
         hidden = model.forward(hidden, torch.tensor(positions, device=model.device), attention, part, entering, adding)

@@ -17,9 +17,12 @@ from corolla.models.span import SpanModel
 MOST_ROWS = 64
 
 
-def fits(works: Sequence[Work]) -> bool:
-    """Whether a step is one that graphs are kept for: decoding only."""
-    return len(works) <= MOST_ROWS and all(work.rows.count == 1 and work.prompt is None and work.adapter is None for work in works)
+def fits(works: Sequence[Work], *, embeds: bool) -> bool:
+    """Whether a step is one that graphs are kept for: decoding only, from token ids where the span `embeds`, else from hidden states."""
+    return len(works) <= MOST_ROWS and all(
+        work.rows.count == 1 and work.prompt is None and work.adapter is None and isinstance(work.payload, torch.Tensor) != embeds
+        for work in works
+    )
 
 
 class FixedDecode:

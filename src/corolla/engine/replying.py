@@ -7,15 +7,22 @@ from dataclasses import replace
 
 import torch
 
+from corolla.barrier import barrier
 from corolla.engine.counters import Counters
 from corolla.engine.drafts import Guess
 from corolla.engine.pages import PagePool
 from corolla.engine.sampler import Sampled
-from corolla.engine.sequence import Conversation
+from corolla.engine.sequence import Conversation, Deliver
 from corolla.engine.sessions import Sessions
 from corolla.engine.work import Work
 from corolla.errors import CorollaError, ServerFault
 from corolla.types import Cached, Failed, FinishReason, Hidden, Reply, Token
+
+
+def tell(deliver: Deliver, reply: Reply) -> None:
+    """Deliver a session's last reply. There is nobody to tell where that fails."""
+    with barrier("a session's last reply"):
+        deliver(reply)
 
 
 class Replying:
@@ -66,14 +73,13 @@ class Replying:
         if reply is not None:
             deliver(reply)
 
-    def fail(self, conversations: Iterable[Conversation], error: BaseException) -> None:
+    def fail(self, conversations: Iterable[Conversation], error: Exception) -> None:
         """The step broke: its sessions' caches cannot be trusted; their clients hold the history."""
-        fault = error if isinstance(error, CorollaError) else ServerFault(f"the forward failed: {error}")
+        fault = error if isinstance(error, CorollaError) else ServerFault(f"the step failed: {error!r}")
         for conversation in conversations:
-            deliver = conversation.deliver
+            if conversation.deliver is not None:
+                tell(conversation.deliver, Failed(conversation.session, conversation.generation, fault))
             self._sessions.forget(conversation)
-            if deliver is not None:
-                deliver(Failed(conversation.session, conversation.generation, fault))
 
     def _tokens(self, conversation: Conversation, work: Work, sampled: Sequence[Sampled]) -> list[Token]:
         """The tokens of a step, as far as the answer goes on: the first, and those that had been guessed."""

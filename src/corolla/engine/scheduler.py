@@ -9,11 +9,12 @@ asking, so no two sessions wait for one another, each on a server where the othe
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from corolla.barrier import barrier
 from corolla.engine.attention import Rows
+from corolla.engine.clock import AwakeClock
 from corolla.engine.pages import PagePool
 from corolla.engine.sequence import Conversation
 from corolla.engine.work import Work
@@ -29,15 +30,15 @@ class Schedule:
     work: list[tuple[Conversation, Work]] = field(default_factory=list)
     evicted: list[Conversation] = field(default_factory=list)  # were idle
     set_back: list[Conversation] = field(default_factory=list)  # are under way, and begin anew
+    failed: list[tuple[Conversation, Exception]] = field(default_factory=list)  # could not be scheduled, for a reason nobody expected
     reused: int = 0  # tokens whose pages were found in the cache
 
 
 class Scheduler:
     """Args: `step_rows`, the rows of one forward at most; decoding sessions come before prefill in it."""
 
-    def __init__(self, pool: PagePool, step_rows: int) -> None:
-        self._pool = pool
-        self._step_rows = step_rows
+    def __init__(self, pool: PagePool, step_rows: int, clock: AwakeClock) -> None:
+        self._pool, self._step_rows, self._clock = pool, step_rows, clock
 
     def schedule(self, conversations: Iterable[Conversation]) -> Schedule:
         """Reserve pages and choose rows; what could not get pages waits for a later step."""
@@ -55,13 +56,16 @@ class Scheduler:
                 break
             if conversation in schedule.set_back:
                 continue
-            self._keep_drafts_if_free(conversation, budget)
-            if conversation.shares_prefixes and not conversation.table.pages and not conversation.scores:
-                reused += self._pool.match(conversation.table, conversation.tokens)
-            count = min(_part(conversation), budget)
-            if self._make_room(conversation, count, everyone, [c for c, _ in taken], schedule):
-                taken.append((conversation, count))
-                budget -= count
+            errors: list[Exception] = []
+            with barrier("scheduling a session", errors.append):
+                self._keep_drafts_if_free(conversation, budget)
+                if conversation.shares_prefixes and not conversation.table.pages and not conversation.scores:
+                    reused += self._pool.match(conversation.table, conversation.tokens)
+                count = min(_part(conversation), budget)
+                if self._make_room(conversation, count, everyone, [c for c, _ in taken], schedule):
+                    taken.append((conversation, count))
+                    budget -= count
+            schedule.failed.extend((conversation, error) for error in errors)
         work = [(c, self._work(c, count)) for c, count in taken]
         return replace(schedule, work=work, reused=reused)
 
@@ -81,7 +85,7 @@ class Scheduler:
         table = conversation.table
         while not self._pool.reserve(table, table.length + count):
             holders = [c for c in everyone if c.table.pages and c is not conversation and c not in keep]
-            lost = time.monotonic() - _LOST_AFTER
+            lost = self._clock.now() - _LOST_AFTER
             idle = [c for c in holders if c.idle or (c.waiting and c.seen < lost)]
             later = [c for c in holders if c.arrival > conversation.arrival]
             if idle:

@@ -13,8 +13,8 @@ from corolla.types import Scores
 _AT_ONCE = 64  # tokens of one reply: with 20 alternatives each they fit a frame
 
 
-def scores_of(executor: Executor, conversation: Conversation, work: Work, hidden: torch.Tensor) -> list[Scores]:
-    """The scores that the rows `hidden` [count, hidden] of a session give, which left the last block.
+def scores_of(executor: Executor, conversation: Conversation, work: Work, hidden: torch.Tensor) -> tuple[list[Scores], torch.Tensor | None]:
+    """The scores that the rows `hidden` [count, hidden] of a session give, which left the last block, and its next `unscored` row.
 
     A row tells about the token after it. Where that is not known yet, for it comes with the next chunk, the row is kept until then.
     Raises `ServerFault` for rows that are not finite.
@@ -23,11 +23,11 @@ def scores_of(executor: Executor, conversation: Conversation, work: Work, hidden
     if conversation.unscored is not None:
         hidden, start = torch.cat([conversation.unscored, hidden]), start - 1
     following = conversation.tokens[start + 1 : work.rows.end + 1]
-    conversation.unscored = hidden[-1:].clone() if len(following) < len(hidden) else None
+    unscored = hidden[-1:].clone() if len(following) < len(hidden) else None
     assert conversation.settings is not None, "scores are computed that nobody asked for"
     top, replies = conversation.settings.top_logprobs, []
     for at in range(0, len(following), _AT_ONCE):
         tokens = following[at : at + _AT_ONCE]
         scores = score(executor.logits(hidden[at : at + len(tokens)]), tokens, top)
         replies.append(Scores(conversation.session, conversation.generation, start + 1 + at, tuple(scores)))
-    return replies
+    return replies, unscored

@@ -47,7 +47,7 @@ class Conversation:
     sampled: int = 0  # tokens of the answer under way
     arrival: tuple[int, int] = (0, 0)  # when the answer was asked for, then the order of arrival: the earliest is served first
     used: int = 0  # the engine step it last took part in: the longest unused is evicted first
-    seen: float = 0.0  # when its last message came, on `time.monotonic`'s clock
+    seen: float = 0.0  # when its last message came, on the engine's clock
 
     @property
     def position(self) -> int:

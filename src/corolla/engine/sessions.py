@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
 
 from corolla.engine.cache import KVCache
+from corolla.engine.clock import AwakeClock
 from corolla.engine.counters import Counters
 from corolla.engine.pages import PagePool
 from corolla.engine.prompts import page_seed
@@ -19,8 +19,8 @@ from corolla.types import Cancel, Close, Gap, Message, Step
 class Sessions:
     """Changed on the engine's thread alone; iterated, looked up and counted on any."""
 
-    def __init__(self, model: SpanModel, pool: PagePool, cache: KVCache, counters: Counters) -> None:
-        self._model, self._pool, self._cache, self._counters = model, pool, cache, counters
+    def __init__(self, model: SpanModel, pool: PagePool, cache: KVCache, counters: Counters, clock: AwakeClock) -> None:
+        self._model, self._pool, self._cache, self._counters, self._clock = model, pool, cache, counters, clock
         self._known: dict[str, Conversation] = {}
         self._arrivals = 0
 
@@ -56,8 +56,9 @@ class Sessions:
         self._pool.truncate(conversation.table, conversation.position)
 
     def forget(self, conversation: Conversation) -> None:
+        if self._known.get(conversation.session) is conversation:
+            del self._known[conversation.session]
         self._pool.free(conversation.table)
-        del self._known[conversation.session]
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` where a session contradicts itself."""
@@ -69,7 +70,8 @@ class Sessions:
 
     def _begin(self, step: Step, deliver: Deliver) -> None:
         conversation = self._known.get(step.session)
-        if conversation is not None and _continues(conversation, step, deliver):
+        if conversation is not None and _continues(conversation, step):
+            self._go_on(conversation, step, deliver)
             return
         span = step.span or self._model.span
         takes_hidden = isinstance(step.payload, torch.Tensor)
@@ -115,7 +117,12 @@ class Sessions:
             conversation.unscored = None
             conversation.generation, conversation.sampled, conversation.arrival = step.generation, 0, (step.asked, self._arrivals)
             conversation.gives_hidden = step.wants_hidden or span.end != self._model.arch.blocks
-        _go_on(conversation, step, deliver)
+        self._go_on(conversation, step, deliver)
+
+    def _go_on(self, conversation: Conversation, step: Step, deliver: Deliver) -> None:
+        conversation.deliver, conversation.settings, conversation.more = deliver, step.settings, step.more
+        conversation.drafts, conversation.refuted = step.drafts, 0
+        conversation.seen = self._clock.now()
 
     def _truncate(self, conversation: Conversation, position: int) -> None:
         """Keep what is cached below `position`; less where the last page is shared and no page is free for a copy of it."""
@@ -135,22 +142,17 @@ def _usable(conversation: Conversation, step: Step) -> int:
     return min(conversation.position, len(conversation.tokens)) if step.tokens else conversation.position
 
 
-def _continues(conversation: Conversation, step: Step, deliver: Deliver) -> bool:
-    """A further chunk of a step whose rows are not all computed yet: take it behind them."""
+def _continues(conversation: Conversation, step: Step) -> bool:
+    """Take a further chunk of a step whose rows are not all computed yet behind them; whether it is one."""
     follows = step.generation == conversation.generation and step.start == conversation.position + conversation.pending
     if not follows or not conversation.pending or isinstance(step.payload, torch.Tensor) != conversation.takes_hidden:
         return False
-    if isinstance(step.payload, torch.Tensor):
-        assert conversation.hidden is not None, "rows are pending that nobody sent"
-        conversation.hidden = torch.cat([conversation.hidden, step.payload])
-        conversation.tokens[step.start :] = step.tokens
-    else:
+    if not isinstance(step.payload, torch.Tensor):
         conversation.tokens += step.payload
-    _go_on(conversation, step, deliver)
+        return True
+    if step.tokens and len(conversation.tokens) < step.start:  # the ids of rows before it are not known
+        return False
+    assert conversation.hidden is not None, "rows are pending that nobody sent"
+    conversation.hidden = torch.cat([conversation.hidden, step.payload])
+    conversation.tokens[step.start :] = step.tokens
     return True
-
-
-def _go_on(conversation: Conversation, step: Step, deliver: Deliver) -> None:
-    conversation.deliver, conversation.settings, conversation.more = deliver, step.settings, step.more
-    conversation.drafts, conversation.refuted = step.drafts, 0
-    conversation.seen = time.monotonic()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -59,8 +60,11 @@ class EmbeddedNetwork:
         if self._closed:
             raise NetworkError("the model is closed: load it again")
         if isinstance(message, (ForwardFrame, BackwardFrame)):
-            stopped = failed_of(ServerFault("the engine was stopped"), str(message.call), 0, peer=PEER)
-            self._engine.call(self._steps(message), lambda: self._answer(stopped))
+            failed = partial(self._fail, str(message.call), 0)
+            try:
+                self._engine.call(self._steps(message), failed)
+            except ServerFault as error:
+                failed(error)
         elif isinstance(message, StepFrame):
             self._step(message)
         elif isinstance(message, PromptFrame):
@@ -89,6 +93,9 @@ class EmbeddedNetwork:
         if self._on_message is not None and not self._closed:
             self._on_message(PEER, message)
 
+    def _fail(self, session: str, generation: int, error: CorollaError) -> None:
+        self._answer(failed_of(error, session, generation, peer=PEER))
+
     def _step(self, frame: StepFrame) -> None:
         assert frame.hidden is not None, "sessions of the PyTorch client are on hidden states"
         here = frame.route[frame.hop]
@@ -97,7 +104,7 @@ class EmbeddedNetwork:
             _check(step.payload, self._engine.model.arch.hidden)
             self._engine.receive(step, lambda reply: self._deliver(reply, frame.hidden.dtype))  # type: ignore[union-attr]
         except CorollaError as error:
-            self._answer(failed_of(error, frame.session, frame.generation, peer=PEER))
+            self._fail(frame.session, frame.generation, error)
 
     # On the engine's thread from here on.
 
@@ -110,9 +117,7 @@ class EmbeddedNetwork:
         try:
             result = yield from self._compute(frame)
         except CorollaError as error:
-            self._answer(failed_of(error, str(frame.call), 0, peer=PEER))
-        except (RuntimeError, MemoryError) as error:
-            self._answer(failed_of(ServerFault(f"the call failed: {error}"), str(frame.call), 0, peer=PEER))
+            self._fail(str(frame.call), 0, error)
         else:
             self._answer(ResultFrame(frame.call, result))
 

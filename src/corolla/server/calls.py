@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from corolla.engine.answering import Answering, CallCounters
 from corolla.engine.engine import Engine
-from corolla.errors import Busy, CorollaError, InvalidSetting, NetworkError, PromptTooLong, ServerFault
+from corolla.errors import Busy, CorollaError, InvalidSetting, NetworkError, PromptTooLong
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.convert import failed_of, to_call
 from corolla.swarm.wire import Array, BackwardFrame, FailedFrame, ForwardFrame, ResultFrame, TimingFrame, WireMessage
@@ -90,7 +90,10 @@ class Calls:
         except CorollaError as error:
             self._send(sender, self._failed(call, error))
             return
-        self._engine.call(self._steps(call), lambda: self._answer(call, self._failed(call, ServerFault("the engine was stopped"))))
+        try:
+            self._engine.call(self._steps(call), lambda error: self._answer(call, self._failed(call, error)))
+        except CorollaError as error:  # the engine has ended
+            self._answer(call, self._failed(call, error))
 
     def lose(self, peer: str) -> None:
         """The peer is gone: its calls are dropped, the one that is computed at its next piece, and what was kept for it."""
@@ -141,9 +144,6 @@ class Calls:
                 return
             except CorollaError as error:
                 self._answer(call, self._failed(call, error))
-                return
-            except (RuntimeError, MemoryError) as error:
-                self._answer(call, self._failed(call, ServerFault(f"the call failed: {error}")))
                 return
             computed += time.perf_counter() - began
             yield

@@ -122,7 +122,7 @@ class SpanServer:
         elif isinstance(message, FailedFrame):
             self._pass_back(sender, message)
         elif isinstance(message, Ping):
-            self._send(sender, Pong(message.nonce, failing=not self._engine.alive))
+            self._send(sender, Pong(message.nonce, failing=not self._engine.healthy))
         elif isinstance(message, Pong):
             self.round_trips.answered(sender, message)
         elif isinstance(message, Ask):

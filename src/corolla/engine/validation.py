@@ -10,7 +10,7 @@ from corolla.models.span import SpanModel
 from corolla.types import Span, Step
 
 
-def admitted_span(step: Step, model: SpanModel, context_length: int) -> Span:
+def validated_span(step: Step, model: SpanModel, context_length: int) -> Span:
     """The blocks that the step goes through, which holds `context_length` tokens at most.
 
     Raises `EmptyPrompt`, `PromptTooLong` and `InvalidSetting` for a step that can never be computed.

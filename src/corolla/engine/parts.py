@@ -1,0 +1,40 @@
+"""What an engine is put together from. Another implementation may take each part's place: a better guess, or one that fails in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from corolla.engine.attention import PagedAttention, Rows
+from corolla.engine.cache import KVCache
+from corolla.engine.drafts import Guess, Sample, guess
+from corolla.engine.pages import PagePool
+from corolla.engine.sampler import sample
+from corolla.models.architecture import Architecture
+from corolla.models.block import Attention
+
+Attend = Callable[[Architecture, KVCache, Sequence[Rows], int, torch.device, bool], Attention]
+"""A step's attention; the arguments are those of `PagedAttention.of`."""
+Convert = Callable[[torch.Tensor, torch.device, torch.dtype], torch.Tensor]
+"""What clients sent of a prompt or an adapter, as it is computed with."""
+
+
+def paged_attention(
+    arch: Architecture, cache: KVCache, rows: Sequence[Rows], padded: int, device: torch.device, invariant: bool
+) -> Attention:
+    return PagedAttention.of(arch, cache, rows, padded, device, invariant=invariant)
+
+
+def converted(values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return values.to(device, dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    guess: Guess = guess  # which tokens may follow: a better one makes answers quicker and changes nothing in them
+    sample: Sample = sample
+    attend: Attend = paged_attention
+    pool: Callable[[int, int], PagePool] = PagePool  # of so many pages of so many positions
+    convert: Convert = converted
