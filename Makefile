@@ -7,7 +7,7 @@ MODEL  ?=
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help environment up chat test lint format bench soak tiny-chat clean
+.PHONY: help environment up chat test lint format bench fuzz soak tiny-chat clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,11 @@ format: environment  ## let ruff write the format
 
 bench: environment  ## the table of docs/performance.md, measured here
 	$(BIN)/python benchmarks/engine.py $(ARGS)
+
+fuzz: environment  ## odd frames, messages and requests against servers and gateways, half an hour of them
+	$(BIN)/python -m tests.swarm.fuzz_frames 1000000
+	$(BIN)/python -m tests.swarm.fuzz_messages --messages 100000 $(ARGS)
+	$(BIN)/python -m tests.server.positions 1000
 
 soak: environment  ## twenty minutes of servers that come and go under chats; ARGS="--minutes 5"
 	$(BIN)/python -m tests.swarm.soak $(ARGS)

@@ -1,4 +1,4 @@
-"""Random, damaged and bit-flipped frames: `python tests/swarm/fuzz_frames.py [COUNT] [SEED]`.
+"""Random, damaged and bit-flipped frames: `python -m tests.swarm.fuzz_frames [COUNT] [SEED]`.
 
 A frame decodes to a message that every later stage can handle, or raises `ProtocolError`; nothing else may happen.
 """

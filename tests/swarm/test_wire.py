@@ -400,3 +400,6 @@ def test_a_failure_there_and_back() -> None:
     assert reply.error.retry_after == 0.5
     long = failed_of(ServerFault("x" * 10_000), "s", 0)
     assert len(error_of(sent(long)).args[0]) == 4096  # type: ignore[arg-type]
+    far = error_of(sent(failed_of(PromptTooLong(2**63 + 5, 512), "s", 0)))  # type: ignore[arg-type]
+    assert isinstance(far, PromptTooLong)
+    assert (far.tokens, far.limit) == (2**63 - 1, 512)

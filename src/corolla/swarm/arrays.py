@@ -74,5 +74,5 @@ def _dequantize(raw: torch.Tensor, rows: int, values: int) -> torch.Tensor:
     data = raw.numpy()
     codes = data[: rows * values].view(np.int8).reshape(rows, values)
     scales = np.frombuffer(data[rows * values :].tobytes(), np.float32).reshape(rows, -1)  # copied: float32 has to be aligned
-    with np.errstate(invalid="ignore"):  # a block whose scale is not finite is to come out so
+    with np.errstate(invalid="ignore", over="ignore"):  # a block whose scale is not finite, or too large, is to come out so
         return torch.from_numpy(codes * np.repeat(scales, Q8_BLOCK, axis=1)[:, :values])

@@ -274,6 +274,7 @@ _ERRORS = {
     if isinstance(value, type) and issubclass(value, CorollaError) and value is not CorollaError
 }
 _DETAILS: dict[type[CorollaError], dict[str, int | str]] = {InvalidSetting: {"setting": ""}, PromptTooLong: {"tokens": 0, "limit": 0}}
+_LARGEST = 2**63 - 1
 _RETRY_AFTER = 1.0  # seconds, where a full server does not say
 
 
@@ -290,8 +291,9 @@ def error_of(frame: FailedFrame) -> CorollaError:
 
 
 def failed_of(error: CorollaError, session: str, generation: int, *, peer: str = "") -> FailedFrame:
-    """`error` as the answer to a step of `session` at the server `peer`; a very long sentence is cut."""
+    """`error` as the answer to a step of `session` at the server `peer`; a very long sentence is cut, and a number to 64 bits."""
     kind = type(error)
+    details = {name: getattr(error, name) for name in _DETAILS.get(kind, {})}
     return FailedFrame(
         session,
         generation,
@@ -299,5 +301,5 @@ def failed_of(error: CorollaError, session: str, generation: int, *, peer: str =
         str(error)[:MAX_TEXT],
         retry_after=error.retry_after if isinstance(error, CapacityError) else None,
         peer=peer,
-        details={name: getattr(error, name) for name in _DETAILS.get(kind, {})},
+        details={name: min(value, _LARGEST) if isinstance(value, int) else value for name, value in details.items()},
     )
