@@ -107,6 +107,18 @@ def test_a_servers_fault_is_asked_again_and_marked_if_it_stays(fake: FakeEngine,
     assert (failed["error"]["type"], failed["retry"]) == ("ServerFault", True)
 
 
+def test_what_nobody_expected_fails_one_request(fake: FakeEngine, tokenizer: TextTokenizer) -> None:
+    def fragile(request: BatchRequest) -> tuple[list[int], GenerationSettings]:
+        if request.index == 1:
+            raise KeyError("odd")
+        return prepare(request)
+
+    written: dict[int, dict[str, Any]] = {}
+    Batch(fake.transport, "fake", tokenizer, fragile, written.__setitem__, BatchConfig(timeout=TIMEOUT)).run(iter(requests(3)))
+    assert written[1] == {"id": "1", "error": {"type": "KeyError", "message": "'odd'"}, "retry": True}
+    assert "text" in written[2]
+
+
 def test_a_full_disk_ends_the_run(fake: FakeEngine, tokenizer: TextTokenizer) -> None:
     def write(index: int, result: dict[str, Any]) -> None:
         raise StorageError("full")

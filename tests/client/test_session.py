@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import itertools
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -9,9 +13,33 @@ from fakes import FakeEngine
 
 from corolla.client.session import Session
 from corolla.errors import Busy, DeadlineExceeded, EmptyPrompt, InvalidSetting, NetworkError, PromptTooLong, ServerFault
-from corolla.types import Cancel, Close, FinishReason, Gap, GenerationSettings, Token
+from corolla.types import Cancel, Close, FinishReason, Gap, GenerationSettings, Score, Scores, Token
 
 SETTINGS = GenerationSettings(max_tokens_to_generate=3, stop_token_ids=(99,))
+
+
+SCORED = GenerationSettings(max_tokens_to_generate=3, prompt_logprobs=True)
+STOPPED = """
+import sys, threading
+from corolla.client.session import Session
+from corolla.swarm.local import LocalTransport
+from corolla.types import FinishReason, GenerationSettings, Step, Token
+
+def answer(step, deliver):
+    sys.stdin.readline()
+    for position in (1, 2, 3):
+        deliver(Token(step.session, step.generation, position, 7, -0.5, finish=FinishReason.LENGTH if position == 3 else None))
+
+def receive(message, deliver):
+    if isinstance(message, Step):
+        threading.Thread(target=answer, args=(message, deliver), daemon=True).start()
+        print("waiting", flush=True)
+
+transport = LocalTransport()
+transport.listen("server", receive)
+tokens = Session(transport, "server").generate([5], GenerationSettings(max_tokens_to_generate=3), timeout=1.0)
+print(len(list(tokens)), "tokens", flush=True)
+"""
 
 
 @pytest.fixture
@@ -114,6 +142,51 @@ def test_a_busy_server_is_asked_again(session: Session, engine: FakeEngine) -> N
     assert len(list(session.generate([5], SETTINGS))) == 3
     assert time.monotonic() - began >= 0.04
     assert len(engine.steps) == 3
+
+
+def test_a_server_that_is_full_for_no_time_is_not_asked_again_and_again(session: Session, engine: FakeEngine) -> None:
+    engine.fail = [Busy(0.0) for _ in range(1000)]
+    with pytest.raises(Busy):
+        next(session.generate([5], SETTINGS, timeout=1.0))
+    assert 3 <= len(engine.steps) <= 11
+
+
+def test_a_reader_that_takes_its_time_runs_into_no_deadline(session: Session) -> None:
+    tokens = session.generate([5], SETTINGS, timeout=0.3)
+    next(tokens)
+    time.sleep(0.4)  # all tokens are there
+    assert len(list(tokens)) == 2
+
+
+def test_scores_that_say_nothing_new_prolong_no_deadline(session: Session, engine: FakeEngine) -> None:
+    engine.silent = True
+    tokens = session.generate([5, 6], SCORED, timeout=0.5)
+    over = threading.Event()
+
+    def drip() -> None:
+        while not over.wait(0.05):
+            session._replies.put(Scores(session.name, 1, 1, (Score(-0.5, ()),)))
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    with pytest.raises(DeadlineExceeded):
+        next(tokens)
+    over.set()
+    dripping.join()
+
+
+def test_what_came_while_the_process_was_stopped_is_an_answer() -> None:
+    """A session in another process, which stands still for longer than it would wait."""
+    process = subprocess.Popen([sys.executable, "-c", STOPPED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+        answered, _ = process.communicate("answer\n", timeout=30.0)
+    assert answered == "3 tokens\n"
 
 
 def test_a_server_busy_beyond_the_deadline_says_so(session: Session, engine: FakeEngine) -> None:

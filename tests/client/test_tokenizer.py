@@ -22,6 +22,13 @@ def test_text_goes_there_and_back(directory: Path) -> None:
     assert tokenizer.model_type == "bloom"
 
 
+@pytest.mark.parametrize("token_id", [10**5, 2**31, 2**32, 2**40, -1])
+def test_an_id_outside_the_vocabulary_has_no_text(directory: Path, token_id: int) -> None:
+    tokenizer = TextTokenizer(directory)
+    assert tokenizer.spelling(token_id) == ""
+    assert tokenizer.decode([token_id, *tokenizer.encode("a")]) == "a"
+
+
 def test_special_tokens_are_spelled_out_in_plain_text(directory: Path) -> None:
     tokenizer = TextTokenizer(directory)
     assert tokenizer.encode("a</s>").count(toy.END) == 1

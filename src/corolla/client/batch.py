@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from corolla.barrier import barrier
 from corolla.client.batch_requests import BatchRequest
 from corolla.client.completion import Completion, CompletionResult
 from corolla.client.session import Session
@@ -115,7 +116,7 @@ class Batch:
                     request = next(requests, None)
                 if request is None:
                     return
-                result = self._answer(request)
+                result = self._settled(request)
                 if result is None:
                     return
                 with self._lock:
@@ -126,6 +127,13 @@ class Batch:
         except BaseException as error:  # noqa: BLE001 (raised again by `run`, on its own thread)
             self._error = self._error or error
             self._stopping.set()
+
+    def _settled(self, request: BatchRequest) -> dict[str, Any] | None:
+        """`_answer`; what nobody expected is the failure of this request alone."""
+        failed: list[Exception] = []
+        with barrier("a batch's request", failed.append):
+            return self._answer(request)
+        return {"id": request.id, "error": {"type": type(failed[0]).__name__, "message": str(failed[0])}, "retry": True}
 
     def _answer(self, request: BatchRequest) -> dict[str, Any] | None:
         """The result; None where the run is stopped meanwhile."""

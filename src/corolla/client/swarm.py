@@ -27,6 +27,7 @@ from corolla.swarm.routing import Quality, Route, WantedAdapter
 from corolla.swarm.transport import Deliver
 from corolla.swarm.wire import (
     CachedFrame,
+    CloseFrame,
     FailedFrame,
     GapFrame,
     Leaving,
@@ -168,6 +169,8 @@ class SwarmTransport:
         if isinstance(message, (TokenFrame, ScoresFrame, CachedFrame, GapFrame, FailedFrame)):
             if (link := self._link(message.session)) is not None:
                 link.receive(sender, message)
+            else:  # of an earlier life, or opened by somebody in this client's name
+                self.network.send(sender, CloseFrame(message.session, message.generation))
         elif isinstance(message, Whereabouts):
             if (link := self._link(message.session)) is not None:
                 link.told(sender, message)
