@@ -21,14 +21,14 @@ class Pauses:
         self._looked = clock()
 
     def look(self, expected: float = LOOK) -> float:
-        """Seconds by which this look comes later than `expected` after the one before, if this process stood still; else 0."""
+        """Seconds since the look before, if this process stood still for a part of them, as they are far more than `expected`; else 0."""
         before, self._looked = self._looked, self._clock()
-        late = self._looked - before - expected
-        return late if late > _STOOD_STILL else 0.0
+        passed = self._looked - before
+        return passed if passed - expected > _STOOD_STILL else 0.0
 
 
 class Deadline:
-    """`seconds` from now; later by as long as this process stands still meanwhile."""
+    """`seconds` from now. The time between two looks in which this process stood still does not count."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds, self._clock = seconds, clock
