@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 from corolla.errors import NetworkError
 from corolla.swarm.directory import LocalDirectory
@@ -11,7 +12,8 @@ from corolla.swarm.records import ServerRecord
 
 
 class LocalPeer:
-    """`published` is every record in order; while `cut_off`, the directory does not answer."""
+    """`published` is every record in order; while `cut_off`, the directory does not answer, and `error` is
+    what it raises; from when it `hangs` until that is set it keeps who asks."""
 
     def __init__(self, hub: LocalHub, directory: LocalDirectory, name: str) -> None:
         self.network = hub.join(name)
@@ -19,6 +21,8 @@ class LocalPeer:
         self.published: list[ServerRecord] = []
         self.withdrawn = self.closed = self.cut_off = False
         self.failure: str | None = None
+        self.error: Exception | None = None
+        self.hangs: threading.Event | None = None
         self._directory = directory
 
     def servers(self, model: str | None = None) -> list[ServerRecord]:
@@ -42,3 +46,7 @@ class LocalPeer:
     def _check(self) -> None:
         if self.cut_off:
             raise NetworkError("cut off")
+        if self.error is not None:
+            raise self.error
+        if self.hangs is not None:
+            self.hangs.wait()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from corolla.errors import NetworkError
+from corolla.errors import InvalidSetting, NetworkError
 from corolla.server.announcing import NEIGHBOURS, Announcer, nearest, next_servers, to_ask
 from corolla.swarm.directory import LocalDirectory
 from corolla.swarm.network import LocalHub
@@ -100,3 +100,37 @@ def test_the_nearest_are_asked_and_some_by_chance() -> None:
         assert set(peers[:12]) <= set(now)
         asked |= set(now)
     assert asked == set(peers)
+
+
+def failing_once(peer: LocalPeer, error: Exception) -> Callable[[], ServerRecord]:
+    """What `describe` gives; the third time it raises."""
+
+    def describe_or_fail() -> ServerRecord:
+        asked.append(1)
+        if len(asked) == 3:
+            raise error
+        return describe()
+
+    asked: list[int] = []
+    return describe_or_fail
+
+
+@pytest.mark.parametrize("error", [InvalidSetting("expires", "a clock was stepped"), KeyError("never seen"), OSError("disk")], ids=repr)
+def test_no_error_ends_the_announcements(peer: LocalPeer, error: Exception) -> None:
+    announcer = Announcer(peer, failing_once(peer, error), every=0.01)
+    until(lambda: len(peer.published) > 5)
+    announcer.withdraw()
+
+
+def test_a_clock_that_was_stepped_recovers_by_itself() -> None:
+    skew = [0.0]
+    peer = LocalPeer(LocalHub(), LocalDirectory(clock=lambda: time.time() + skew[0]), "a")
+    announcer = Announcer(peer, describe, every=0.01)
+    for stepped in (3600.0, -3600.0):
+        skew[0] = stepped
+        said = len(peer.published)
+        until(lambda said=said: len(peer.published) > said + 3)  # type: ignore[misc]
+        assert peer.servers() == [] or stepped < 0
+        skew[0] = 0.0
+        until(peer.servers)
+    announcer.withdraw()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from corolla.barrier import unexpected
 from corolla.client.session import Session
 from corolla.client.swarm import Patience, SwarmTransport
 from corolla.engine.engine import EngineConfig
@@ -290,3 +291,46 @@ def test_a_server_that_cannot_load_where_it_is_needed_goes_back(directory: Path,
     until(lambda: any(r.span == Span(2, 4) for name in "ab" for r in swarm.peers[name].published))
     until(lambda: swarm.spans() == {"a": Span(0, 2), "b": Span(0, 2)})
     swarm.close()
+
+
+def test_a_liar_draws_nobody_away(swarm: Swarm) -> None:
+    for name in "abcd":
+        swarm.serve(name, capacity=2)
+    before = swarm.spans()
+    assert sorted(before.values()) == [Span(0, 2), Span(0, 2), Span(2, 4), Span(2, 4)]
+    swarm.announce("liar", 0, 3, lies=True)
+    said = {name: len(swarm.peers[name].published) for name in "abcd"}
+    until(lambda: all(len(swarm.peers[name].published) > said[name] + 60 for name in "abcd"))
+    assert {name: swarm.said(name).span for name in "abcd"} == before
+    assert {swarm.said(name).state for name in "abcd"} == {"ready"}
+
+
+def test_a_newcomer_takes_what_only_a_liar_holds(swarm: Swarm) -> None:
+    swarm.announce("liar", 0, 3, lies=True)
+    swarm.announce("ghost", 2, 4)
+    assert swarm.serve("a", capacity=2, proofs=0.2).span == Span(0, 2)
+
+
+def test_an_unexpected_error_does_not_end_a_server_s_life(swarm: Swarm) -> None:
+    swarm.serve("a")
+    swarm.peers["a"].error = KeyError("never seen")
+    before = unexpected["the server's life"]
+    until(lambda: unexpected["the server's life"] > before + 2)
+    swarm.peers["a"].error = None
+    said = len(swarm.peers["a"].published)
+    until(lambda: len(swarm.peers["a"].published) > said + 3)
+    assert swarm.said("a").state == "ready"
+
+
+def test_told_twice_it_does_not_wait_for_a_directory_that_hangs(swarm: Swarm) -> None:
+    server = swarm.serve("a")
+    swarm.peers["a"].hangs = threading.Event()
+    told_again = threading.Event()
+    closing = threading.Thread(target=server.close, args=(told_again,))
+    closing.start()
+    began = time.monotonic()
+    told_again.set()
+    closing.join(DEADLINE)
+    assert swarm.peers["a"].closed
+    assert time.monotonic() - began < 5.0
+    swarm.peers["a"].hangs.set()

@@ -186,3 +186,19 @@ def price(hops: list[tuple[ServerRecord, int]], prefer: dict[str, float]) -> flo
             passing += one.round_trips.get(other.peer, other.round_trips.get(one.peer, UNKNOWN_ROUND_TRIP)) / 2
     client = sum(prefer.get(record.peer, UNKNOWN_ROUND_TRIP) / 2 for record in (ring[0], ring[-1]))
     return computing + passing + client / 64
+
+
+def test_proven_servers_go_before_those_that_only_claim() -> None:
+    quick = make_record("liar", 0, 12, throughput=1e12)
+    slow = [make_record("a", 0, 6, throughput=1.0), make_record("b", 6, 12, throughput=1.0)]
+    assert route([quick, *slow]).peers == ("liar",)
+    assert route([quick, *slow], proven={"a", "b"}).peers == ("a", "b")
+    assert route([quick, *slow], proven={"a"}).peers == ("a", "liar")  # for the blocks that no proven one holds
+    assert route([quick, *slow], proven=()).peers == ("liar",)  # a swarm works from its first second
+    assert route([quick, *slow], proven={"a", "b"}).seconds == route(slow).seconds
+
+
+def test_a_quality_that_is_proven_goes_before_one_that_is_not() -> None:
+    records = [make_record("a", 0, 12, throughput=1.0), make_record("liar", 0, 12, weights="int8", throughput=1e12)]
+    assert route(records, proven={"a"}).peers == ("a",)
+    assert route(records, proven={"a"}, like=quality(records[1])).peers == ("liar",)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import msgspec
 import pytest
 
 from corolla.errors import NoRoute
 from corolla.swarm.bans import Bans
+from corolla.swarm.placement import MovePolicy, Mover
+from corolla.swarm.probing import Probes
 from corolla.swarm.routing import Hop, find_route
-from tests.swarm.simulation import EXPIRY, TICK, Simulation
+from corolla.swarm.wire import Array, FailedFrame, ForwardFrame, Ping, Pong, ResultFrame, WireMessage
+from tests.swarm.simulation import EXPIRY, TICK, Simulation, make_record
 
 SEEDS = range(3)
 MINUTE = 60.0
@@ -151,3 +157,43 @@ def test_a_cut_swarm_says_which_blocks_it_lacks() -> None:
     with pytest.raises(NoRoute) as caught:
         find_route(swarm.view(), blocks=swarm.blocks, now=swarm.now, banned=(), needed_tokens=100)
     assert caught.value.missing[-1].end == swarm.blocks
+
+
+@pytest.mark.parametrize("answers", ["silence", "pongs", "busy"])
+def test_nobody_leaves_blocks_to_a_liar(answers: str) -> None:
+    """One forged record, 0:29 of 30 at 1e12 rows a second: six servers that probe one another and it stay where they are."""
+    honest = {f"h{i}": make_record(f"h{i}", start, start + 10, blocks=30, expires=1e12) for i, start in enumerate([0, 10, 20] * 2)}
+    liar = make_record("liar", 0, 29, blocks=30, throughput=1e12, expires=1e12)
+    before = {peer: record.span for peer, record in honest.items()}
+    now = [0.0]
+    probes: dict[str, Probes] = {}
+
+    def answer(me: str, peer: str, message: WireMessage) -> None:
+        if isinstance(message, Ping) and (peer in honest or answers == "pongs"):
+            probes[me].receive(peer, Pong(message.nonce))
+        elif isinstance(message, ForwardFrame) and peer in honest:
+            probes[me].receive(peer, ResultFrame(message.call, Array("float32", (1, 64), memoryview(bytes(256)))))
+        elif isinstance(message, ForwardFrame) and answers == "busy":
+            probes[me].receive(peer, FailedFrame(str(message.call), 0, "Busy", "later"))
+
+    probes |= {peer: Probes(partial(answer, peer), clock=lambda: now[0]) for peer in honest}
+    movers = {peer: Mover(seed, MovePolicy(pace=10.0, settle=10.0)) for seed, peer in enumerate(honest)}
+    for second in range(0, 1800, 5):
+        now[0] = float(second)
+        for peer, mover in movers.items():
+            others = [record for record in (*honest.values(), liar) if record.peer != peer]
+            probes[peer].ask(others)
+            to = mover.consider(probes[peer].believed(others), honest[peer], now=now[0], capacity=10)
+            changes = {} if to is None else {"start": to.start, "end": to.end}
+            honest[peer] = msgspec.structs.replace(honest[peer], state="draining" if mover.draining else "ready", **changes)
+    assert {peer: record.span for peer, record in honest.items()} == before
+
+
+def test_servers_that_nobody_hears_from_are_not_left_alone() -> None:
+    """Seen by a server that is cut off, all others are unproven: it stays."""
+    records = [make_record(peer, start, start + 6) for peer, start in (("a", 0), ("b", 0), ("c", 0), ("d", 6))]
+    probes, mover = Probes(lambda peer, message: None, clock=lambda: 0.0), Mover(0, MovePolicy(pace=0.0, settle=0.0))
+    for _ in range(10):
+        probes.ask(records[1:])
+        assert mover.consider(probes.believed(records[1:]), records[0], now=0.0, capacity=6) is None
+        assert not mover.draining

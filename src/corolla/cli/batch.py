@@ -49,6 +49,7 @@ def batch(
     seed: options.Seed = None,
     stop: options.Stop = None,
     dtype: options.Dtype = None,
+    device: options.Device = None,
     threads: options.Threads = None,
     weights: options.Weights = None,
     batch_invariant: options.BatchInvariant = False,
@@ -96,7 +97,7 @@ def batch(
         "prompt": None if tuned is None else str(tuned),
         "settings": defaults,
         "logprobs": logprobs,
-        "machine": _given(dtype=dtype, weights=weights, batch_invariant=batch_invariant or None, swarm=bool(peers) or None),
+        "machine": _given(dtype=dtype, device=device, weights=weights, batch_invariant=batch_invariant or None, swarm=bool(peers) or None),
     }
     with BatchOutput(output, job) as results:
         todo = (request for request in read_requests(source) if not results.done(request.index))
@@ -112,7 +113,7 @@ def batch(
         from corolla.client.batch import Batch, BatchConfig
         from corolla.client.tokenizer import TextTokenizer
 
-        machine: dict[str, Any] = {"dtype": dtype, "threads": threads, "weights": weights, "batch_invariant": batch_invariant}
+        machine: dict[str, Any] = {"dtype": dtype, "device": device, "threads": threads, "weights": weights, "batch_invariant": batch_invariant}
         with opened(model, peers=peers, secret=secret, **machine) as entered:
             tokenizer = TextTokenizer(entered.directory)
             rendering = Rendering(

@@ -35,6 +35,7 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     dtype: options.Dtype = None,
+    device: options.Device = None,
     threads: options.Threads = None,
     weights: options.Weights = None,
     batch_invariant: options.BatchInvariant = False,
@@ -72,7 +73,14 @@ def chat(
     examples = read_few_shot(few_shot) if few_shot else []
 
     with opened(
-        model, peers=peers, secret=secret, dtype=dtype, threads=threads, weights=weights, batch_invariant=batch_invariant
+        model,
+        peers=peers,
+        secret=secret,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        weights=weights,
+        batch_invariant=batch_invariant,
     ) as embedded:
         tokenizer = TextTokenizer(embedded.directory)
         tuned = soft_prompt(prompt, embedded.directory)

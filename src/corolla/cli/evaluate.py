@@ -70,6 +70,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture there, a PNG.")] = None,
     dtype: options.Dtype = None,
+    device: options.Device = None,
     threads: options.Threads = None,
     weights: options.Weights = None,
     peers: options.Peers = None,
@@ -102,7 +103,7 @@ def evaluate(
         from corolla.tuning.evaluation import check_loss
         from corolla.tuning.evaluation import evaluate as evaluated
 
-        machine: dict[str, Any] = {"dtype": dtype, "threads": threads, "weights": weights}
+        machine: dict[str, Any] = {"dtype": dtype, "device": device, "threads": threads, "weights": weights}
         with opened(model, peers=peers, secret=secret, **machine) as entered:
             tuned = soft_prompt(prompt, entered.directory)
             vocabulary = architecture(read_config(entered.directory)).vocabulary

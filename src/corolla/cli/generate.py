@@ -37,6 +37,7 @@ def generate(
     stop: options.Stop = None,
     top_logprobs: Annotated[int, typer.Option(help="With --json: this many alternatives for each token, 0 to 20.")] = 0,
     dtype: options.Dtype = None,
+    device: options.Device = None,
     threads: options.Threads = None,
     weights: options.Weights = None,
     batch_invariant: options.BatchInvariant = False,
@@ -73,7 +74,7 @@ def generate(
     from corolla.client.tokenizer import TextTokenizer
 
     hops = Hops()
-    machine = {"dtype": dtype, "threads": threads, "weights": weights, "batch_invariant": batch_invariant}
+    machine = {"dtype": dtype, "device": device, "threads": threads, "weights": weights, "batch_invariant": batch_invariant}
     with opened(model, peers=peers, secret=secret, timed=timings, **machine) as embedded:
         tokenizer = TextTokenizer(embedded.directory)
         settings = dataclasses.replace(settings, stop_token_ids=tokenizer.end_ids)

@@ -66,10 +66,7 @@ def serve(
     cache_tokens: Annotated[
         int, typer.Option(min=1, help="How many tokens of all sessions together the cache holds.", rich_help_panel=options.MACHINE)
     ] = 32768,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda or cuda:1; a CUDA device where there is one by default.", rich_help_panel=options.MACHINE),
-    ] = None,
+    device: options.Device = None,
     dtype: options.Dtype = None,
     weights: options.Weights = None,
     threads: Annotated[

@@ -30,6 +30,7 @@ def up(
         typer.Option(min=1, help="Processor threads of each server; they share the cores by default.", rich_help_panel=options.MACHINE),
     ] = None,
     dtype: options.Dtype = None,
+    device: options.Device = None,
     weights: options.Weights = None,
     temperature: options.Temperature = 0.7,
     max_new_tokens: options.MaxNewTokens = 512,
@@ -52,6 +53,7 @@ def up(
     machine = ["--log-level", "debug" if log_level is LogLevel.DEBUG else "info"]
     machine += ["--threads", str(threads)] if threads else []
     machine += ["--dtype", dtype] if dtype else []
+    machine += ["--device", device] if device else []
     machine += ["--weights", weights] if weights else []
     cuts = [blocks * i // servers for i in range(servers + 1)]
     spans = [Span(start, end) for start, end in pairwise(cuts)]

@@ -33,6 +33,7 @@ def open_model(
     model: str,
     *,
     dtype: str | None = None,
+    device: str | None = None,
     threads: int | None = None,
     weights: str | None = None,
     batch_invariant: bool = False,
@@ -43,6 +44,7 @@ def open_model(
     Args:
         model: an alias, a directory or a hub id.
         dtype: "float32", "bfloat16" or "float16"; by default what the machine computes fast.
+        device: "cpu", "cuda" or "cuda:1"; the CPU by default.
         threads: of the CPU's products; torch's default where None.
         weights: a `models.linear.WeightFormat`; by default "packed" on a CPU, "plain" on a CUDA device.
         batch_invariant: answers that do not depend on what else is computed, in bfloat16 too.
@@ -56,13 +58,14 @@ def open_model(
     from corolla.engine.engine import Engine, EngineConfig
     from corolla.engine.threads import GoOn, on_passing_thread
     from corolla.models.catalog import resolve
+    from corolla.models.devices import settled_device
     from corolla.models.span import load_span
 
     if threads is not None:
         if threads < 1:
             raise InvalidSetting("threads", f"{threads} is not at least 1")
         torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settled = settled_device(device)
     directory = resolve(model, progress=progress)
 
     def prepare(go_on: GoOn) -> Engine:
@@ -73,9 +76,9 @@ def open_model(
 
         span_model = load_span(
             directory,
-            dtype=dtype or fast_dtype(device),
+            dtype=dtype or fast_dtype(settled),
             weights=weights,  # type: ignore[arg-type]
-            device=device,
+            device=settled,
             progress=told,
         )
         return Engine(span_model, EngineConfig(batch_invariant=batch_invariant))
@@ -92,9 +95,9 @@ def open_model(
 
 
 def fast_dtype(device: str) -> str:
-    """bfloat16 where the machine has instructions for it, else float32."""
+    """bfloat16 where the device has instructions for it, else float32."""
     import torch
 
     from corolla.models.linear import can_pack
 
-    return "bfloat16" if device == "cuda" or can_pack(torch.bfloat16) else "float32"
+    return "bfloat16" if torch.device(device).type == "cuda" or can_pack(torch.bfloat16) else "float32"

@@ -14,6 +14,7 @@ from corolla.errors import InvalidSetting
 from corolla.models.adapters import load_adapter
 from corolla.models.architecture import Architecture
 from corolla.models.checkpoint import Checkpoint
+from corolla.models.devices import settled_device
 from corolla.models.families import architecture
 from corolla.models.linear import WeightFormat
 from corolla.models.quantized_files import settled_weights
@@ -33,7 +34,7 @@ class ServeConfig:
     capacity: int | None = None  # blocks, where the span is chosen; None: as many as the memory holds
     memory: int | None = None  # bytes for weights and cache; None: most of what is available on the device
     name: str = ""
-    device: str | None = None  # "cpu", "cuda", "cuda:1"; None: a CUDA device where there is one
+    device: str | None = None  # "cpu", "cuda", "cuda:1"; None: the CPU
     dtype: str | None = None
     weights: WeightFormat | None = None
     wire_dtype: WireDtype | None = None  # of the hidden states sent on; None: that of the model
@@ -69,7 +70,7 @@ def settle_terms(directory: Path, config: ServeConfig) -> Terms:
     Raises `CheckpointError`, `UnsupportedModel`, `AdapterError`, and `InvalidSetting` for a device that is not there or a span that the
     memory does not hold.
     """
-    device = _device(config.device)
+    device = settled_device(config.device)
     dtype = config.dtype or fast_dtype(device)
     if dtype not in DTYPES:
         raise InvalidSetting("dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
@@ -117,20 +118,6 @@ def _adapters(directories: Mapping[str, Path], arch: Architecture, dtype: torch.
 def model_fingerprint(directory: Path) -> str:
     """What names a model in the directory: the same for everybody who has the same checkpoint's config."""
     return fingerprint(json.loads((directory / "config.json").read_bytes()))
-
-
-def _device(device: str | None) -> str:
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise InvalidSetting("device", f"{device!r} is no device; give cpu, cuda or cuda:1") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise InvalidSetting("device", f"{device!r} is not supported; give cpu, cuda or cuda:1")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise InvalidSetting("device", f"there is no {device} on this machine, which has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _capacity(takes: Footprint, device: str, config: ServeConfig) -> int:
