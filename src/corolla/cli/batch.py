@@ -113,7 +113,13 @@ def batch(
         from corolla.client.batch import Batch, BatchConfig
         from corolla.client.tokenizer import TextTokenizer
 
-        machine: dict[str, Any] = {"dtype": dtype, "device": device, "threads": threads, "weights": weights, "batch_invariant": batch_invariant}
+        machine: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "threads": threads,
+            "weights": weights,
+            "batch_invariant": batch_invariant,
+        }
         with opened(model, peers=peers, secret=secret, **machine) as entered:
             tokenizer = TextTokenizer(entered.directory)
             rendering = Rendering(

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -45,15 +46,21 @@ class Joined:
 
     def adapter(self, name: str) -> str:
         """The digest of the adapter that servers hold under this name, or whose digest begins with it. Raises `AdapterError`."""
-        return adapter_named(name, self.known.records)
+        return adapter_named(name, self.known.proven or self.known.records)
+
+
+class Listing(Protocol):
+    """Where servers are looked up; see `swarm.peer.SwarmPeer`."""
+
+    def servers(self, model: str | None = None) -> list[ServerRecord]: ...
 
 
 class KnownServers:
     """What the directory says of one model's servers, looked up again on a thread of its own: the `Router` of a client. Records that
     do not have the model's `blocks` are not believed."""
 
-    def __init__(self, peer: SwarmPeer, model_id: str, blocks: int) -> None:
-        self._peer, self._model_id, self._blocks = peer, model_id, blocks
+    def __init__(self, peer: Listing, model_id: str, blocks: int, look_every: float = _REFRESH) -> None:
+        self._peer, self._model_id, self._blocks, self._look_every = peer, model_id, blocks, look_every
         self._records: list[ServerRecord] = []
         self._heard_of = False  # any server, ever
         self._round_trips: RoundTrips | None = None
@@ -71,6 +78,11 @@ class KnownServers:
     @property
     def records(self) -> list[ServerRecord]:
         return self._records
+
+    @property
+    def proven(self) -> list[ServerRecord]:
+        """Those of the records whose servers this client has seen at work."""
+        return [] if self._probes is None else self._probes.proven(self._records)
 
     def measure(self, round_trips: RoundTrips, probes: Probes | None = None) -> None:
         """From now on measure this client's round trips too, to those servers that its tokens go to and come from; and let servers prove
@@ -140,7 +152,7 @@ class KnownServers:
             self._probes.ask(self._records)
 
     def _keep_looking(self) -> None:
-        while not self._closing.wait(_REFRESH):
+        while not self._closing.wait(self._look_every):
             with barrier("the directory watch"), suppress(CorollaError):  # what is known is used until the directory answers again
                 self._look()
 
