@@ -230,7 +230,10 @@ class RunningServer:
 
     def _find_failure(self) -> str | None:
         held = self._holder.held
-        return None if held is None or held.engine.alive else "the engine's thread has ended"
+        if held is None or held.engine.healthy or held is not self._holder.held:  # one that was let go of just now is stopped
+            return None
+        stalled = f"the engine has not gone on for {held.engine.config.stall_after:g} s, although there is work"
+        return f"the engine ended: {held.engine.failure}" if held.engine.failure else stalled
 
     def _die(self, failure: str) -> None:
         log.error("this server is dead and leaves the swarm: %s", failure)
