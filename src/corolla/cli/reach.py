@@ -207,7 +207,7 @@ async def _silence(p2p: P2P, address: str, secret: bytes | None) -> Finding:
 
 async def _directory(node: DHTNode) -> Finding:
     """Whether servers are announced."""
-    from corolla.swarm.directory import INDEX
+    from corolla.swarm.places import INDEX
 
     found = await node.get(INDEX, latest=True)
     entries = {} if found is None or not isinstance(found.value, dict) else found.value

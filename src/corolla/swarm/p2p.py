@@ -105,6 +105,18 @@ class P2PNetwork:
         """Bytes held now of frames that came in part."""
         return self._reading.unfinished
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing goes out or comes in any more, if so, in words; for any thread. A network that was closed has not failed."""
+        if self._channels.closed:
+            return None
+        if not self._thread.is_alive():
+            return "the network's thread has ended"
+        reading, listening = self._p2p._client.control._read_task, self._p2p._listen_task
+        if any(task is not None and task.done() for task in (reading, listening)):
+            return "the connection to this machine's libp2p daemon broke"
+        return None
+
     def know(self, addresses: Mapping[str, Sequence[str]]) -> None:
         """Where peers say that they listen (multiaddrs), for when they are dialled. For any thread.
 
