@@ -17,7 +17,7 @@ from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils.timed_storage import get_dht_time
 
-from corolla.errors import Busy, ProtocolError
+from corolla.errors import CapacityError, ProtocolError
 from corolla.swarm.limits import Rate
 from corolla.swarm.records import CLOCKS_DIFFER, LIFETIME
 from corolla.swarm.signatures import peer_of
@@ -56,12 +56,12 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]
             return False
         return bool(super().store_subkey(key, subkey, value, expiration_time))
 
-    def _has_room(self, subkey: bytes, growth: int, *, new: bool) -> bool:
+    def _has_room(self, writer: bytes, growth: int, *, new: bool) -> bool:
         if new:
             entries = list(self._entries())
-            if len(entries) >= ENTRIES or sum(writer == subkey for writer, _ in entries) >= ENTRIES_EACH:
+            if len(entries) >= ENTRIES or sum(other == writer for other, _ in entries) >= ENTRIES_EACH:
                 return False
-            growth += len(subkey) + _OVERHEAD
+            growth += len(writer) + _OVERHEAD
         return growth <= 0 or self.bytes + growth <= BYTES
 
     @property
@@ -90,13 +90,13 @@ class BoundedProtocol(DHTProtocol):  # type: ignore[misc]
         return str(DHTProtocol._get_handle_name(namespace, method_name))
 
     def charge(self, caller: PeerID, cost: int) -> None:
-        """Count what a caller asks for. Raises `Busy` for one that asks for too much."""
+        """Count what a caller asks for. Raises `CapacityError` for one that asks for too much."""
         rate = self._rates.pop(caller, None) or Rate(_RATE, burst=_BURST)
         self._rates[caller] = rate
         if len(self._rates) > _CALLERS:
             self._rates.popitem(last=False)
         if wait := rate.take(cost):
-            raise Busy("you ask this node for too much at once", retry_after=wait)
+            raise CapacityError("you ask this node for too much at once", retry_after=wait)
 
     async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
         """See `DHTProtocol.rpc_store`: entries of the caller's own are stored, one by one."""
