@@ -73,7 +73,7 @@ def test_all_entries_together_take_bounded_memory() -> None:
     storage, entry = BoundedStorage(), bytes(16_000)
     stored = sum(storage.store_subkey(KEY, b"writer %d" % number, entry, in_seconds(10)) for number in range(2000))
     assert 0 < stored < 2000
-    assert storage.bytes <= bounds.BYTES
+    assert storage.size <= bounds.BYTES
     assert storage.store_subkey(KEY, b"writer 0", entry, in_seconds(20))  # those that are there go on
 
 

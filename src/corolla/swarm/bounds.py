@@ -35,7 +35,7 @@ _CALLERS = 2048  # whose rates are remembered
 _ID_BYTES = DHTID.HASH_NBYTES
 
 
-class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]
+class BoundedStorage(DHTLocalStorage):
     """Entries of writers under keys; nothing else. What is older than what stands changes nothing."""
 
     def store(self, key: DHTID, value: Any, expiration_time: float, subkey: Any = None) -> bool:
@@ -62,11 +62,11 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]
             if len(entries) >= ENTRIES or sum(other == writer for other, _ in entries) >= ENTRIES_EACH:
                 return False
             growth += len(writer) + _OVERHEAD
-        return growth <= 0 or self.bytes + growth <= BYTES
+        return growth <= 0 or self.size + growth <= BYTES
 
     @property
-    def bytes(self) -> int:
-        """Of memory that the entries take, about."""
+    def size(self) -> int:
+        """Bytes of memory that the entries take, about."""
         return sum(len(writer) + size + _OVERHEAD for writer, size in self._entries())
 
     def _entries(self) -> Iterator[tuple[bytes, int]]:
@@ -76,7 +76,7 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]
                 yield writer, len(entry.value)
 
 
-class BoundedProtocol(DHTProtocol):  # type: ignore[misc]
+class BoundedProtocol(DHTProtocol):
     """hivemind's protocol under the same names, for strangers."""
 
     async def add_p2p_handlers(self, p2p: P2P, wrapper: Any = None, **settings: Any) -> None:
