@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from corolla.swarm.places import INDEX, encode_placed
-from corolla.swarm.records import MAX_LIFETIME
 from tests.swarm.harness import OVER_HIVEMIND
 
 # hivemind scripts a function as it is imported, which torch 2.13 calls deprecated.
@@ -42,14 +41,14 @@ def in_seconds(seconds: float) -> float:
 
 def test_an_entry_lives_no_longer_than_a_record_may() -> None:
     storage = BoundedStorage()
-    for seconds in (-1.0, MAX_LIFETIME + 10, float("inf")):
+    for seconds in (-1.0, bounds.STANDS + 1, float("inf")):
         assert not storage.store_subkey(KEY, b"writer", b"entry", in_seconds(seconds))
-    assert storage.store_subkey(KEY, b"writer", b"entry", in_seconds(MAX_LIFETIME - 1))
+    assert storage.store_subkey(KEY, b"writer", b"entry", in_seconds(bounds.STANDS - 1))
 
 
 def test_an_older_entry_sent_again_does_not_end_the_newer_one() -> None:
     storage = BoundedStorage()
-    later, sooner = in_seconds(50), in_seconds(0.2)
+    later, sooner = in_seconds(15), in_seconds(0.2)
     assert storage.store(KEY, b"newer", later, subkey=b"writer")
     assert not storage.store(KEY, b"older", sooner, subkey=b"writer")
     while time.time() <= sooner:
@@ -149,7 +148,7 @@ class Stranger:
         """Entries of one's own, or of `entries`' identity, under keys, as they say."""
         by = entries or self.entries
         assert by.identity is not None
-        expires = in_seconds(30)
+        expires = in_seconds(15)
         values = []
         for key in keys:
             value = MSGPackSerializer.dumps(encode_placed(key, b"this"))

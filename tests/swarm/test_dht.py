@@ -65,11 +65,11 @@ def test_a_bootstrap_node_that_was_restarted_finds_its_swarm_and_newcomers_do(tm
     port = int(bootstrap.addresses[0].split("/")[4])
     address = bootstrap.addresses[:1]
     server = joined(initial_peers=address)
-    server.publish(record(server.network.me))
+    server.publish(record(server.network.me, expires=time.time() + 20))
     processes(bootstrap)["daemon"].kill()
     until(lambda: bootstrap.failure is not None)
     bootstrap.close()
-    server.publish(record(server.network.me))  # the server forgets the node that does not answer
+    server.publish(record(server.network.me, expires=time.time() + 20))  # the server forgets the node that does not answer
     bootstrap = joined(identity=identity, port=port)
     newcomer = joined(initial_peers=address, client_mode=True)
     until(lambda: [found.peer for found in newcomer.servers()] == [server.network.me])
@@ -85,7 +85,7 @@ def test_a_bootstrap_node_remembers_whom_it_met(tmp_path: Path) -> None:
     first = joined(initial_peers=other.addresses, identity=tmp_path / "key", memory=memory)
     until(memory.exists)
     first.close()
-    other.publish(record(other.network.me))
+    other.publish(record(other.network.me, expires=time.time() + 20))
     again = joined(identity=tmp_path / "key", memory=memory)
     until(lambda: [found.peer for found in again.servers()] == [other.network.me])
     again.close()

@@ -51,7 +51,7 @@ def record(peer: str = "QmA", **fields: Any) -> ServerRecord:
         "addresses": (),
         "version": "0.2.0",
         "state": "ready",
-        "expires": time.time() + 50,
+        "expires": time.time() + 600,
     }
     return ServerRecord(**(given | fields))
 
@@ -286,7 +286,7 @@ def test_two_nodes_share_a_directory(tmp_path: Path) -> None:
                 two[0].store,
                 model_key("0123456789abcdef"),
                 encode_placed(model_key("0123456789abcdef"), b"forged"),
-                time.time() + 50,
+                time.time() + 600,
                 subkey,
             )
             assert not await asyncio.to_thread(put)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 MAX_LIFETIME = LIFETIME + CLOCKS_DIFFER  # seconds; who claims a longer one is not believed, or a server long gone could haunt the swarm
 MAX_MODELS = 64  # of one swarm that are looked up
+MAX_ENTRIES = 1024  # under one key that are read
+_TURN = 64  # of them at once
 log = logging.getLogger(__name__)
 log.addFilter(Sparing())  # what others announced is logged
 
@@ -201,7 +204,10 @@ class HivemindDirectory:
         from corolla.swarm.signatures import peer_of
 
         entries: list[tuple[str, _Entry]] = []
-        for public_key, (stored, _) in (await self._standing(key)).items():
+        standing = list((await self._standing(key)).items())
+        for number, (public_key, (stored, _)) in enumerate(random.sample(standing, min(len(standing), MAX_ENTRIES))):
+            if number % _TURN == _TURN - 1:
+                await asyncio.sleep(0)  # messages go out and come in meanwhile
             try:
                 entries.append((peer_of(public_key), _entry_decoder.decode(decode_placed(stored).entry)))
             except (ServerFault, msgspec.DecodeError) as fault:  # also an entry of a later version
@@ -217,8 +223,7 @@ class HivemindDirectory:
         return {public_key: (stored.value, stored.expiration_time) for public_key, stored in found[0].value.items()}
 
     async def _store(self, entries: dict[str, _Entry], until: float) -> None:
-        """Store entries until then, or until just after what stands there: hivemind keeps what expires last, and when it refuses
-        something earlier it forgets when to drop what it keeps."""
+        """Store entries until then, or until just after what stands there: a DHT keeps what expires last."""
         assert self._identity is not None
         subkey = self._identity.public_key
         times = {}
@@ -234,6 +239,8 @@ class HivemindDirectory:
             ],
         )
         if not all(stored):
+            for key in entries:  # as when a clock went ahead for a while: what stands there now is looked up again
+                del self._stored_until[key]
             raise NetworkError("the swarm refused this server's record: do the clocks agree, and is the secret the swarm's?")
 
     async def _within_deadline(self, what: str, start: Callable[[], list[Future[Any]]]) -> list[Any]:
