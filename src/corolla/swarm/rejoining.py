@@ -20,6 +20,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.multiaddr.exceptions import Error as NoMultiaddr
 
 from corolla.barrier import barrier
+from corolla.swarm.dialling import connect
 from corolla.swarm.limits import Sparing
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Rejoining:
             # A call alone is made to the addresses that the daemon remembers, which it does for a while only.
             with suppress(P2PDaemonError, OSError, EOFError, TimeoutError):
                 async with asyncio.timeout(_TO_CONNECT):
-                    await node.p2p._client.connect(peer, self._initial.get(peer) or self._met[peer])
+                    await connect(node.p2p, peer, self._initial.get(peer) or self._met[peer])
         answered = await node.protocol.call_ping(peer) is not None
         if answered:
             node.blacklist.register_success(peer)
