@@ -212,6 +212,7 @@ class SpanServer:
                 wants_hidden=way.wants_hidden,
                 prompt=way.prompt,
                 client=way.client,
+                began=way.began,
             )
             in_flight = UnderWay(way, step, bool(frame.route), time.perf_counter(), to_timings(frame.timings))
             self._engine.receive(step, lambda reply: self._onward.deliver(in_flight, reply))
