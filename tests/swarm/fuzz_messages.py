@@ -17,16 +17,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hypothesis
 import msgspec
 import psutil
 import torch
 from hypothesis import HealthCheck, Phase
+from hypothesis import strategies as st
 
 from corolla import barrier
 from corolla.client.session import Session
@@ -43,10 +45,12 @@ from corolla.swarm.routing import Quality, Route, WantedAdapter, find_route
 from corolla.swarm.wire import Ping, Pong, WireMessage
 from corolla.types import GenerationSettings, Span
 from tests.models import tiny
-from tests.swarm.fuzz_strategies import BLOCKS, HONEST, HONEST_SESSIONS, HOSTILE, SPANS, VOCABULARY, Sent, batches
+from tests.swarm.fuzz_strategies import BLOCKS, HONEST, HONEST_SESSIONS, HOSTILE, VOCABULARY, Sent, batches
 from tests.swarm.judging import Verdict, judge
 from tests.swarm.simulation import make_record
 
+SPANS = {"a": (0, 2), "b": (2, 4), "s": (0, 4)}  # of the servers
+T = TypeVar("T")
 BATCH = 10  # messages between two turns of an honest chat
 ROUND = 1000  # messages, after which the hostile peers are gone
 DEADLINE = 60.0  # seconds for anything that should happen, on a loaded machine
@@ -177,7 +181,7 @@ class Arena:
     def check(self) -> None:
         """Raises `AssertionError` where a server holds what it should not, or an honest client was told what is not so."""
         for name, server in self.servers.items():
-            assert self.engines[name].alive, f"the engine of {name} is dead"
+            assert self.engines[name].healthy, f"the engine of {name} is dead or stalled: {self.engines[name].failure}"
             eventually(
                 lambda server=server: not any(server.gauges.values()), lambda name=name, server=server: f"{name} holds {server.gauges}"
             )
@@ -225,97 +229,89 @@ def eventually(happened: Callable[[], bool], otherwise: Callable[[], str]) -> No
         time.sleep(0.002)
 
 
-class Run:
-    """Batches played in rounds, until one fails."""
-
-    def __init__(self, arena: Arena, told: Callable[[Report], None] = lambda report: None) -> None:
-        self._arena, self._told = arena, told
-        self._began = time.monotonic()
-        self._since = 0  # messages, since the round began
-        self.failure: Exception | None = None
-        self.report = Report()
-
-    def play(self, batch: Sequence[Sent]) -> None:
-        if self.failure is not None:  # hypothesis would go on, and play it again
-            return
-        with barrier.barrier("a batch", self._fail):
-            self._arena.play(batch)
-        if self.failure is None:
-            self.report.messages.update(type(sent.message).__name__ for sent in batch)
-            self._since += len(batch)
-            if self._since >= ROUND:
-                self.end_round()
-
-    def end_round(self) -> None:
-        """A failure is kept."""
-        with barrier.barrier("a round", self._fail):
-            self._end_round()
-
-    def _fail(self, error: Exception) -> None:
-        self.failure = error
-
-    def _end_round(self) -> None:
-        self._since = 0
-        self._arena.end_round()
-        report = self.report
-        report.seconds = time.monotonic() - self._began
-        report.memory.append(psutil.Process().memory_info().rss)
-        report.verdict = Verdict()
-        for honest in self._arena.honest.values():
-            report.verdict.add(honest.verdict)
-        report.tokens = sum(honest.tokens for honest in self._arena.honest.values())
-        report.longest = max(honest.longest for honest in self._arena.honest.values())
-        assert report.growth < GROWTH, f"the process grew by {report.growth / MB:.0f} MB"
-        self._told(report)
-
-
-def fuzz(
-    directory: Path, messages: int, seed: int = 0, *, told: Callable[[Report], None] = lambda report: None, failed: Path | None = None
-) -> Report:
-    """Play so many messages; the same `seed` draws the same ones. A round that fails is written to the file `failed`."""
-    arena = Arena(directory, seed)
-    run = Run(arena, told)
+def drawn(strategy: st.SearchStrategy[T], count: int, seed: str) -> list[T]:
+    """Examples of hypothesis, the same ones for the same seed. It remembers all that it draws: so draw a few at a time."""
+    examples: list[T] = []
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=-(-messages // BATCH),
+        max_examples=count,
         derandomize=False,
         database=None,
         deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @hypothesis.given(batches(BATCH))
-    def play(batch: Sequence[Sent]) -> None:
-        run.play(batch)
+    @hypothesis.given(strategy)
+    def draw(example: T) -> None:
+        examples.append(example)
 
-    play()
-    _finish(run, arena, failed)
-    return run.report
-
-
-def replay(directory: Path, rounds: Iterable[Sequence[Sent]]) -> Report:
-    """Play what `fuzz` has written."""
-    arena = Arena(directory)
-    run = Run(arena)
-    for batch in rounds:
-        run.play(batch)
-    _finish(run, arena, None)
-    return run.report
+    draw()
+    return examples
 
 
-def _finish(run: Run, arena: Arena, failed: Path | None) -> None:
-    if run.failure is None and arena.round:
-        run.end_round()
-    arena.close()
-    if run.failure is not None:
+class Run:
+    """Batches played in rounds."""
+
+    def __init__(self, arena: Arena, told: Callable[[Report], None] = lambda report: None) -> None:
+        self._arena, self._told = arena, told
+        self._began = time.monotonic()
+        self.report = Report()
+
+    def play(self, batches: Iterable[Sequence[Sent]]) -> None:
+        """A round."""
+        report, honest = self.report, self._arena.honest.values()
+        for batch in batches:
+            self._arena.play(batch)
+            report.messages.update(type(sent.message).__name__ for sent in batch)
+        self._arena.end_round()
+        report.seconds = time.monotonic() - self._began
+        report.memory.append(psutil.Process().memory_info().rss)
+        report.verdict = Verdict()
+        for chat in honest:
+            report.verdict.add(chat.verdict)
+        report.tokens = sum(chat.tokens for chat in honest)
+        report.longest = max(chat.longest for chat in honest)
+        assert report.growth < GROWTH, f"the process grew by {report.growth / MB:.0f} MB"
+        self._told(report)
+
+
+@contextmanager
+def arena(directory: Path, seed: int = 0, failed: Path | None = None) -> Iterator[Arena]:
+    """One that ends with the block. A round that fails is written to the file `failed`."""
+    made = Arena(directory, seed)
+    try:
+        yield made
+    except BaseException as error:
         if failed is not None:
-            write(failed, arena.round)
-            count = sum(map(len, arena.round))
-            run.failure.add_note(f"the {count} messages of the round: python -m tests.swarm.fuzz_messages --replay {failed}")
-        raise run.failure
-    for engine in arena.engines.values():
+            write(failed, made.round)
+            count = sum(map(len, made.round))
+            error.add_note(f"the {count} messages of the round: python -m tests.swarm.fuzz_messages --replay {failed}")
+        raise
+    finally:
+        made.close()
+    for engine in made.engines.values():
         engine.check_integrity()
+
+
+def fuzz(
+    directory: Path, messages: int, seed: int = 0, *, told: Callable[[Report], None] = lambda report: None, failed: Path | None = None
+) -> Report:
+    """Play so many messages; the same `seed` draws the same ones. A round that fails is written to the file `failed`."""
+    with arena(directory, seed, failed) as made:
+        run = Run(made, told)
+        for number in range(-(-messages // ROUND)):
+            count = min(ROUND, messages - number * ROUND)
+            run.play(drawn(batches(SPANS, BATCH), -(-count // BATCH), f"{seed} {number}"))
+    return run.report
+
+
+def replay(directory: Path, batches: Iterable[Sequence[Sent]]) -> Report:
+    """Play a round that `fuzz` has written."""
+    with arena(directory) as made:
+        run = Run(made)
+        run.play(batches)
+    return run.report
 
 
 def write(path: Path, rounds: Iterable[Sequence[Sent]]) -> None:

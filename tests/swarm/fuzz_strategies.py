@@ -1,12 +1,12 @@
 """Well-formed messages with odd contents, for hypothesis: what somebody who speaks the protocol may say to a swarm.
 
 A batch is what two hostile peers say: `mallory` as a client, `eve` as a server of routes. Most of a message is right, so that the odd part
-of it gets past the checks before it. Shapes and peers are those of `fuzz_messages.Arena`.
+of it gets past the checks before it. Shapes are the tiny model's; honest servers have the names of the spans that are given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -52,8 +52,8 @@ from corolla.swarm.wire import (
 from corolla.types import Factors, FinishReason, Span
 
 BLOCKS, HIDDEN, VOCABULARY, CONTEXT = 4, 64, 199, 512  # of the tiny model
-SPANS = {"a": (0, 2), "b": (2, 4), "s": (0, 4)}  # of the honest servers
-SERVERS, HOSTILE, HONEST = tuple(SPANS), ("mallory", "eve"), ("alice", "bob")
+Spans = Mapping[str, tuple[int, int]]  # of the honest servers, by name
+HOSTILE, HONEST = ("mallory", "eve"), ("alice", "bob")
 HONEST_SESSIONS = tuple(f"session of {client}" for client in HONEST)  # stand for the names that those have at the moment
 PRODUCTS = {"qkv": (128, 64), "out": (64, 64), "up": (112, 64), "gate": (112, 64), "down": (64, 112)}  # outputs and inputs
 
@@ -70,7 +70,7 @@ odd_names = st.sampled_from(NAMES)
 
 
 class Sent(NamedTuple):
-    """One message and its way."""
+    """One message and its way. Peers are named as here; whoever sends it puts the ids of real ones in their place."""
 
     sender: str
     receiver: str
@@ -82,6 +82,7 @@ class Talk:
     """A hostile session, as far as its messages may continue one another."""
 
     session: str
+    spans: Spans
     route: tuple[Hop, ...]
     generation: int = 1
     position: int = 0
@@ -101,6 +102,11 @@ def mostly(draw: st.DrawFn, right: Any, odd: st.SearchStrategy[Any], one_in: int
     if rarely(draw, one_in):
         return draw(odd)
     return draw(right) if isinstance(right, st.SearchStrategy) else right
+
+
+def server(draw: st.DrawFn, talk: Talk) -> str:
+    """Any of the honest ones."""
+    return draw(st.sampled_from(list(talk.spans)))
 
 
 # Parts of messages.
@@ -173,42 +179,41 @@ def settings(draw: st.DrawFn) -> SettingsFrame:
     return SettingsFrame(**given)
 
 
-def _hops(*given: tuple[str, int, int]) -> tuple[Hop, ...]:
-    return tuple(Hop(*hop) for hop in given)
+@st.composite
+def routes(draw: st.DrawFn, spans: Spans) -> tuple[Hop, ...]:
+    """One that may be: each server computes what it holds, or less, and eve what is left."""
+    if rarely(draw, 12):
+        return draw(st.sampled_from(odd_routes(spans)))
+    hops: list[Hop] = []
+    while (start := hops[-1].end if hops else 0) < BLOCKS:
+        able = [name for name, (first, end) in spans.items() if first <= start < end and name not in {hop.peer for hop in hops}]
+        if draw(st.booleans()) and not any(hop.peer == "eve" for hop in hops):
+            able.append("eve")
+        name = draw(st.sampled_from(able or ["nobody"]))
+        last = spans.get(name, (0, BLOCKS))[1]
+        hops.append(Hop(name, start, last if draw(st.booleans()) else draw(st.integers(start + 1, last))))
+    return tuple(hops)
 
 
-ROUTES = (
-    _hops(("a", 0, 2), ("b", 2, 4)),
-    _hops(("s", 0, 4)),
-    _hops(("s", 0, 2), ("b", 2, 4)),
-    _hops(("a", 0, 2), ("s", 2, 4)),
-    _hops(("eve", 0, 2), ("b", 2, 4)),
-    _hops(("eve", 0, 1), ("s", 1, 4)),
-    _hops(("a", 0, 2), ("eve", 2, 4)),
-    _hops(("eve", 0, 1), ("a", 1, 2), ("s", 2, 3), ("b", 3, 4)),
-    _hops(("s", 0, 1), ("a", 1, 2), ("eve", 2, 3), ("b", 3, 4)),
-)
-ODD_ROUTES = (
-    _hops(("a", 0, 2)),
-    _hops(("b", 2, 4)),
-    _hops(("s", 1, 3)),
-    _hops(("s", 0, 5)),
-    _hops(("s", 4, 5)),
-    _hops(("a", 0, 4)),
-    _hops(("s", 0, 2), ("s", 2, 4)),
-    _hops(("a", 0, 2), ("b", 2, 3), ("a", 3, 4)),
-    _hops(("a", 0, 2), ("nobody", 2, 4)),
-    _hops(("nobody", 0, 2), ("b", 2, 4)),
-    _hops(("a", 0, 2), ("alice", 2, 4)),
-    _hops(("mallory", 0, 2), ("b", 2, 4)),
-    _hops(("a", 0, 2), ("mallory", 2, 4)),
-    _hops(("", 0, 2), ("b", 2, 4)),
-    _hops(("s", 0, BIGGEST)),
-    _hops(("s", 2**62, BIGGEST)),
-    (Hop("s", 0, 1), *(Hop(f"hop {index}", index, index + 1) for index in range(1, 256))),
-    (*(Hop("x" * 100, index, index + 1) for index in range(255)), Hop("s", 255, 256)),
-)
-routes = st.one_of(*[st.sampled_from(ROUTES)] * 12, st.sampled_from(ODD_ROUTES))
+def odd_routes(spans: Spans) -> list[tuple[Hop, ...]]:
+    """Routes that end early or begin late, go in circles, beyond the model, or through peers that serve nothing."""
+    (first, (start, end)), (last, (last_start, last_end)) = next(iter(spans.items())), list(spans.items())[-1]
+    return [
+        (Hop(first, start, end),),
+        (Hop(last, last_start, last_end),),
+        (Hop(first, start, BLOCKS + 1),),
+        (Hop(first, BLOCKS, BLOCKS + 1),),
+        (Hop(first, start, BIGGEST),),
+        (Hop(last, 2**62, BIGGEST),),
+        (Hop(first, 0, 1), Hop(first, 1, 2), Hop("eve", 2, BLOCKS)),
+        (Hop(first, 0, 1), Hop("eve", 1, 2), Hop(first, 2, BLOCKS)),
+        *((Hop(first, start, end), Hop(peer, end, max(BLOCKS, end + 1))) for peer in ("nobody", "alice", "mallory", "")),
+        *((Hop(peer, 0, max(1, last_start)), Hop(last, max(1, last_start), BLOCKS)) for peer in ("nobody", "bob", "mallory", "")),
+        (Hop(first, 0, 1), *(Hop(f"hop {index}", index, index + 1) for index in range(1, 256))),
+        (*(Hop("x" * 100, index, index + 1) for index in range(255)), Hop(last, 255, 256)),
+    ]
+
+
 timings = st.lists(
     st.builds(TimingFrame, odd_names, *[st.sampled_from((0.0, 5e-324, 1.0, 1e308))] * 3),
     max_size=2,
@@ -247,7 +252,7 @@ adapter_names = st.one_of(st.sampled_from(range(7)).map(lambda number: _adapters
 def steps(draw: st.DrawFn, talk: Talk) -> Sent:
     route, takes_hidden = talk.route, rarely(draw, 10)
     before = ("mallory", *(hop.peer for hop in route))
-    hops = [index for index, hop in enumerate(route) if hop.peer in SPANS and before[index] in HOSTILE] or [0]
+    hops = [index for index, hop in enumerate(route) if hop.peer in talk.spans and before[index] in HOSTILE] or [0]
     hop = mostly(draw, st.sampled_from(hops), st.integers(0, len(route) - 1), 30)
     rows = mostly(draw, st.integers(1, 12), st.sampled_from((0, 16, 17, 31, 33, 100, 256, 300, 511, 512, 513)), 25)
     tells = hop not in talk.opened or draw(st.booleans())
@@ -285,9 +290,7 @@ def steps(draw: st.DrawFn, talk: Talk) -> Sent:
     talk.position = min(CONTEXT, start + rows) if draw(st.booleans()) else talk.position
     sender = before[hop] if before[hop] in HOSTILE else "eve"
     receiver = route[hop].peer
-    return Sent(
-        mostly(draw, sender, st.sampled_from(HOSTILE), 30), receiver if receiver in SPANS else draw(st.sampled_from(SERVERS)), message
-    )
+    return Sent(mostly(draw, sender, st.sampled_from(HOSTILE), 30), receiver if receiver in talk.spans else server(draw, talk), message)
 
 
 def ring_steps(draw: st.DrawFn, talk: Talk) -> Sent:
@@ -296,7 +299,7 @@ def ring_steps(draw: st.DrawFn, talk: Talk) -> Sent:
     message = StepFrame(
         talk.session, talk.generation, talk.position + draw(st.integers(0, 3)), tokens, drafts=draw(st.integers(0, len(tokens) - 1))
     )
-    return Sent("eve", talk.route[0].peer if talk.route[0].peer in SPANS else draw(st.sampled_from(SERVERS)), message)
+    return Sent("eve", talk.route[0].peer if talk.route[0].peer in talk.spans else server(draw, talk), message)
 
 
 def _lengths(draw: st.DrawFn) -> list[int]:
@@ -308,8 +311,8 @@ def _lengths(draw: st.DrawFn) -> list[int]:
 def calls(draw: st.DrawFn, talk: Talk) -> Sent:
     if talk.kept and draw(st.booleans()):
         return _backward_of_kept(draw, talk.kept.pop())
-    sender, receiver = draw(st.sampled_from(HOSTILE)), draw(st.sampled_from(SERVERS))
-    start, end = mostly(draw, SPANS[receiver], st.sampled_from([(2, 3), (0, 1), (1, 3), (3, 4), (3, 5), (2**62, BIGGEST)]), 4)
+    sender, receiver = draw(st.sampled_from(HOSTILE)), server(draw, talk)
+    start, end = mostly(draw, talk.spans[receiver], st.sampled_from([(2, 3), (0, 1), (1, 3), (3, 4), (3, 5), (2**62, BIGGEST)]), 4)
     lengths = tuple(_lengths(draw))
     if rarely(draw, 60):
         lengths = draw(st.sampled_from(((8192,), (1,) * 1024, (8192, 1), (512,) * 16)))
@@ -335,8 +338,8 @@ def _backward_of_kept(draw: st.DrawFn, sent: Sent) -> Sent:
 
 
 def prompts(draw: st.DrawFn, talk: Talk) -> Sent:
-    receiver, name = draw(st.sampled_from(SERVERS)), draw(prompt_names())
-    start, end = draw(st.sampled_from([SPANS[receiver], SPANS[receiver], SPANS[receiver], (2, 3), (1, 4), (3, 9)]))
+    receiver, name = server(draw, talk), draw(prompt_names())
+    start, end = draw(st.sampled_from([talk.spans[receiver], talk.spans[receiver], talk.spans[receiver], (2, 3), (1, 4), (3, 9)]))
     has_input = draw(st.booleans()) or not name.deep
     if not name.deep and rarely(draw):
         end = BIGGEST
@@ -345,8 +348,8 @@ def prompts(draw: st.DrawFn, talk: Talk) -> Sent:
 
 
 def adapters(draw: st.DrawFn, talk: Talk) -> Sent:
-    receiver = draw(st.sampled_from(SERVERS))
-    start, end = SPANS[receiver]
+    receiver = server(draw, talk)
+    start, end = talk.spans[receiver]
     block = draw(st.integers(start, end - 1))
     frame = _adapters()[draw(st.integers(0, 6))][block]
     if rarely(draw, 6):
@@ -371,11 +374,11 @@ def adapters(draw: st.DrawFn, talk: Talk) -> Sent:
 
 
 def cancels(draw: st.DrawFn, talk: Talk) -> Sent:
-    return _to_server(draw, CancelFrame(_session(draw, talk), mostly(draw, talk.generation, odd_counts, 5)))
+    return _to_server(draw, talk, CancelFrame(_session(draw, talk), mostly(draw, talk.generation, odd_counts, 5)))
 
 
 def closes(draw: st.DrawFn, talk: Talk) -> Sent:
-    return _to_server(draw, CloseFrame(_session(draw, talk), draw(st.none() | st.just(talk.generation) | odd_counts)))
+    return _to_server(draw, talk, CloseFrame(_session(draw, talk), draw(st.none() | st.just(talk.generation) | odd_counts)))
 
 
 def questions(draw: st.DrawFn, talk: Talk) -> Sent:
@@ -391,7 +394,7 @@ def questions(draw: st.DrawFn, talk: Talk) -> Sent:
             st.builds(Refused, odd_names),
         )
     )
-    return _to_anybody(draw, message)
+    return _to_anybody(draw, talk, message)
 
 
 logprobs = st.sampled_from((0.0, -5e-324, -1.0, -1e308, float("-inf")))
@@ -431,19 +434,19 @@ def replies(draw: st.DrawFn, talk: Talk) -> Sent:
             st.builds(ResultFrame, odd_counts, st.just(arrays(draw, 2)), timings),
         )
     )
-    return _to_anybody(draw, message)
+    return _to_anybody(draw, talk, message)
 
 
 def _session(draw: st.DrawFn, talk: Talk) -> str:
     return str(mostly(draw, talk.session, st.sampled_from((*HONEST_SESSIONS, *NAMES)), 4))
 
 
-def _to_server(draw: st.DrawFn, message: WireMessage) -> Sent:
-    return Sent(draw(st.sampled_from(HOSTILE)), draw(st.sampled_from(SERVERS)), message)
+def _to_server(draw: st.DrawFn, talk: Talk, message: WireMessage) -> Sent:
+    return Sent(draw(st.sampled_from(HOSTILE)), server(draw, talk), message)
 
 
-def _to_anybody(draw: st.DrawFn, message: WireMessage) -> Sent:
-    return Sent(draw(st.sampled_from(HOSTILE)), draw(st.sampled_from((*SERVERS, *SERVERS, *HONEST))), message)
+def _to_anybody(draw: st.DrawFn, talk: Talk, message: WireMessage) -> Sent:
+    return Sent(draw(st.sampled_from(HOSTILE)), draw(st.sampled_from((*talk.spans, *talk.spans, *HONEST))), message)
 
 
 MESSAGES = (*[steps] * 12, *[ring_steps] * 2, *[calls] * 3, prompts, adapters, cancels, closes, questions, replies)
@@ -453,7 +456,7 @@ def gifts(draw: st.DrawFn, talk: Talk) -> list[Sent]:
     """The prompt and the adapter that a talk names, for the honest servers of its route."""
     sent = []
     for hop in talk.route:
-        own = range(*SPANS.get(hop.peer, (0, 0)))
+        own = range(*talk.spans.get(hop.peer, (0, 0)))
         if not (hop.start in own and hop.end - 1 in own):
             continue
         if talk.prompt is not None and talk.prompt.tokens < CONTEXT:
@@ -468,10 +471,10 @@ def gifts(draw: st.DrawFn, talk: Talk) -> list[Sent]:
 
 
 @st.composite
-def batches(draw: st.DrawFn, size: int) -> Sequence[Sent]:
-    """About `size` messages of two sessions."""
+def batches(draw: st.DrawFn, spans: Spans, size: int) -> Sequence[Sent]:
+    """About `size` messages of two sessions, to servers of these spans."""
     tag = draw(st.integers(0, 2**16))
-    talks = [Talk(f"{tag} {number}", draw(routes)) for number in range(2)]
+    talks = [Talk(f"{tag} {number}", spans, draw(routes(spans))) for number in range(2)]
     sent: list[Sent] = []
     for talk in talks:
         if rarely(draw, 5):

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from corolla.barrier import barrier
 from corolla.engine.engine import Engine
 from corolla.errors import CallerError, CorollaError, NetworkError
 from corolla.server.ways import Way
@@ -143,18 +142,11 @@ class Onward:
     def send_held(self) -> None:
         """At the end of the engine's turn."""
         held, self._held = self._held, []
-        if not held:
-            return
-        with barrier("the replies of an engine's turn", lambda error: self._send_each(held)):
-            try:
+        try:
+            if held:
                 self._network.send_all(held)
-            except NetworkError as error:  # this server is leaving
-                log.info("replies were not sent: %s", error)
-            except CallerError:
-                self._send_each(held)
-
-    def _send_each(self, held: list[tuple[str, WireMessage]]) -> None:
-        """One of them cannot be sent, and must not take the others along."""
-        for peer, message in held:
-            with barrier("a reply"):
+        except NetworkError as error:  # this server is leaving
+            log.info("replies were not sent: %s", error)
+        except CallerError:  # one of them, which must not take the others along
+            for peer, message in held:
                 self._send(peer, message)

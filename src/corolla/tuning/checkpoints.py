@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 
 from corolla.errors import StorageError, TrainingError
-from corolla.models.json_files import read_json
 from corolla.models.saving import save_tensors
 
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "trainer_state.json"
@@ -98,7 +97,7 @@ class CheckpointingTrainer(Trainer):
         assert self.lr_scheduler is not None, "training has begun"
         path = Path(checkpoint)
         try:
-            rest = read_json(path / _REST)
+            rest = json.loads((path / _REST).read_text(encoding="utf-8"))
             state = {int(index): {**values} for index, values in rest["state"].items()}
             for name, tensor in _read(path / OPTIMIZER).items():
                 index, _, key = name.partition(".")
