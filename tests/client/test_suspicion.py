@@ -127,7 +127,18 @@ def test_what_nobody_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("cached", "expected"),
-    [((5, 5, 5), ["c"]), ((5, 0, 0), ["a", "b"]), ((5, 5, 0), ["b", "c"]), ((0, 5, 5), ["c"])],
+    [
+        ((5, 5, 5), ["c"]),  # the head keeps the next token back
+        ((4, 4, 4), ["c", "a"]),  # it gave the last one to the client, and the first server has it not
+        ((5, 0, 0), ["a", "b"]),
+        ((5, 5, 0), ["b", "c"]),
+        ((4, 5, 5), ["c", "a"]),
+    ],
 )
 def test_whom_a_standstill_makes_suspect(cached: tuple[int, ...], expected: list[str]) -> None:
-    assert suspects("abc", {peer: (count, 0) for peer, count in zip("abc", cached, strict=True)}) == expected
+    said = {peer: (count, 0) for peer, count in zip("abc", cached, strict=True)}
+    assert suspects("abc", said, 5) == expected
+
+
+def test_a_server_that_holds_all_blocks_is_suspect_alone() -> None:
+    assert suspects("a", {"a": (4, 0)}, 5) == ["a"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 
 from corolla.client.session import Session
 from corolla.client.swarm import Patience, SwarmTransport
-from corolla.engine.engine import Engine, EngineConfig
+from corolla.engine.drafts import Guess, guess
+from corolla.engine.engine import Engine, EngineConfig, EngineParts
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.arrays import to_array
@@ -44,8 +45,9 @@ Alter = Callable[[WireMessage], WireMessage | list[WireMessage]]
 class Swarm:
     """Servers a, b and c, one of them hostile; an honest one for each of them, which is slower; and honest clients."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, guess: Guess = guess) -> None:
         self.hub = LocalHub()
+        self.guess = guess
         self.hub.intercept = self._intercept
         self.directory = directory
         self.records: dict[str, ServerRecord] = {}
@@ -67,7 +69,8 @@ class Swarm:
         cache: int = 2048,
         config: SpanServerConfig = CONFIG,
     ) -> SpanServer:
-        engine = Engine(load_span(self.directory, Span(start, end), dtype="float32"), EngineConfig(cache_tokens=cache, page_size=16))
+        model = load_span(self.directory, Span(start, end), dtype="float32")
+        engine = Engine(model, EngineConfig(cache_tokens=cache, page_size=16), EngineParts(guess=self.guess))
         engine.start()
         self.engines[name] = engine
         self.alters[name] = alter
@@ -126,9 +129,9 @@ def eventually(happened: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def answer(transport: SwarmTransport, settings: GenerationSettings = GREEDY) -> list[int]:
+def answer(transport: SwarmTransport, settings: GenerationSettings = GREEDY, prompt: Sequence[int] = PROMPT) -> list[int]:
     with Session(transport, "") as session:
-        return [token.token_id for token in session.generate(PROMPT, settings, timeout=PATIENCE)]
+        return [token.token_id for token in session.generate(prompt, settings, timeout=PATIENCE)]
 
 
 class Mallory:

@@ -11,10 +11,11 @@ import msgspec
 import pytest
 import torch
 
+from corolla.models.reference import Reference
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.wire import Array, StepFrame, WireMessage
 from tests.models import tiny
-from tests.swarm.hostile import BIG, PATIENCE, PENALIZED, PROMPT, Alter, Swarm, answer, named
+from tests.swarm.hostile import BIG, COUNT, PATIENCE, PENALIZED, PROMPT, Alter, Swarm, answer, named
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +84,36 @@ def test_what_a_hostile_server_passes_on_is_gone_around(swarm: Swarm, directory:
     assert [ours] == theirs
     assert honest.bans.banned() == {"b"}
     swarm.check_integrity()
+
+
+def test_guesses_whose_mark_is_taken_off_are_the_fault_of_the_server_that_did_it(swarm: Swarm, directory: Path) -> None:
+    def unmark(message: WireMessage) -> WireMessage:
+        return msgspec.structs.replace(message, drafts=0) if isinstance(message, StepFrame) and message.drafts else message
+
+    swarm.guess = lambda history, token, most: (token,) * most
+    swarm.add("a", 0, 1)
+    swarm.add("b", 1, 3, alter=unmark)
+    swarm.add("c", 3, 4)
+    swarm.add("b2", 1, 3, throughput=1.0)
+    honest = swarm.client("honest")
+    assert answer(honest) == Reference(directory).greedy(PROMPT, COUNT)
+    assert swarm.altered["b"]
+    assert honest.bans.banned() == {"b"}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["the first", "a later one"])
+def test_a_chunk_that_is_kept_back_bans_nobody_honest(swarm: Swarm, directory: Path, later: bool) -> None:
+    """The server behind it tells of a gap again and again, or gets nothing more."""
+    prompt = [5 + i * 11 % 180 for i in range(250)]
+
+    def keep_back(message: WireMessage) -> WireMessage | list[WireMessage]:
+        chunk = isinstance(message, StepFrame) and message.hidden is not None and len(message.tokens) > 1
+        return [] if chunk and (message.start > 0) == later else message
+
+    for name, start, end, throughput in (("a", 0, 1, 100.0), ("a2", 0, 1, 1.0), ("b", 1, 4, 100.0), ("b2", 1, 4, 1.0)):
+        swarm.add(name, start, end, throughput)
+    swarm.alters["a"] = keep_back
+    honest = swarm.client("honest", answer=0.4, lost=0.4)
+    assert answer(honest, prompt=prompt) == Reference(directory).greedy(prompt, COUNT)
+    assert swarm.altered["a"]
+    assert not honest.bans.banned() - {"a"}

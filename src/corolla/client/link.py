@@ -264,7 +264,7 @@ class SwarmLink:
         if standstill is None or self._route is None:
             return
         if not standstill.working:
-            self._set_back(suspects(self._route.peers, standstill.said))
+            self._set_back(suspects(self._route.peers, standstill.said, self._answers.position))
             return
         try:
             self._find(standstill.working)

@@ -133,10 +133,13 @@ def _problem_of_logprobs(
     return None if outside is None else f"it answered the alternative {outside} of a vocabulary of {vocabulary}"
 
 
-def suspects(peers: Sequence[str], said: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Where on a route an answer stands still, by the tokens cached and pending that each server says it has: at the first one that
-    has less than the one before it, or at the head."""
+def suspects(peers: Sequence[str], said: Mapping[str, tuple[int, int]], position: int) -> list[str]:
+    """Where on a route an answer stands still, by the tokens cached and pending that each server says it has, of `position` that the
+    client knows: between two neighbours, the second of which has less than the first; between the head and the first server, where
+    nobody has the last token; else at the head."""
     for before, after in pairwise(peers):
         if said[after][0] < said[before][0]:
             return [before, after]
+    if len(peers) > 1 and said[peers[0]][0] < position:
+        return [peers[-1], peers[0]]
     return [peers[-1]]
