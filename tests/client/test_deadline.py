@@ -18,12 +18,24 @@ def clock() -> Clock:
 
 
 def test_a_look_that_comes_far_too_late_is_a_pause(clock: Clock) -> None:
-    pauses = Pauses(clock)
+    pauses = Pauses(0.5, clock)
     looks = []
     for passed in (0.5, 1.9, 0.0, 30.0, 0.5):
         clock.now += passed
-        looks.append(pauses.look(0.5))
+        looks.append(pauses.look())
     assert looks == pytest.approx([0.0, 1.9, 0.0, 30.0, 0.0])
+
+
+def test_a_pause_is_remembered_for_a_while(clock: Clock) -> None:
+    pauses = Pauses(0.5, clock)
+    assert not pauses.ended_within(10.0)
+    clock.now += 30.0
+    assert pauses.ended_within(10.0)  # before any look
+    pauses.look()
+    clock.now += 0.5
+    assert pauses.look() == 0.0
+    assert pauses.ended_within(10.0)
+    assert not pauses.ended_within(0.25)
 
 
 def test_a_deadline_comes_later_by_what_this_process_stood_still(clock: Clock) -> None:

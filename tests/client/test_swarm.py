@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from corolla.errors import CorollaError, NoRoute
 from corolla.swarm.network import LocalHub
 from corolla.swarm.routing import Hop, Route
 from corolla.swarm.wire import CancelFrame, CloseFrame, FailedFrame, StepFrame, TokenFrame, WireMessage
-from corolla.types import FinishReason, GenerationSettings, Span
+from corolla.types import FinishReason, GenerationSettings, Span, Step
 
 SETTINGS = GenerationSettings(max_tokens_to_generate=1)
 TIMEOUT = 10.0
@@ -30,7 +32,9 @@ class Client:
         self.got: list[WireMessage] = []
         self.server = self.hub.join("s")
         self.server.listen(self._serve, lambda peer: None)
-        self.transport = SwarmTransport(self.hub.join("client"), self, patience=Patience(silence=0.1, answer=0.1, reconsider=0.0))
+        self.slept = 0.0  # seconds that the process stood still
+        patience = Patience(silence=0.1, answer=0.1, reconsider=0.0)
+        self.transport = SwarmTransport(self.hub.join("client"), self, patience=patience, clock=lambda: time.monotonic() + self.slept)
 
     def route(self, avoid: Any, needed_tokens: int, like: Any = None, adapter: Any = None) -> Route:
         if "s" not in avoid:
@@ -92,3 +96,17 @@ def test_only_peers_that_were_heard_lately_are_remembered(client: Client) -> Non
     client.ask()
     assert client.transport.peers.heard("0") == float("-inf")
     assert client.transport.peers.heard("4999") > 0
+
+
+@pytest.mark.parametrize("slept", [0.0, 60.0])
+def test_connections_that_broke_while_this_process_slept_ban_nobody(client: Client, slept: float) -> None:
+    link = client.transport.connect("", lambda reply: None)
+    link.send(Step("session", 0, (5,), 1, SETTINGS))
+    with closing(link):
+        client.slept = slept
+        client.hub.part("client", "s")
+        deadline = time.monotonic() + TIMEOUT
+        while link.route is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert client.transport.bans.banned() == (set() if slept else {"s"})

@@ -13,18 +13,29 @@ _STOOD_STILL = 1.0  # seconds by which a look is late, from which on this proces
 class Pauses:
     """Finds the time in which this process stood still (SIGSTOP, a closed lid): what others sent meanwhile waits to be read.
 
-    `clock` counts seconds.
+    Args:
+        every: seconds from one look to the next, as long as this process runs.
+        clock: counts seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, every: float = LOOK, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every, self._clock = every, clock
         self._looked = clock()
+        self._woke = float("-inf")
 
-    def look(self, expected: float = LOOK) -> float:
-        """Seconds since the look before, if this process stood still for a part of them, as they are far more than `expected`; else 0."""
+    def look(self) -> float:
+        """Seconds since the look before, if this process stood still for a part of them, as they are far too many; else 0."""
         before, self._looked = self._looked, self._clock()
         passed = self._looked - before
-        return passed if passed - expected > _STOOD_STILL else 0.0
+        if passed - self._every <= _STOOD_STILL:
+            return 0.0
+        self._woke = self._looked
+        return passed
+
+    def ended_within(self, seconds: float) -> bool:
+        """Whether a pause ended so lately; also where no look has found it yet. For any thread."""
+        now = self._clock()
+        return now - self._woke < seconds or now - self._looked - self._every > _STOOD_STILL
 
 
 class Deadline:
@@ -32,7 +43,7 @@ class Deadline:
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds, self._clock = seconds, clock
-        self._pauses = Pauses(clock)
+        self._pauses = Pauses(clock=clock)
         self._until = clock() + seconds
 
     def restart(self) -> None:

@@ -152,11 +152,16 @@ class SwarmLink:
             if progress.tell(sender, answer, self._answers.position) == len(route.peers):
                 self._judge(progress.conclude(route.peers, time.monotonic()))
 
-    def lost(self, peer: str, error: Exception) -> None:
+    def lost(self, peer: str, error: Exception, *, blame: bool = True) -> None:
         """A server failed: if it is one of ours, the session is told to send its history again."""
         with self._lock:
-            if self._route is not None and peer in self._route.peers:
+            if self._route is None or peer not in self._route.peers:
+                return
+            if blame:
                 self._give_up([peer], error)
+            else:
+                self._abandon()
+                self._start_again()
 
     def fail(self, error: Exception) -> None:
         """This client itself failed: the step under way ends."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from corolla.swarm.wire import (
 
 log = logging.getLogger(__name__)
 
+_AFTER_PAUSE = 10.0  # seconds after this process stood still, in which connections break by its own fault
 _TRUSTED = 8  # doubted peers that are tried one at a time, before all of them are
 
 
@@ -91,6 +93,7 @@ class SwarmTransport:
     Args:
         vocabulary: of the model; a server that answers with another token is at fault. None takes any token.
         timed: ask for each token's timings.
+        clock: seconds, which go on while this process stands still.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class SwarmTransport:
         patience: Patience | None = None,
         vocabulary: int | None = None,
         timed: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.network = network
         self.router = router
@@ -113,6 +117,8 @@ class SwarmTransport:
         self.peers = PeerBook(self.patience.leaving)
         self.parts = Parts(network)
         self.probes = Probes(network.send)
+        self._interval = self.patience.answer / 2  # seconds between two looks of the watch
+        self._pauses = Pauses(self._interval, clock)
         self._links: dict[str, SwarmLink] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -190,7 +196,9 @@ class SwarmTransport:
         self.round_trips.forget(peer)
         self.parts.lose(peer)
         self.probes.forget(peer)
-        self._each("a server's loss", lambda link: link.lost(peer, NetworkError(f"the connection to {peer} broke")))
+        error = NetworkError(f"the connection to {peer} broke")
+        blame = not self._pauses.ended_within(_AFTER_PAUSE)
+        self._each("a server's loss", lambda link: link.lost(peer, error, blame=blame))
 
     def _link(self, session: str) -> SwarmLink | None:
         with self._lock:
@@ -210,10 +218,8 @@ class SwarmTransport:
             link.fail(error)
 
     def _watch(self) -> None:
-        interval = self.patience.answer / 2
-        pauses = Pauses()
-        while not self._closed.wait(interval):
-            if stood := pauses.look(interval):
+        while not self._closed.wait(self._interval):
+            if stood := self._pauses.look():
                 log.info("this process stood still for %.1f s: nobody is blamed for it", stood)
                 self._each("a client's watch", SwarmLink.excuse)
             self._each("a client's watch", SwarmLink.check)
