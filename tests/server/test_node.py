@@ -10,14 +10,20 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from corolla.barrier import unexpected
 from corolla.client.counters import ask_counters
 from corolla.client.session import Session
+from corolla.engine.engine import Engine, EngineConfig
+from corolla.engine.sequence import Deliver
 from corolla.errors import CapacityError, InvalidSetting
 from corolla.models.reference import Reference
+from corolla.models.span import load_span
+from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.wire import CloseFrame
-from corolla.types import FinishReason, GenerationSettings
+from corolla.types import FinishReason, GenerationSettings, Message, Span
 from tests.models import tiny
 from tests.server.ring import PROMPT, SAMPLED, SETTINGS, TIMEOUT, Swarm, answer
+from tests.swarm.simulation import make_record
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +235,31 @@ def test_a_close_that_overtakes_the_first_step_leaves_nothing_open(swarm: Swarm,
         assert [token.token_id for token in session.generate(PROMPT, SETTINGS, timeout=TIMEOUT)] == Reference(directory).greedy(PROMPT, 30)
         assert not swarm.transport.bans.banned()
     wait_until(lambda: swarm.servers["b"].sessions == 0)
+
+
+class Fragile(Engine):
+    """Raises what nobody expects for one step."""
+
+    fails = False
+
+    def receive(self, message: Message, deliver: Deliver | None = None) -> None:
+        if self.fails:
+            self.fails = False
+            raise KeyError("nobody expects this")
+        super().receive(message, deliver)
+
+
+def test_an_unexpected_error_over_a_step_ends_that_step_and_the_answer_goes_on_elsewhere(swarm: Swarm, directory: Path) -> None:
+    engine = Fragile(load_span(directory, Span(1, 3), dtype="float32"), EngineConfig(cache_tokens=2048, page_size=16))
+    engine.start()
+    fragile = SpanServer(engine, swarm.hub.join("fragile"), SpanServerConfig(wire_dtype="float32"))
+    swarm.records["fragile"] = make_record("fragile", 1, 3, blocks=4, throughput=1e6, expires=time.time() + 1e6)
+    before = unexpected["a server's message"]
+    assert answer(swarm, at={5: lambda: setattr(engine, "fails", True)}) == Reference(directory).greedy(PROMPT, 30)
+    assert unexpected["a server's message"] == before + 1
+    assert swarm.routes[0].peers == ("a", "fragile", "c")
+    assert swarm.routes[-1].peers == ("a", "b", "c")
+    fragile.close()
 
 
 def test_timings_name_every_server_of_the_route(swarm: Swarm) -> None:

@@ -13,7 +13,7 @@ import pytest
 from corolla.client.session import Session
 from corolla.errors import NetworkError
 from corolla.models.reference import Reference
-from corolla.swarm.wire import StepFrame, WireMessage
+from corolla.swarm.wire import Hop, StepFrame, WireMessage
 from corolla.types import GenerationSettings
 from tests.models import tiny
 from tests.server.positions import Servers, guess_badly, servers
@@ -66,6 +66,17 @@ def test_marks_of_guesses_that_were_stripped_are_their_senders_fault(swarm: Swar
     swarm.hub.intercept = strip
     assert answer(swarm) == Reference(tmp_path).greedy(PROMPT, 30)
     assert swarm.transport.bans.banned() == {"b"}
+
+
+def test_a_generation_keeps_the_beginning_that_its_first_step_names(swarm: Swarm, tmp_path: Path) -> None:
+    """A client that names another with its second step ends no engine."""
+    route = (Hop("a", 0, 1), Hop("nobody", 1, 4))
+    mallory = swarm.hub.join("mallory")
+    mallory.listen(lambda sender, message: None, lambda peer: None)
+    mallory.send("a", StepFrame("x", 1, 0, (101, 102), route=route, client="mallory", began=0))
+    mallory.send("a", StepFrame("x", 1, 2, (103,) * 11, route=route, client="mallory", more=True))
+    assert answer(swarm) == Reference(tmp_path).greedy(PROMPT, 30)
+    assert swarm.engines["a"].healthy
 
 
 def test_a_chunk_that_got_lost_after_a_rollback_bans_nobody(swarm: Swarm, tmp_path: Path) -> None:

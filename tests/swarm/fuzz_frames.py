@@ -57,7 +57,7 @@ ROUTE = (Hop("first", 0, 4), Hop("second", 4, 9), Hop("third", 9, 24))
 MESSAGES: tuple[WireMessage, ...] = (
     StepFrame("session", 1, 7, (5, 6, 7)),
     StepFrame("session", 1, 7, (5, 6, 7), array("bfloat16", 3, 6), drafts=2),
-    StepFrame("session", 2, 0, (5, 6), array("bfloat16", 2, 6), SettingsFrame(seed=3, stop_sequences=("\n",)), ROUTE, 1, "client", "a"),
+    StepFrame("session", 2, 0, (5, 6), array("bfloat16", 2, 6), SettingsFrame(seed=3, stop_token_ids=(7,)), ROUTE, 1, "client", "a"),
     StepFrame("session", 2, 0, (5,), array("q8", 1, 70), SettingsFrame(stop_token_ids=(2, 3)), ROUTE, 2, "client"),
     StepFrame("session", 2, 0, (0, 0, 5), route=ROUTE, client="client", prompt=PromptNameFrame("f00d", 2, True)),
     PromptFrame(PromptNameFrame("f00d", 2, True), 0, 2, array("float32", 6, 4), has_input=True),

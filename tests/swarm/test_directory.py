@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ import pytest
 
 from corolla.errors import InvalidSetting, NetworkError
 from corolla.swarm.directory import MAX_LIFETIME, HivemindDirectory, HivemindDirectoryConfig, LocalDirectory
+from corolla.swarm.places import INDEX, encode_placed, model_key
 from corolla.swarm.records import ServerRecord
 
 # hivemind scripts a function as it is imported, which torch 2.13 calls deprecated.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import hivemind
+    from hivemind.dht.routing import DHTID
     from hivemind.dht.validation import DHTRecord
 
     from corolla.swarm.signatures import MAX_ENTRY_BYTES, Identity, SignedEntries
@@ -111,9 +114,13 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> tuple[Identity, Iden
     return Identity.load(folder / "ours"), Identity.load(folder / "theirs")
 
 
-def signed(identity: Identity, entries: SignedEntries | None = None, value: bytes = b"says this") -> DHTRecord:
-    """An entry as hivemind would send it to other nodes."""
-    packed = DHTRecord(b"k" * 20, msgspec.msgpack.encode(identity.public_key), msgspec.msgpack.encode(value), 2e9)
+def signed(
+    identity: Identity, entries: SignedEntries | None = None, value: bytes = b"says this", key: str = INDEX, says: str | None = None
+) -> DHTRecord:
+    """An entry under `key` as hivemind would send it to other nodes."""
+    place = bytes(DHTID.generate(key).to_bytes())
+    placed = msgspec.msgpack.encode(encode_placed(key if says is None else says, value))
+    packed = DHTRecord(place, msgspec.msgpack.encode(identity.public_key), placed, 2e9)
     return replace(packed, value=(entries or SignedEntries(identity)).sign_value(packed))
 
 
@@ -136,13 +143,13 @@ def test_a_signed_entry_is_valid_for_everybody(identities: tuple[Identity, Ident
     entry = signed(identities[0])
     for reader in (SignedEntries(identities[0]), SignedEntries(identities[1]), SignedEntries()):
         assert reader.validate(entry)
-        assert reader.strip_value(entry) == msgspec.msgpack.encode(b"says this")
+        assert reader.strip_value(entry) == msgspec.msgpack.encode(encode_placed(INDEX, b"says this"))
 
 
 def test_a_foreign_entry_is_not_signed(identities: tuple[Identity, Identity]) -> None:
     ours, theirs = identities
     entry = signed(theirs, SignedEntries(ours))
-    assert entry.value == msgspec.msgpack.encode(b"says this")
+    assert entry.value == msgspec.msgpack.encode(encode_placed(INDEX, b"says this"))
     assert not SignedEntries(ours).validate(entry)
 
 
@@ -195,7 +202,7 @@ def test_a_subkey_packed_otherwise_is_the_same_writer(identities: tuple[Identity
 
 def test_a_value_that_hivemind_could_not_unpack_is_refused(identities: tuple[Identity, Identity]) -> None:
     ours = SignedEntries(identities[0])
-    for value in (b"\xc1", b"\xc4\x05ab", b"\x01"):
+    for value in (b"\xc1", b"\xc4\x05ab", b"\x01", msgspec.msgpack.encode(b"in no place")):
         raw = replace(signed(identities[0]), value=value)
         assert not ours.validate(replace(raw, value=ours.sign_value(raw)))
 
@@ -216,7 +223,17 @@ def test_a_dht_serves_one_identity_and_one_secret(identities: tuple[Identity, Id
             ours.merge_with(other)
 
 
-def test_refusals_are_logged(identities: tuple[Identity, Identity], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("key", ["anything", "", "corolla/2/model/", "corolla/2/model/a b", "corolla/1/models"])
+def test_only_keys_that_corolla_uses_are_valid(identities: tuple[Identity, Identity], key: str) -> None:
+    assert SignedEntries().validate(signed(identities[0], key=model_key("0123456789abcdef")))
+    assert not SignedEntries().validate(signed(identities[0], key=key))
+    assert not SignedEntries().validate(signed(identities[0], key=key, says=INDEX))
+
+
+def test_refusals_are_logged(
+    identities: tuple[Identity, Identity], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("corolla.swarm.signatures"), "filters", [])  # other tests have had their lines
     assert not SignedEntries().validate(replace(signed(identities[0]), expiration_time=2e9 + 1))
     assert f"peer {identities[0].peer} did not sign it" in caplog.text
 
@@ -265,7 +282,13 @@ def test_two_nodes_share_a_directory(tmp_path: Path) -> None:
         with pytest.raises(InvalidSetting, match="peer"):
             await second.withdraw(a)
         for subkey in (one[1].identity.public_key, two[1].identity.public_key + b" ", "a name", None):
-            put = partial(two[0].store, "corolla/1/model/0123456789abcdef", b"forged", time.time() + 900, subkey)
+            put = partial(
+                two[0].store,
+                model_key("0123456789abcdef"),
+                encode_placed(model_key("0123456789abcdef"), b"forged"),
+                time.time() + 600,
+                subkey,
+            )
             assert not await asyncio.to_thread(put)
         await until_found(first, "first", "second")
 
@@ -276,7 +299,7 @@ def test_two_nodes_share_a_directory(tmp_path: Path) -> None:
         await until_found(first, "first")
 
         # A shorter lifetime than what stands changes what is read, and keeps what stands.
-        await second.publish(record(b, name="again", expires=time.time() + 300))
+        await second.publish(record(b, name="again", expires=time.time() + 40))
         await until_found(first, "first", "again")
 
         # A server moves to another model, and leaves.

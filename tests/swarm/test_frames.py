@@ -164,7 +164,6 @@ CLAIMS = {
     "route": claim(b"\xa1r\xdd\xff\xff\xff\xff", t="step", s="s", g=0, b=0, k=[1]),
     "timings": claim(b"\xa1m\xdd\xff\xff\xff\xff", t="step", s="s", g=0, b=0, k=[1]),
     "end tokens": claim(b"\xa1o\x81\xaestop_token_ids\xdd\xff\xff\xff\xff", t="step", s="s", g=0, b=0, k=[1]),
-    "stop sequences": claim(b"\xa1o\x81\xaestop_sequences\xdd\xff\xff\xff\xff", t="step", s="s", g=0, b=0, k=[1]),
     "alternatives": claim(b"\xa1n\xdd\xff\xff\xff\xff", t="token", s="s", g=0, p=0, k=0, l=-1.0),
     "details": claim(b"\xa7details\xdf\xff\xff\xff\xff", t="failed", s="s", g=0, kind="Busy", message=""),
     "a text": claim(b"\xa1s\xdb\xff\xff\xff\xff", t="close"),
@@ -229,7 +228,7 @@ def test_what_no_frame_holds_is_the_callers_fault() -> None:
     with pytest.raises(CallerError, match="fewer tokens"):
         encode(StepFrame("s", 0, 0, tuple(range(2**40, 2**40 + 8192))))
     with pytest.raises(CallerError, match="cannot be sent"):
-        encode(StepFrame("s", 0, 0, (), settings=SettingsFrame(stop_sequences=("\ud800",))))
+        encode(StepFrame("\ud800", 0, 0, ()))
     with pytest.raises(CallerError, match="cannot be sent"):
         encode(Ping(2**64))
 

@@ -20,7 +20,7 @@ from corolla.models.reference import Reference
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm import frames
 from corolla.swarm.arrays import to_array
-from corolla.swarm.wire import CloseFrame, ForwardFrame, Hop, SettingsFrame, StepFrame, TokenFrame, WireMessage
+from corolla.swarm.wire import CloseFrame, ForwardFrame, Hop, SettingsFrame, StepFrame, TimingFrame, TokenFrame, WireMessage
 from tests.models import tiny
 from tests.swarm.hostile import (
     BEHIND,
@@ -117,8 +117,8 @@ def test_a_header_that_grows_on_its_way_ends_no_server(swarm: Swarm, directory: 
     mallory = Mallory(swarm.hub)
 
     def longest(characters: int) -> StepFrame:
-        settings = SettingsFrame(stop_sequences=("x" * characters,))
-        return step(route=(Hop("s", 0, 2), Hop("t", 2, 4)), timed=True, settings=settings)
+        timings = tuple(TimingFrame("x" * ((characters + i) // 255), 0.0, 0.0, 0.0) for i in range(255))
+        return step(route=(Hop("s", 0, 2), Hop("t", 2, 4)), timed=True, timings=timings)
 
     with caplog.at_level(logging.INFO):
         mallory.send(longest(next(n for n in range(2**16, 0, -1) if _fits(longest(n)))))

@@ -52,7 +52,7 @@ def test_a_stranger_is_refused_and_the_refusals_fill_no_disk(caplog: pytest.LogC
         for request in (asked(Members(b"guessed")), dht_pb2.FindRequest(keys=[b"a key"])):
             with pytest.raises(Unauthorized, match="know its secret"):
                 asyncio.run(member.validate_request(request))
-    assert 1 <= len(caplog.records) <= 10
+    assert 1 <= len(caplog.records) <= 25
     request = asked(member)
     assert not asyncio.run(member.validate_response(answered(Members(b"guessed"), request), request))
     assert not asyncio.run(member.validate_response(dht_pb2.FindResponse(), request))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,6 +14,7 @@ import msgspec
 import psutil
 import pytest
 
+from corolla.barrier import unexpected
 from corolla.errors import CallerError, NetworkError
 from corolla.swarm import frames
 from corolla.swarm.bans import BanPolicy, Bans
@@ -95,6 +97,52 @@ def test_a_peer_is_dialled_where_it_says_that_it_listens(tmp_path: Path) -> None
         here.ping(there.me, 2)
     finally:
         for peer in (there, here):
+            peer.network.close()
+
+
+def test_a_peer_that_comes_in_while_it_is_dialled_is_served_at_once(tmp_path: Path) -> None:
+    """It cannot be dialled itself, as behind a router: its address swallows connections."""
+    patient = P2PConfig(dial_timeout=2 * PATIENCE)
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        here, there = (Peer(tmp_path / name, patient) for name in ("here", "there"))
+        try:
+            here.network.know({there.me: [f"/ip4/127.0.0.1/tcp/{hole.getsockname()[1]}"]})
+            there.network.know({here.me: here.addresses})
+            here.network.send(there.me, Ping(1))
+            there.ping(here.me, 2)
+            here.wait(lambda: (there.me, Pong(1)) in here.came)
+            assert not here.lost
+            assert not there.lost
+        finally:
+            for peer in (here, there):
+                peer.network.close()
+
+
+def test_a_handler_that_fails_ends_that_message_alone(tmp_path: Path) -> None:
+    target = Peer(tmp_path / "target", P2PConfig(), listens=False)
+    honest = Peer(tmp_path / "honest", P2PConfig(), peers=target.addresses)
+
+    def receive(sender: str, message: WireMessage) -> None:
+        assert isinstance(message, Ping)
+        if message.nonce % 2:
+            raise (KeyError, RuntimeError, MemoryError)[message.nonce % 3](message.nonce)
+        target.network.send(sender, Pong(message.nonce))
+
+    def lose(peer: str) -> None:
+        raise IndexError(peer)
+
+    target.network.listen(receive, lose)
+    try:
+        before = sum(unexpected.values())
+        target.network.send("QmNobody", Ping(1))
+        for nonce in (1, 3, 5):
+            honest.network.send(target.me, Ping(nonce))
+        honest.ping(target.me, 6)
+        assert target.network.failure is None
+        assert not honest.lost
+        assert sum(unexpected.values()) == before + 4
+    finally:
+        for peer in (honest, target):
             peer.network.close()
 
 
@@ -319,6 +367,56 @@ def test_who_takes_nothing_is_lost(tmp_path: Path) -> None:
             # It is read by our own daemons and streams up to their limits, and no further.
             assert sent < 200
             assert psutil.Process().memory_info().rss - before < 64 * MEBIBYTE
+
+    asyncio.run(scenario())
+    target.network.close()
+
+
+def test_newcomers_hold_little_together_and_whoever_sent_a_large_frame_is_none(tmp_path: Path) -> None:
+    config = P2PConfig(newcomers_limit=2 * MEBIBYTE, frame_limit=64 * MEBIBYTE)
+    target = Peer(tmp_path / "key", config)
+    frame = bytes_of(HiddenFrame("s", 0, 0, Array("float32", (256, 1024), memoryview(bytes(MEBIBYTE)))))
+    large = bytes_of(HiddenFrame("s", 0, 1, Array("float32", (4096, 1024), memoryview(bytes(16 * MEBIBYTE)))))
+
+    async def scenario() -> None:
+        async with (
+            Hostile(tmp_path / "one", target.me, target.addresses, None) as one,
+            Hostile(tmp_path / "two", target.me, target.addresses, None) as two,
+        ):
+            held, later = await one.enter(), await two.enter()
+            await held.write(frame[:-1])
+            await until(lambda: target.network.unfinished > MEBIBYTE // 2)
+            with suppress(ConnectionError):  # it may be closed while we write
+                await later.write(struct.pack("<I", 2 * MEBIBYTE) + bytes(2 * MEBIBYTE - 1))
+            await later.until_closed()
+            assert not target.network.bans.left(two.me)  # there was no room, and that is no fault of its own
+            await held.write(frame[-1:] + large)  # from here on the first is no newcomer
+            await until(lambda: len(target.came) == 2)
+            late = await two.enter()
+            await late.write(large)  # more than all newcomers may have together: alone, and quickly
+            await until(lambda: len(target.came) == 3)
+
+    asyncio.run(scenario())
+    target.network.close()
+
+
+def test_what_waits_for_all_peers_is_bounded_and_the_slowest_is_lost(tmp_path: Path) -> None:
+    target = Peer(tmp_path / "key", P2PConfig(queues_limit=48 * MEBIBYTE))
+    message = HiddenFrame("s", 0, 0, Array("float32", (256, 1024), memoryview(bytes(MEBIBYTE))))
+
+    async def scenario() -> None:
+        async with (
+            Hostile(tmp_path / "one", target.me, target.addresses, None) as one,
+            Hostile(tmp_path / "two", target.me, target.addresses, None) as two,
+        ):
+            await one.enter()
+            await two.enter()
+            await until(lambda: target.network.peers == 2)
+            while not target.lost:
+                for peer in (one.me, two.me):
+                    target.network.send(peer, message)
+                assert target.network.waiting <= 50 * MEBIBYTE
+                await asyncio.sleep(0.001)
 
     asyncio.run(scenario())
     target.network.close()

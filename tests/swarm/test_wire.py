@@ -98,7 +98,6 @@ options = st.builds(
     repetition_penalty=st.floats(1, 2),
     top_logprobs=st.integers(0, 20),
     seed=counts,
-    stop_sequences=st.lists(st.text(min_size=1, max_size=9), max_size=3).map(tuple),
     stop_token_ids=st.lists(st.integers(0, 2**63 - 1), max_size=3).map(tuple),
 )
 timings = st.lists(st.builds(TimingFrame, names, seconds, seconds, seconds), max_size=3).map(tuple)

@@ -13,6 +13,7 @@ from typing import Any
 from corolla.chat.templates import Template, Turn, encode, template_named
 from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import CallerError, EmptyPrompt, PromptTooLong, StorageError
+from corolla.models.json_files import read_json
 
 
 class Conversation:
@@ -136,7 +137,7 @@ def _turns(entries: Any, path: Path) -> list[Turn]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except OSError as error:
         raise CallerError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:

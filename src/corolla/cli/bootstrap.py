@@ -28,7 +28,8 @@ def bootstrap(
     from corolla.swarm.peer import PeerConfig, SwarmPeer
 
     with until_told_to_end() as signals:
-        peer = SwarmPeer(PeerConfig(initial_peers=joined, host=host, port=port, identity=identity, secret=key))
+        memory = None if identity is None else identity.with_name(f"{identity.name}.peers")
+        peer = SwarmPeer(PeerConfig(initial_peers=joined, host=host, port=port, identity=identity, secret=key, memory=memory))
         try:
             if ready_file is not None:
                 write_whole(ready_file, "\n".join(peer.addresses) + "\n")

@@ -149,10 +149,12 @@ async def _dial(p2p: P2P, address: Address) -> Finding:
     from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
     from hivemind.utils.multiaddr import Multiaddr
 
+    from corolla.swarm.dialling import connect
+
     way = Multiaddr(address.text.rpartition("/p2p/")[0])
     try:
         async with asyncio.timeout(_DAEMON_TIMEOUT):
-            await p2p._client.connect(PeerID.from_base58(address.peer), [way])  # hivemind itself has no other way to a reason
+            await connect(p2p, PeerID.from_base58(address.peer), [way])
     except (ControlFailure, TimeoutError) as error:
         if other := _OTHER_PEER.search(str(error)):
             advice = f"it was started again with a new id (--identity keeps one), or it is another swarm's: {way}/p2p/{other[1]}"
@@ -207,7 +209,7 @@ async def _silence(p2p: P2P, address: str, secret: bytes | None) -> Finding:
 
 async def _directory(node: DHTNode) -> Finding:
     """Whether servers are announced."""
-    from corolla.swarm.directory import INDEX
+    from corolla.swarm.places import INDEX
 
     found = await node.get(INDEX, latest=True)
     entries = {} if found is None or not isinstance(found.value, dict) else found.value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -17,6 +16,7 @@ import msgspec
 from corolla.barrier import barrier
 from corolla.client.swarm import SwarmTransport
 from corolla.errors import AdapterError, CorollaError, NetworkError, NoRoute, UnsupportedModel
+from corolla.models.checkpoint import json_object
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.probing import Probes
@@ -165,7 +165,7 @@ def join_swarm(directory: Path, config: PeerConfig, *, timed: bool = False) -> I
 
     Raises `NetworkError` when the swarm cannot be joined, `UnsupportedModel` for a config.json that does not say how many blocks there are.
     """
-    described = json.loads((directory / "config.json").read_bytes())
+    described = json_object(directory / "config.json")
     peer = SwarmPeer(config)
     try:
         known = KnownServers(peer, fingerprint(described), blocks_of(described))

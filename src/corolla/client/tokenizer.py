@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from corolla.errors import CallerError, CheckpointError
+from corolla.models.json_files import read_json
 
 _IDS = range(2**32)  # that the library takes
 
@@ -49,10 +49,15 @@ class TextTokenizer:
         """The model's own template in Jinja's language, if it has one."""
         file = self.directory / "chat_template.jinja"
         if file.exists():
-            return file.read_text(encoding="utf-8")
+            try:
+                return file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{file} is damaged ({error}): fetch the model again") from None
         template = self._options.get("chat_template")
         if isinstance(template, list):  # several by name
-            template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+            template = next(
+                (entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None
+            )
         return template if isinstance(template, str) else None
 
     @property
@@ -66,7 +71,10 @@ class TextTokenizer:
         """The tokens that end an answer, ascending."""
         ids: set[int] = set()
         declared = self._generation.get("eos_token_id", self._config.get("eos_token_id"))
-        ids.update([declared] if isinstance(declared, int) else declared or [])
+        named = declared if isinstance(declared, list) else [] if declared is None else [declared]
+        if not all(type(token_id) is int and token_id >= 0 for token_id in named):
+            raise CheckpointError(f"{self.directory}: eos_token_id is {declared!r} and has to be a token's id, or a list of them")
+        ids.update(named)
         if (end := self.special_tokens.get("eos_token")) is not None and (token_id := self.token_id(end)) is not None:
             ids.add(token_id)
         return tuple(sorted(ids))
@@ -113,9 +121,12 @@ class TextTokenizer:
         if not file.is_file():
             raise CheckpointError(f"{self.directory} has no tokenizer.json: save the model's fast tokenizer there")
         try:
-            return Tokenizer.from_file(str(file))
+            tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # noqa: BLE001 (the library raises no narrower type)
             raise CheckpointError(f"{file} is damaged ({error}): fetch the model again") from None
+        tokenizer.no_truncation()  # which some files ask for, for the model that they were trained with
+        tokenizer.no_padding()
+        return tokenizer
 
 
 def _encode(tokenizer: Tokenizer, text: str, opening: bool) -> list[int]:
@@ -129,8 +140,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = read_json(file)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged ({error}): fetch the model again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is damaged (no JSON object): fetch the model again")

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from corolla.data.layout import UNFINISHED, is_whole
 from corolla.data.saving import SUMS, replacing
 from corolla.errors import DataError, StorageError
+from corolla.models.json_files import read_json
 
 _DONE, _CHUNKS, _PLAN, _LOCK = "done", "articles", "plan.json", "lock"
 
@@ -51,7 +52,10 @@ class Claim:
             with replacing(path) as temporary:
                 temporary.write_text(json.dumps(plan), encoding="utf-8")
             return
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            begun = dict(read_json(path))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{path} is damaged ({error}): delete {self.work} to begin anew") from None
         if changed := sorted(name for name in {*plan, *begun} if plan.get(name) != begun.get(name)):
             raise DataError(
                 f"{self.work} was begun with other {', '.join(changed)}: say the same again to go on, or delete it to begin anew"

@@ -17,6 +17,7 @@ from corolla.data.layout import METADATA, METRICS, PARTS, TOKENIZER, Part, part_
 from corolla.data.metrics import Metrics
 from corolla.data.saving import replacing, sha256, write_sums
 from corolla.errors import DataError, StorageError
+from corolla.models.json_files import read_json
 
 # What the tokenizer and the models' own libraries read it from.
 _TOKENIZER_FILES = (
@@ -72,7 +73,7 @@ def read_metrics(directory: Path) -> dict[str, Any]:
     """What `METRICS` says: `parts` and `left_out`. Raises `DataError` when it is missing or damaged."""
     path = directory / METRICS
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from corolla.client.joined import KnownServers, blocks_of, context_length_of, vo
 from corolla.client.swarm import SwarmTransport
 from corolla.errors import InvalidSetting
 from corolla.gateway.served import Models, served_model
+from corolla.models.checkpoint import json_object
 from corolla.swarm.network import Network, OnLost, OnMessage
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.records import fingerprint
@@ -26,7 +26,7 @@ def joined_models(directories: Mapping[str, Path], config: PeerConfig) -> Iterat
 
     Raises `NetworkError` when the swarm cannot be joined, `CheckpointError` for a model whose files are missing.
     """
-    described = {name: json.loads((directory / "config.json").read_bytes()) for name, directory in directories.items()}
+    described = {name: json_object(directory / "config.json") for name, directory in directories.items()}
     if len({fingerprint(config) for config in described.values()}) < len(described):
         raise InvalidSetting("model", "two of the models are the same one: name each once")
     # A Ctrl-C in a terminal goes to hivemind's processes too, and they are needed until the last answer has ended.

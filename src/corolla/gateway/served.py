@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from corolla.chat.templates import Template, default_template, stop_ids, templat
 from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import ModelNotFound, PromptTooLong
 from corolla.models.catalog import describe
+from corolla.models.checkpoint import json_object
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import gaps
 from corolla.swarm.transport import Transport
@@ -82,7 +82,7 @@ def served_model(
     """The model whose tokenizer and config lie in `directory`. Raises `CheckpointError` where they do not."""
     tokenizer = TextTokenizer(directory)
     described = describe(name, directory)
-    config = json.loads((directory / "config.json").read_bytes())
+    config = json_object(directory / "config.json")
     return ServedModel(
         name=name,
         directory=directory,

@@ -6,7 +6,6 @@ Nothing here imports torch or transformers: `corolla models` answers at once.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 from corolla.errors import CheckpointError, ModelNotFound, StorageError
 from corolla.models import smollm2
 from corolla.models.checkpoint import Progress, verify
+from corolla.models.json_files import read_json
 
 CACHE_VARIABLE = "COROLLA_CACHE"
 DEFAULT = "smollm2"
@@ -168,7 +168,7 @@ def _in_hub_cache() -> dict[str, Path]:
 def describe(name: str, directory: Path) -> InstalledModel:
     """What the files in a model's directory say of it."""
     try:
-        config = json.loads((directory / "config.json").read_bytes())
+        config = read_json(directory / "config.json")
     except (OSError, ValueError):  # listed all the same: who wants to run it is told what is wrong
         config = {}
     if not isinstance(config, dict):

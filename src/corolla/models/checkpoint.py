@@ -7,13 +7,16 @@ memory is taken. `Checkpoint.tensor` then reads just the tensor it is asked for,
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from corolla.errors import CheckpointError, UnsupportedModel
+from corolla.models.json_files import read_json
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -27,6 +30,9 @@ Progress = Callable[[str, int, int | None], None]
 CHECKSUMS = "SHA256SUMS"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_MOST_HEADER = 100_000_000  # bytes; safetensors' own bound
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F16": 16, "BF16": 16, "U16": 16, "I16": 16, "F32": 32, "U32": 32,
+         "I32": 32, "F64": 64, "U64": 64, "I64": 64, "C64": 64}  # fmt: skip
 _LOOKED_AT = 16  # values at each end of a tensor
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -90,7 +96,7 @@ class Checkpoint:
         It may be a view of the mapped file. Raises `CheckpointError` for a tensor that is missing, of another shape, or made of integers
         where a floating `dtype` is asked for: those are codes, and `quantized_files` reads them.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         entry = self._entry(name)
         if shape is not None and entry.shape != tuple(shape):
@@ -98,9 +104,12 @@ class Checkpoint:
                 f"{entry.shard}: tensor {name} has shape {list(entry.shape)} where the configuration asks for {list(shape)}: "
                 "config.json and the weights are not of the same model"
             )
-        if entry.shard not in self._handles:
-            self._handles[entry.shard] = safe_open(entry.shard, framework="pt")
-        found: torch.Tensor = self._handles[entry.shard].get_tensor(name)
+        try:
+            if entry.shard not in self._handles:
+                self._handles[entry.shard] = safe_open(entry.shard, framework="pt")
+            found: torch.Tensor = self._handles[entry.shard].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{entry.shard} is damaged ({error}): fetch it again") from error
         self.bytes_read += entry.nbytes
         if dtype is not None and dtype.is_floating_point:
             self._check_values(name, found)
@@ -210,7 +219,7 @@ def _no_safetensors(directory: Path) -> str:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = _json_object(path).get("weight_map")
+    weight_map = json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(_is_plain_name(shard) for shard in weight_map.values()):
         raise CheckpointError(f"{path} is damaged: its weight_map does not name a file beside it for each tensor; fetch the model again")
     return weight_map
@@ -221,6 +230,14 @@ def _is_plain_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
 
 
+class _Described(msgspec.Struct):
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
 def _header(path: Path) -> dict[str, _Entry]:
     """What a safetensors file says about its tensors: 8 bytes of length, a JSON object, then the data it points into."""
     size = _size(path)
@@ -229,20 +246,30 @@ def _header(path: Path) -> dict[str, _Entry]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(damaged)
+        if length > _MOST_HEADER:
+            raise CheckpointError(f"{path} has a header of {length} bytes, and {_MOST_HEADER} are the most that is read: fetch it again")
         try:
-            header = json.loads(file.read(length))
-            entries = {name: _entry_of(path, value) for name, value in header.items() if name != "__metadata__"}
-            end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            parts = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])  # nothing is built of what is not asked for
+            described = {name: msgspec.json.decode(part, type=_Described) for name, part in parts.items() if name != "__metadata__"}
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise CheckpointError(damaged) from error
+    end = max((tensor.data_offsets[1] for tensor in described.values()), default=0)
+    if not all(_is_sound(tensor, end) for tensor in described.values()):
+        raise CheckpointError(damaged)
     if size != 8 + length + end:
         raise CheckpointError(f"{path} is truncated or damaged: it has {size} bytes and its header says {8 + length + end}; fetch it again")
-    return entries
+    return {name: _Entry(path, tuple(tensor.shape), _nbytes(tensor)) for name, tensor in described.items()}
 
 
-def _entry_of(path: Path, value: Mapping[str, Any]) -> _Entry:
-    start, end = value["data_offsets"]
-    return _Entry(path, tuple(int(length) for length in value["shape"]), int(end) - int(start))
+def _is_sound(tensor: _Described, end: int) -> bool:
+    """Whether a tensor's bytes lie in the file and are as many as its shape takes."""
+    bits, count = _BITS.get(tensor.dtype), math.prod(tensor.shape)
+    inside = 0 <= tensor.data_offsets[0] <= tensor.data_offsets[1] <= end and min(tensor.shape, default=0) >= 0
+    return inside and (bits is None or count * bits == 8 * _nbytes(tensor))
+
+
+def _nbytes(tensor: _Described) -> int:
+    return tensor.data_offsets[1] - tensor.data_offsets[0]
 
 
 def _size(path: Path) -> int:
@@ -265,12 +292,13 @@ def _checksums(path: Path) -> dict[str, str]:
     return sums
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model's directory. Raises `CheckpointError` where there is none."""
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: a model's directory holds it beside the weights") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: it is no JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: it holds no JSON object; fetch it again")
@@ -280,7 +308,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 def read_config(directory: Path) -> PretrainedConfig:
     """The configuration of the model in a directory, as `Checkpoint.config` gives it; the weights need not be there."""
     path = directory / "config.json"
-    family = _json_object(path).get("model_type")
+    family = json_object(path).get("model_type")
     if not isinstance(family, str):
         raise CheckpointError(f"{path} does not say its model_type: the model's family cannot be told")
 
@@ -292,7 +320,7 @@ def read_config(directory: Path) -> PretrainedConfig:
         raise UnsupportedModel(f"{path}: the installed transformers knows no model_type {family}, and code beside a model is never run")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} is not valid for the family {family}: {reason}") from error
     return config

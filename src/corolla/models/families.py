@@ -6,6 +6,7 @@ One function a family; each refuses, with a sentence, the variants whose mathema
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,9 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+_MOST = {"num_hidden_layers": 10_000, "hidden_size": 2**20, "num_attention_heads": 2**14, "vocab_size": 2**26}
+
+
 def architecture(config: Config) -> Architecture:
     """The architecture of a model by its transformers config.
 
@@ -85,7 +89,13 @@ def architecture(config: Config) -> Architecture:
     family = _FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModel(f"the family {config.model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}")
-    return family(config)
+    _check_sizes(config)
+    try:
+        found = family(config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UnsupportedModel(f"{config.model_type}: its config.json cannot be computed ({error!r})") from error
+    _check_numbers(found)
+    return found
 
 
 def supported_families() -> tuple[str, ...]:
@@ -265,6 +275,32 @@ _FAMILIES: dict[str, Callable[[Config], Architecture]] = {
     "qwen2": _llama_like,
     "qwen3": _qwen3,
 }
+
+
+def _check_sizes(config: Config) -> None:
+    """Raises `UnsupportedModel` for sizes that are no counts, before anything is made of so many."""
+    for name, most in _MOST.items():
+        value = getattr(config, name, None)
+        if not (type(value) is int and 0 < value <= most):
+            raise UnsupportedModel(f"{config.model_type}: {name} is {value!r} in its config.json and has to be an integer from 1 to {most}")
+
+
+def _check_numbers(arch: Architecture) -> None:
+    """Raises `UnsupportedModel` for numbers with which nothing can be computed."""
+    counts = {"head_dim": arch.head_dim, "key heads": arch.kv_heads, "intermediate size": arch.intermediate, "context": arch.context_length}
+    counts |= {"window": min((window for window in arch.window if window is not None), default=1)}
+    for name, value in counts.items():
+        if not (isinstance(value, int) and value > 0):
+            raise UnsupportedModel(f"{arch.family}: its {name} is {value!r} in its config.json, and has to be an integer of at least 1")
+    if arch.heads % arch.kv_heads:
+        raise UnsupportedModel(f"{arch.family}: {arch.heads} heads cannot share {arch.kv_heads} key heads evenly")
+    factors = {"norm_eps": arch.norm_eps, "scale": arch.scale, "rope's factor": min((rope.factor for rope in arch.ropes), default=1.0)}
+    factors["soft cap"] = min((cap for cap in (arch.attention_softcap, arch.logits_softcap) if cap is not None), default=1.0)
+    for name, factor in factors.items():
+        if not (isinstance(factor, (int, float)) and 0 < factor < math.inf):
+            raise UnsupportedModel(f"{arch.family}: its {name} is {factor!r} in its config.json, and has to be a number above 0")
+    if any(not bool(rope.inverse_frequencies.isfinite().all()) for rope in arch.ropes):
+        raise UnsupportedModel(f"{arch.family}: its rotary embedding's frequencies are not finite: its rope_theta is damaged")
 
 
 def _activation(config: Config, name: str) -> Activation:

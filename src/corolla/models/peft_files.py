@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from corolla.errors import CallerError
+from corolla.models.json_files import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -19,7 +19,7 @@ WEIGHTS = "adapter_model.safetensors"
 def read_config(path: Path, kind: str, what: str, error: type[CallerError]) -> dict[str, Any]:
     """The configuration of a directory that holds `what`. Raises `error` where it is missing, damaged, or not of PEFT's `kind`."""
     try:
-        config = json.loads(path.read_bytes())
+        config = read_json(path)
     except FileNotFoundError:
         raise error(f"{path} is missing: give a directory that a {what} was saved to") from None
     except (OSError, ValueError) as problem:

@@ -23,6 +23,7 @@ from safetensors.torch import save
 
 from corolla.errors import PromptError
 from corolla.models.architecture import Architecture
+from corolla.models.json_files import parse_json
 from corolla.models.peft_files import CONFIG, WEIGHTS, read_config, read_tensors
 from corolla.models.saving import replacing
 
@@ -212,7 +213,7 @@ def _check_model(directory: Path, metadata: Mapping[str, str], architecture: Arc
     if _MODEL not in metadata:
         return
     try:
-        described = dict(json.loads(metadata[_MODEL]))
+        described = dict(parse_json(metadata[_MODEL]))
     except (ValueError, TypeError):
         raise PromptError(f"{directory}: the metadata {_MODEL} is damaged: save the prompt again") from None
     differing = [name for name, value in _shape_of(architecture).items() if described.get(name) != value]

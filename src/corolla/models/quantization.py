@@ -12,7 +12,7 @@ import torch
 
 from corolla.errors import Conflict, InvalidSetting, StorageError, UnsupportedModel
 from corolla.models.architecture import Architecture
-from corolla.models.checkpoint import CHECKSUMS, INDEX, SINGLE, Checkpoint, write_checksums
+from corolla.models.checkpoint import CHECKSUMS, INDEX, SINGLE, Checkpoint, json_object, write_checksums
 from corolla.models.families import architecture
 from corolla.models.quantized import NF4_BLOCK, QuantizedFormat, fits, quantize
 from corolla.models.quantized_files import quantization_config, stored_format, tensors_of
@@ -114,7 +114,7 @@ def _tensors(checkpoint: Checkpoint, arch: Architecture, name: str, format: Quan
 
 def _describe(checkpoint: Checkpoint, arch: Architecture, source: Path, directory: Path, format: QuantizedFormat) -> None:
     """The files beside the weights: the configuration with what was done, the others as they are."""
-    config = json.loads((source / "config.json").read_bytes())
+    config = json_object(source / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     embedding = f"{arch.names.prefixes[0]}{arch.names.embedding}"
     config["quantization_config"] = quantization_config(format, stored, sorted({"lm_head", arch.names.head, embedding}))

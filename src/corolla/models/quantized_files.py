@@ -14,6 +14,7 @@ import torch
 
 from corolla.errors import CheckpointError, InvalidSetting, UnsupportedModel
 from corolla.models.checkpoint import Checkpoint
+from corolla.models.json_files import parse_json
 from corolla.models.linear import WeightFormat
 from corolla.models.quantized import INT4_GROUP, NF4_BLOCK, NF4_VALUES, Codes, QuantizedFormat
 
@@ -123,7 +124,7 @@ def _nf4(checkpoint: Checkpoint, name: str, shape: tuple[int, int], dtype: torch
             f"{checkpoint.directory}: {name} is quantized with bitsandbytes, but not as nf4 in whole blocks of {NF4_BLOCK}"
         )
     try:
-        state = json.loads(bytes(checkpoint.tensor(f"{name}.{_STATE}").tolist()))
+        state = parse_json(bytes(checkpoint.tensor(f"{name}.{_STATE}").tolist()))
         blocksize, stated = state["blocksize"], tuple(state["shape"])
         nested = {key: state[key] for key in ("nested_offset", "nested_blocksize")} if checkpoint.has(f"{name}.nested_absmax") else None
     except (ValueError, KeyError, TypeError) as error:

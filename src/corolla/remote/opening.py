@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 
 from corolla.client.joined import KnownServers
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.models.checkpoint import json_object
 from corolla.models.devices import settled_device
 from corolla.models.span import load_span
 from corolla.remote.calls import Calls
@@ -51,7 +51,7 @@ def open_blocks(
         if initial_peers:
             peer = SwarmPeer(PeerConfig(initial_peers=initial_peers, secret=secret, client_mode=True))
             stack.callback(peer.close)
-            known = KnownServers(peer, fingerprint(json.loads((directory / "config.json").read_bytes())), blocks)
+            known = KnownServers(peer, fingerprint(json_object(directory / "config.json")), blocks)
             stack.callback(known.close)
             servers = Servers(peer.network, known, blocks, config=config)
             known.measure(servers.round_trips)

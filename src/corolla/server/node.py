@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 
 import msgspec
 
+from corolla.barrier import barrier
 from corolla.engine.engine import Engine
-from corolla.errors import CallerError, CorollaError, NetworkError
+from corolla.errors import CallerError, CorollaError, NetworkError, ServerFault
 from corolla.server.calls import Calls
 from corolla.server.checking import check_rows, check_shape
 from corolla.server.onward import NodeCounters, Onward, UnderWay
@@ -110,6 +111,21 @@ class SpanServer:
     # On the network's thread from here on.
 
     def _receive(self, sender: str, message: WireMessage) -> None:
+        """A message that cannot be handled, which nobody expected, ends what it belongs to and nothing else."""
+        with barrier("a server's message", lambda error: self._answer_unhandled(sender, message)):
+            self._handle(sender, message)
+
+    def _answer_unhandled(self, sender: str, message: WireMessage) -> None:
+        fault = ServerFault("this server failed over the message")
+        if isinstance(message, StepFrame):
+            way, client = self._ways.get(message.session), sender
+            if way is not None and sender == way.before:
+                way.over, client = True, way.client
+            self._send(client, failed_of(fault, message.session, message.generation, peer=self._network.me))
+        elif isinstance(message, (ForwardFrame, BackwardFrame)):
+            self._send(sender, failed_of(fault, str(message.call), 0, peer=self._network.me))
+
+    def _handle(self, sender: str, message: WireMessage) -> None:
         self._probes.receive(sender, message)
         if isinstance(message, StepFrame):
             self._step(sender, message)
@@ -196,6 +212,7 @@ class SpanServer:
                 wants_hidden=way.wants_hidden,
                 prompt=way.prompt,
                 client=way.client,
+                began=way.began,
             )
             in_flight = UnderWay(way, step, bool(frame.route), time.perf_counter(), to_timings(frame.timings))
             self._engine.receive(step, lambda reply: self._onward.deliver(in_flight, reply))

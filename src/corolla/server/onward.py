@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from corolla.barrier import barrier
 from corolla.engine.engine import Engine
 from corolla.errors import CallerError, CorollaError, NetworkError
 from corolla.server.ways import Way
@@ -142,11 +143,18 @@ class Onward:
     def send_held(self) -> None:
         """At the end of the engine's turn."""
         held, self._held = self._held, []
-        try:
-            if held:
+        if not held:
+            return
+        with barrier("the replies of an engine's turn", lambda error: self._send_each(held)):
+            try:
                 self._network.send_all(held)
-        except NetworkError as error:  # this server is leaving
-            log.info("replies were not sent: %s", error)
-        except CallerError:  # one of them, which must not take the others along
-            for peer, message in held:
+            except NetworkError as error:  # this server is leaving
+                log.info("replies were not sent: %s", error)
+            except CallerError:
+                self._send_each(held)
+
+    def _send_each(self, held: list[tuple[str, WireMessage]]) -> None:
+        """One of them cannot be sent, and must not take the others along."""
+        for peer, message in held:
+            with barrier("a reply"):
                 self._send(peer, message)

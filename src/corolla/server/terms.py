@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from corolla.engine.engine import EngineConfig
 from corolla.errors import InvalidSetting
 from corolla.models.adapters import load_adapter
 from corolla.models.architecture import Architecture
-from corolla.models.checkpoint import Checkpoint
+from corolla.models.checkpoint import Checkpoint, json_object
 from corolla.models.devices import settled_device
 from corolla.models.families import architecture
 from corolla.models.linear import WeightFormat
@@ -117,7 +116,7 @@ def _adapters(directories: Mapping[str, Path], arch: Architecture, dtype: torch.
 
 def model_fingerprint(directory: Path) -> str:
     """What names a model in the directory: the same for everybody who has the same checkpoint's config."""
-    return fingerprint(json.loads((directory / "config.json").read_bytes()))
+    return fingerprint(json_object(directory / "config.json"))
 
 
 def _capacity(takes: Footprint, device: str, config: ServeConfig) -> int:

@@ -33,6 +33,7 @@ class Way:
     claimed: int  # when its caller says that the answer was asked for, in Unix milliseconds
     asked: int  # the same, as servers go by it
     timed: bool
+    began: int  # the position of the generation's first row
     wants_hidden: bool
     settings: GenerationSettings | None = None
     prompt: PromptName | None = None
@@ -54,6 +55,7 @@ class Way:
             frame.asked,
             frame.asked,
             frame.timed,
+            frame.start if frame.began is None else frame.began,
             wants_hidden=frame.output == "hidden",
             settings=None if frame.settings is None else to_settings(frame.settings),
             prompt=to_prompt_name(frame.prompt),

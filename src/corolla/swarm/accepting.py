@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from corolla.barrier import barrier
 from corolla.errors import Unauthorized
 from corolla.swarm.channels import Channels
+from corolla.swarm.limits import Sparing
 
 if TYPE_CHECKING:
     from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from corolla.swarm.p2p import P2PConfig
 
 log = logging.getLogger(__name__)
+log.addFilter(Sparing())
 OnStream = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -61,9 +64,10 @@ class Accepting:
                 del self._streams[peer]
 
     async def _serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        admitted = await self._admit(peer, reader, writer)
-        if admitted and not self._channels.bans.left(peer):  # for what it did on another stream meanwhile
-            await self._carry(peer, reader, writer)
+        with barrier("a stream that a peer opened"):
+            admitted = await self._admit(peer, reader, writer)
+            if admitted and not self._channels.bans.left(peer):  # for what it did on another stream meanwhile
+                await self._carry(peer, reader, writer)
 
     def _no_stream(self, peer: str) -> str | None:
         """Why `peer` may not open a stream now, if it may not."""

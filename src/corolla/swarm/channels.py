@@ -9,14 +9,16 @@ from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from corolla.barrier import barrier
 from corolla.swarm.bans import Bans
-from corolla.swarm.limits import Rate
+from corolla.swarm.limits import Rate, Sparing
 from corolla.swarm.network import OnLost
 
 if TYPE_CHECKING:
     from corolla.swarm.p2p import P2PConfig
 
 log = logging.getLogger(__name__)
+log.addFilter(Sparing())
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +30,7 @@ class Channel:
     waiting: int = 0  # bytes in the outbox
     writer: asyncio.StreamWriter | None = None  # of the stream, once the peer has proved itself
     dialled: bool = False  # and not connected yet
+    shown: bool = False  # the peer has done what costs it something: it sent a large frame whole, or it is announced
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
 
@@ -38,6 +41,7 @@ class Channels:
         bans: of peers that broke the protocol.
         counts: what happened to peers, by name.
         on_lost: told of peers that are lost, until `closed`.
+        waiting: bytes in the outboxes of all of them.
     """
 
     def __init__(self, config: P2PConfig, loop: asyncio.AbstractEventLoop, bans: Bans) -> None:
@@ -45,6 +49,7 @@ class Channels:
         self.counts: Counter[str] = Counter()
         self.on_lost: OnLost | None = None
         self.closed = False
+        self.waiting = 0
         self._config, self._loop = config, loop
         self._open: dict[str, Channel] = {}
         self._rates: dict[str, Rate] = {}  # of those connected last, so that a new connection is no new start
@@ -64,6 +69,7 @@ class Channels:
     def clear(self) -> None:
         """Forget all of them; nobody is told."""
         self._open.clear()
+        self.waiting = 0
 
     def open(self, peer: str) -> Channel:
         """A channel to a peer that has none."""
@@ -81,6 +87,14 @@ class Channels:
         task.add_done_callback(channel.tasks.discard)
         return task
 
+    def hold(self, channel: Channel, size: int) -> None:
+        """So many bytes more wait in a channel's outbox, or fewer. Where that is too much in all, the peer that most waits for is lost."""
+        channel.waiting += size
+        self.waiting += size
+        if size > 0 and self.waiting > self._config.queues_limit:
+            peer, slowest = max(self._open.items(), key=lambda entry: entry[1].waiting)
+            self.lose(peer, slowest, "it takes its messages too slowly, and those of all peers wait in too much memory")
+
     def ban(self, peer: str, reason: str) -> None:
         """For breaking the protocol; the peer is lost, too."""
         seconds = self.bans.blame(peer)
@@ -95,6 +109,8 @@ class Channels:
         if self._open.get(peer) is not channel:
             return  # already lost, or replaced
         del self._open[peer]
+        self.waiting -= channel.waiting
+        channel.waiting = 0
         log.info("peer %s is lost: %s", peer, reason, extra={"peer": peer})
         current = asyncio.current_task(self._loop)
         for task in channel.tasks:
@@ -105,4 +121,5 @@ class Channels:
     def tell_lost(self, peer: str) -> None:
         """The peer cannot be reached, or no longer."""
         if self.on_lost is not None and not self.closed:
-            self.on_lost(peer)
+            with barrier("the loss of a peer"):
+                self.on_lost(peer)

@@ -213,8 +213,8 @@ def to_settings(frame: SettingsFrame) -> GenerationSettings:
 
 
 def from_settings(settings: GenerationSettings) -> SettingsFrame:
-    given = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    return SettingsFrame(**{field.name: given[field.name] for field in fields(settings) if given[field.name] != field.default})
+    travelling = {field.name: field.default for field in fields(settings) if field.name in SettingsFrame.__struct_fields__}
+    return SettingsFrame(**{name: getattr(settings, name) for name, default in travelling.items() if getattr(settings, name) != default})
 
 
 def to_reply(frame: Answer) -> Reply:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from corolla.errors import DeadlineExceeded, InvalidSetting, NetworkError, ServerFault
+from corolla.swarm.limits import Sparing
+from corolla.swarm.places import INDEX, decode_placed, encode_placed, model_key
 from corolla.swarm.records import CLOCKS_DIFFER, LIFETIME, ServerRecord, decode_record, encode_record, is_word
 
 if TYPE_CHECKING:
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
 
 MAX_LIFETIME = LIFETIME + CLOCKS_DIFFER  # seconds; who claims a longer one is not believed, or a server long gone could haunt the swarm
 MAX_MODELS = 64  # of one swarm that are looked up
+MAX_ENTRIES = 1024  # under one key that are read
+_TURN = 64  # of them at once
 log = logging.getLogger(__name__)
+log.addFilter(Sparing())  # what others announced is logged
 
 
 class Directory(Protocol):
@@ -83,12 +89,6 @@ class LocalDirectory:
 # What stands in the DHT: under the key of a model one entry for each of its servers, and under one key of the whole swarm an
 # entry for each server with its model's name. A server is its public key, so it has one entry under a key and nobody else's.
 
-INDEX = "corolla/1/models"
-
-
-def _model_key(model: str) -> str:
-    return f"corolla/1/model/{model}"
-
 
 class _Announced(msgspec.Struct, frozen=True, tag="server"):
     record: bytes
@@ -129,9 +129,16 @@ class HivemindDirectory:
         self._config = config or HivemindDirectoryConfig()
         self._model: str | None = None  # published by this server and not withdrawn
         self._stored_until: dict[str, float] = {}  # by key: when what this server stored there last expires
+        self._silent_since: float | None = None  # on the monotonic clock, while nothing is answered
         self._writing = asyncio.Lock()  # a withdrawal must not be overtaken by the announcement before it
         self._check_alive()  # or the next line would wait for ever
         dht.add_validators([entries])
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds for which the DHT's process has answered nothing that it was asked; for any thread."""
+        since = self._silent_since
+        return 0.0 if since is None else time.monotonic() - since
 
     async def publish(self, record: ServerRecord) -> None:
         """See `Directory.publish`. Raises `InvalidSetting` for another peer's record, too."""
@@ -143,7 +150,7 @@ class HivemindDirectory:
                 await self._withdraw()
             self._model = record.model
             announced: dict[str, _Entry] = {
-                _model_key(record.model): _Announced(encoded),
+                model_key(record.model): _Announced(encoded),
                 INDEX: _Serves(record.model, record.expires),
             }
             await self._store(announced, until=record.expires)
@@ -169,14 +176,14 @@ class HivemindDirectory:
 
     async def _withdraw(self) -> None:
         if self._model is not None:
-            gone: dict[str, _Entry] = {_model_key(self._model): _Withdrawn(), INDEX: _Withdrawn()}
+            gone: dict[str, _Entry] = {model_key(self._model): _Withdrawn(), INDEX: _Withdrawn()}
             await self._store(gone, until=time.time() + _WITHDRAWAL)
             self._model = None
 
     async def _servers(self, model: str) -> list[ServerRecord]:
         now = time.time()
         records = []
-        for peer, entry in await self._entries(_model_key(model)):
+        for peer, entry in await self._entries(model_key(model)):
             if not isinstance(entry, _Announced):
                 continue
             try:
@@ -197,9 +204,12 @@ class HivemindDirectory:
         from corolla.swarm.signatures import peer_of
 
         entries: list[tuple[str, _Entry]] = []
-        for public_key, (stored, _) in (await self._standing(key)).items():
+        standing = list((await self._standing(key)).items())
+        for number, (public_key, (stored, _)) in enumerate(random.sample(standing, min(len(standing), MAX_ENTRIES))):
+            if number % _TURN == _TURN - 1:
+                await asyncio.sleep(0)  # messages go out and come in meanwhile
             try:
-                entries.append((peer_of(public_key), _entry_decoder.decode(stored)))
+                entries.append((peer_of(public_key), _entry_decoder.decode(decode_placed(stored).entry)))
             except (ServerFault, msgspec.DecodeError) as fault:  # also an entry of a later version
                 log.warning("a directory entry cannot be read: %s", fault)
         return entries
@@ -213,8 +223,7 @@ class HivemindDirectory:
         return {public_key: (stored.value, stored.expiration_time) for public_key, stored in found[0].value.items()}
 
     async def _store(self, entries: dict[str, _Entry], until: float) -> None:
-        """Store entries until then, or until just after what stands there: hivemind keeps what expires last, and when it refuses
-        something earlier it forgets when to drop what it keeps."""
+        """Store entries until then, or until just after what stands there: a DHT keeps what expires last."""
         assert self._identity is not None
         subkey = self._identity.public_key
         times = {}
@@ -225,19 +234,25 @@ class HivemindDirectory:
         stored = await self._within_deadline(
             "announcing this server",
             lambda: [
-                self._dht.store(key, msgspec.msgpack.encode(entry), times[key], subkey=subkey, return_future=True)
+                self._dht.store(key, encode_placed(key, msgspec.msgpack.encode(entry)), times[key], subkey=subkey, return_future=True)
                 for key, entry in entries.items()
             ],
         )
         if not all(stored):
+            for key in entries:  # as when a clock went ahead for a while: what stands there now is looked up again
+                del self._stored_until[key]
             raise NetworkError("the swarm refused this server's record: do the clocks agree, and is the secret the swarm's?")
 
     async def _within_deadline(self, what: str, start: Callable[[], list[Future[Any]]]) -> list[Any]:
         self._check_alive()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._config.deadline):
-                return await asyncio.gather(*(asyncio.wrap_future(future) for future in start()))
+                found = await asyncio.gather(*(asyncio.wrap_future(future) for future in start()))
+            self._silent_since = None
+            return found
         except TimeoutError as error:
+            self._silent_since = self._silent_since or began
             raise DeadlineExceeded(f"{what}: the swarm's DHT did not answer within {self._config.deadline:g} s") from error
 
     def _check_alive(self) -> None:

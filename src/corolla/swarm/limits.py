@@ -1,7 +1,8 @@
-"""What one peer may use of another: so many frames a second, so many bytes at a time."""
+"""What one peer may use of another: so many frames a second, so many bytes at a time, so many lines of the log."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,21 +11,28 @@ from corolla.errors import NetworkError
 
 
 class Rate:
-    """So many a second on average, a second's worth at once. Nothing is refused: who is too fast is told how long to wait.
+    """So many a second on average, `burst` at once. Nothing is refused: who is too fast is told how long to wait.
 
-    `clock` returns seconds that never run backwards.
+    Args:
+        burst: a second's worth by default.
+        clock: returns seconds that never run backwards.
     """
 
-    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_second, self._clock = per_second, clock
-        self._left, self._at = per_second, clock()
+    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic, *, burst: float | None = None) -> None:
+        self._per_second, self._burst, self._clock = per_second, per_second if burst is None else burst, clock
+        self._left, self._at = self._burst, clock()
 
-    def take(self) -> float:
-        """Count one; returns the seconds to wait before the next, 0 while the rate is kept."""
+    def take(self, count: float = 1) -> float:
+        """Count some; returns the seconds to wait before the next, 0 while the rate is kept."""
         now = self._clock()
-        self._left = min(self._per_second, self._left + (now - self._at) * self._per_second) - 1
+        self._left = min(self._burst, self._left + (now - self._at) * self._per_second) - count
         self._at = now
         return max(0.0, -self._left / self._per_second)
+
+    @property
+    def spent(self) -> bool:
+        """Whether one more would have to wait."""
+        return self._left + (self._clock() - self._at) * self._per_second < 1
 
 
 class Room:
@@ -55,3 +63,28 @@ class Room:
         self._sum -= count
         if not self._held[peer]:
             del self._held[peer]
+
+
+class Sparing(logging.Filter):
+    """At most one line a second of each kind, `burst` of them at once: for a logger whose lines strangers cause.
+
+    Lines are of one kind that one call writes. The next line that is written tells how many were left out. Add it to the logger:
+    `log.addFilter(Sparing())`.
+    """
+
+    def __init__(self, burst: int = 20, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._burst, self._clock = burst, clock
+        self._rates: dict[str, Rate] = {}  # by the text of the format, of which the program has few
+        self._left_out: Counter[str] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.msg
+        rate = self._rates.setdefault(kind, Rate(1.0, self._clock, burst=self._burst))
+        if rate.spent:
+            self._left_out[kind] += 1
+            return False
+        rate.take()
+        if missing := self._left_out.pop(kind, 0):
+            record.msg = f"{kind} ({missing} more of this kind were left out)"
+        return True

@@ -23,13 +23,14 @@ from hivemind.utils.timed_storage import TimedStorage, get_dht_time
 
 from corolla.errors import Unauthorized
 from corolla.swarm.handshake import derive_key
-from corolla.swarm.limits import Rate
+from corolla.swarm.limits import Sparing
 
 LIFETIME = 60.0  # seconds that a call may be under way, the clocks' difference included; a DHT takes no more than 3 of that
 _NONCE_BYTES = 16
-_MAX_NONCES = 2**18  # that are remembered, so that no call is answered twice
+_MAX_NONCES = 2**15  # that are remembered, so that no call is answered twice: about 12 MB, and 270 calls a second
 _REFUSAL = "this swarm's directory is for those who know its secret"
 log = logging.getLogger(__name__)
+log.addFilter(Sparing())  # a stranger is not to fill the disk
 
 
 class Members(AuthorizerBase):
@@ -41,8 +42,7 @@ class Members(AuthorizerBase):
     def __init__(self, secret: bytes, clock: Callable[[], float] = get_dht_time) -> None:
         self._key = derive_key(secret, b"directory calls")
         self._clock = clock
-        self._answered: TimedStorage[bytes, None] = TimedStorage(maxsize=_MAX_NONCES)
-        self._told = Rate(1.0)  # refusals in the log: a stranger is not to fill the disk
+        self._answered: TimedStorage[bytes, None] = TimedStorage()
 
     async def sign_request(self, request: Any, service_public_key: Any) -> None:
         """Add to a call what proves that a member makes it."""
@@ -57,8 +57,10 @@ class Members(AuthorizerBase):
             raise self._refusal("its caller does not know the secret")
         if not abs(at - self._clock()) <= LIFETIME:
             raise self._refusal(f"it is not of these {LIFETIME:g} s")
-        if nonce in self._answered:
+        if len(nonce) != _NONCE_BYTES or nonce in self._answered:
             raise self._refusal("it is repeated")
+        if len(self._answered) >= _MAX_NONCES:  # to forget one would be to answer it again
+            raise self._refusal("members call too often")
         self._answered.store(nonce, None, get_dht_time() + 2 * LIFETIME)
         return True
 
@@ -72,8 +74,7 @@ class Members(AuthorizerBase):
         return response.auth.nonce == request.auth.nonce and self._proves(b"response", response)
 
     def _refusal(self, reason: str) -> Unauthorized:
-        if not self._told.take():
-            log.warning("a call of the directory was refused: %s", reason)
+        log.warning("a call of the directory was refused: %s", reason)
         return Unauthorized(_REFUSAL)
 
     def _proves(self, way: bytes, message: Any) -> bool:

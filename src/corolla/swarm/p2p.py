@@ -18,12 +18,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from corolla.barrier import barrier
 from corolla.errors import CallerError, CorollaError, DeadlineExceeded, NetworkError, Unauthorized
 from corolla.swarm import frames
 from corolla.swarm.accepting import Accepting
 from corolla.swarm.bans import Bans
 from corolla.swarm.channels import Channel, Channels
+from corolla.swarm.dialling import connect, open_stream
 from corolla.swarm.handshake import Handshake, Role
+from corolla.swarm.limits import Sparing
 from corolla.swarm.network import OnLost, OnMessage
 from corolla.swarm.reading import Reading
 from corolla.swarm.wire import Refused, Unknown, WireMessage
@@ -38,6 +41,7 @@ _START_TIMEOUT = 30.0  # seconds for the daemon's connection at first
 _ONE_WRITE = 256 * 2**10  # bytes: frames that wait together go out together
 _KNOWN = 4096  # peers whose addresses are remembered
 log = logging.getLogger(__name__)
+log.addFilter(Sparing())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +55,12 @@ class P2PConfig:
     frame_timeout: float = 20.0  # seconds for the rest of a frame once it began; `slowest` adds to it
     slowest: int = 128 * 2**10  # bytes a second that every link between peers carries
     frame_limit: int = 256 * 2**20  # bytes of one frame
-    unfinished_limit: int = 2**30  # bytes of frames that came in part, of all peers; of one of them `frame_limit`
+    unfinished_limit: int = 512 * 2**20  # bytes of frames that came in part, of all peers; of one of them `frame_limit`
+    newcomers_limit: int = 32 * 2**20  # of them, of all peers together that have shown nothing yet; larger frames come one at a time
+    newcomer_slowest: int = 2**20  # bytes a second of such a larger frame
     queue: int = 1024  # frames waiting to be sent to one peer
-    queue_limit: int = 512 * 2**20  # bytes of them
+    queue_limit: int = 256 * 2**20  # bytes of them; of a peer that has shown nothing yet, `newcomers_limit`
+    queues_limit: int = 2**30  # bytes waiting to be sent to all peers
     frames_per_second: float = 10_000.0  # of one peer; one that sends more is read more slowly
     peers: int = 1024  # connected at once
     dials: int = 128  # under way at once
@@ -75,7 +82,7 @@ class P2PNetwork:
         self._addresses: dict[str, tuple[str, ...]] = {}
         self._loop = asyncio.new_event_loop()
         self._channels = Channels(config, self._loop, self.bans)
-        self._reading = Reading(config, self._channels, self._handle)
+        self._reading = Reading(config, self._channels, self._handle, known=lambda peer: peer in self._addresses)
         self._accepting = Accepting(config, self._channels, shake_hands=self._listen_to, carry=self._carry)
         self._thread = threading.Thread(target=self._loop.run_forever, name="corolla-p2p", daemon=True)
         self._thread.start()
@@ -104,6 +111,23 @@ class P2PNetwork:
     def unfinished(self) -> int:
         """Bytes held now of frames that came in part."""
         return self._reading.unfinished
+
+    @property
+    def waiting(self) -> int:
+        """Bytes held now of frames that wait to be sent."""
+        return self._channels.waiting
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing goes out or comes in any more, if so, in words; for any thread. A network that was closed has not failed."""
+        if self._channels.closed:
+            return None
+        if not self._thread.is_alive():
+            return "the network's thread has ended"
+        reading, listening = self._p2p._client.control._read_task, self._p2p._listen_task
+        if any(task is not None and task.done() for task in (reading, listening)):
+            return "the connection to this machine's libp2p daemon broke"
+        return None
 
     def know(self, addresses: Mapping[str, Sequence[str]]) -> None:
         """Where peers say that they listen (multiaddrs), for when they are dialled. For any thread.
@@ -168,7 +192,8 @@ class P2PNetwork:
 
     def _enqueue_all(self, encoded: list[tuple[str, list[bytes | memoryview], int]]) -> None:
         for peer, buffers, size in encoded:
-            self._enqueue(peer, buffers, size)
+            with barrier("sending to a peer"):
+                self._enqueue(peer, buffers, size)
 
     def _enqueue(self, peer: str, buffers: list[bytes | memoryview], size: int) -> None:
         if peer == self._me:
@@ -184,14 +209,15 @@ class P2PNetwork:
             channel = self._channels.open(peer)
             channel.dialled = True
             self._channels.start(channel, self._dial(peer, channel))
-        if channel.outbox.full() or (channel.waiting and channel.waiting + size > self._config.queue_limit):
+        limit = self._config.queue_limit if channel.shown else self._config.newcomers_limit
+        if channel.outbox.full() or (channel.waiting and channel.waiting + size > limit):
             self._channels.lose(peer, channel, "it takes nothing any more")
             return
         if channel.writer is not None and not channel.waiting and not channel.writer.transport.get_write_buffer_size():
             channel.writer.writelines(buffers)  # nothing is before it: it need not wait for the task's turn
             return
-        channel.waiting += size
         channel.outbox.put_nowait((buffers, size))
+        self._channels.hold(channel, size)
 
     def _no_dial(self, peer: str) -> str | None:
         """Why `peer` may not be dialled now, if it may not."""
@@ -204,30 +230,39 @@ class P2PNetwork:
         return None
 
     async def _dial(self, peer: str, channel: Channel) -> None:
-        from hivemind.p2p import PeerID
-        from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, DispatchFailure, P2PHandlerError
+        from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
 
         writer = None
         try:
-            async with asyncio.timeout(self._config.dial_timeout):
-                await self._connect(peer)
-                _, reader, writer = await self._p2p.call_binary_stream_handler(PeerID.from_base58(peer), PROTOCOL)
-                await self._shake_hands(peer, reader, writer, "dialer")
-            channel.dialled = False
-            self._channels.start(channel, self._reading.read(peer, channel, reader))
-            await self._write(peer, channel, writer)
-        except Unauthorized as error:
-            self._channels.ban(peer, str(error))
-        except (CorollaError, OSError, EOFError, TimeoutError, ControlFailure, DispatchFailure, P2PHandlerError, ValueError) as error:
-            self._channels.lose(peer, channel, f"dialling failed: {error!r}")
+            with barrier("dialling a peer", lambda error: self._not_dialled(peer, channel, error)):
+                try:
+                    async with asyncio.timeout(self._config.dial_timeout):
+                        await self._connect(peer)
+                        reader, writer = await open_stream(self._p2p, PeerID.from_base58(peer), PROTOCOL)
+                        await self._shake_hands(peer, reader, writer, "dialer")
+                except Unauthorized as error:
+                    self._channels.ban(peer, str(error))
+                    return
+                except (CorollaError, OSError, EOFError, TimeoutError, P2PDaemonError, P2PHandlerError, ValueError) as error:
+                    self._not_dialled(peer, channel, error)
+                    return
+                channel.dialled = False
+                if channel.writer is None:
+                    self._channels.start(channel, self._write(peer, channel, writer))
+                await self._reading.read(peer, channel, reader)
         finally:
+            channel.dialled = False
             if writer is not None:
                 writer.close()
 
+    def _not_dialled(self, peer: str, channel: Channel, error: Exception) -> None:
+        """A peer that came by itself meanwhile is served on the stream that it opened."""
+        if channel.writer is None:
+            self._channels.lose(peer, channel, f"dialling failed: {error!r}")
+
     async def _connect(self, peer: str) -> None:
         """At the addresses that it announces, where they are known. Where none of them answers, libp2p may know others."""
-        from hivemind.p2p import PeerID
-        from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+        from hivemind.p2p import P2PDaemonError, PeerID
         from hivemind.utils.multiaddr import Multiaddr
         from hivemind.utils.multiaddr.exceptions import Error as NoMultiaddr
 
@@ -236,32 +271,34 @@ class P2PNetwork:
             with suppress(NoMultiaddr):
                 parsed.append(Multiaddr(address.removesuffix(f"/p2p/{peer}")))
         if parsed:
-            with suppress(ControlFailure):
-                await self._p2p._client.connect(PeerID.from_base58(peer), parsed)  # which its public interface leaves out
+            with suppress(P2PDaemonError):
+                await connect(self._p2p, PeerID.from_base58(peer), parsed)
 
     async def _write(self, peer: str, channel: Channel, writer: asyncio.StreamWriter) -> None:
         channel.writer = writer
-        try:
-            while True:
-                buffers, size = await channel.outbox.get()
-                while size < _ONE_WRITE and not channel.outbox.empty():
-                    more, count = channel.outbox.get_nowait()
-                    buffers += more
-                    size += count
-                writer.writelines(buffers)
-                async with asyncio.timeout(self._config.write_timeout + size / self._config.slowest):
-                    await writer.drain()
-                channel.waiting -= size
-        except (OSError, TimeoutError) as error:
-            self._channels.lose(peer, channel, f"writing failed: {error!r}")
+        with barrier("writing to a peer", lambda error: self._channels.lose(peer, channel, f"writing failed: {error!r}")):
+            try:
+                while True:
+                    buffers, size = await channel.outbox.get()
+                    while size < _ONE_WRITE and not channel.outbox.empty():
+                        more, count = channel.outbox.get_nowait()
+                        buffers += more
+                        size += count
+                    writer.writelines(buffers)
+                    async with asyncio.timeout(self._config.write_timeout + size / self._config.slowest):
+                        await writer.drain()
+                    self._channels.hold(channel, -size)
+            except (OSError, TimeoutError) as error:
+                self._channels.lose(peer, channel, f"writing failed: {error!r}")
 
     # What comes in.
 
     async def _carry(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Replies go back on the stream that the peer opened: one stream for each pair."""
-        channel = self._channels.get(peer)
-        if channel is None:
-            channel = self._channels.open(peer)
+        """Replies go back on the stream that the peer opened: one stream for each pair. So does what waits while it is dialled:
+        a peer that can dial this one may be one that cannot be dialled."""
+        channel = self._channels.get(peer) or self._channels.open(peer)
+        if channel.writer is None:
+            channel.writer = writer
             self._channels.start(channel, self._write(peer, channel, writer))
         await self._channels.start(channel, self._reading.read(peer, channel, reader))
 
@@ -276,13 +313,24 @@ class P2PNetwork:
         await Handshake(self._config.secret, self._me, peer, role).run(reader.readexactly, write)
 
     def _handle(self, peer: str, frame: memoryview) -> None:
-        assert self._on_message is not None, "a stream was opened before `listen`"
         message = frames.decode(frame)
         if isinstance(message, Unknown):
             buffers = frames.encode(Refused(message.kind))
             self._enqueue(peer, buffers, sum(len(buffer) for buffer in buffers))
         else:
-            self._on_message(peer, message)
+            self._deliver(peer, message)
+
+    def _deliver(self, peer: str, message: WireMessage) -> None:
+        """What is taken wrongly ends that message; an error of the tree ends the connection, as it did not come by surprise."""
+        assert self._on_message is not None, "a stream was opened before `listen`"
+        expected = None
+        with barrier("a message of a peer"):
+            try:
+                self._on_message(peer, message)
+            except CorollaError as error:
+                expected = error
+        if expected is not None:
+            raise expected
 
     async def _leave(self) -> None:
         tasks = [*self._accepting.tasks, *(task for channel in self._channels for task in channel.tasks)]

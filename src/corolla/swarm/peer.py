@@ -14,6 +14,7 @@ from corolla.swarm.p2p import P2PConfig, P2PNetwork
 from corolla.swarm.records import ServerRecord
 
 _DEADLINE = 30.0  # seconds for one operation of the directory
+_SILENCE = 60.0  # seconds without an answer of the DHT's process, after which it is taken for dead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +26,14 @@ class PeerConfig:
     identity: Path | None = None  # the key file that makes the peer's id last; a new id where None
     secret: bytes | None = None  # that every peer must know; None is an open swarm
     client_mode: bool = False  # holds nothing for others and answers no dial
+    stay_every: float = 10.0  # seconds between two looks at whether the initial peers know this one
+    memory: Path | None = None  # a file of peers that were met, to find them after a restart
 
 
 class SwarmPeer:
     """A peer, from now until `close`. Make it before threads and models: hivemind forks a process of its own.
+
+    `addresses` are the multiaddrs that others join through.
 
     Raises `NetworkError` when none of the initial peers can be reached, `InvalidSetting` for a key file that holds no key.
     """
@@ -47,7 +52,9 @@ class SwarmPeer:
         entries = SignedEntries(Identity.load(key), config.secret)
         try:
             self._dht = Node(
-                initial_peers=list(config.initial_peers),
+                config.initial_peers,
+                stay_every=config.stay_every,
+                memory=config.memory,
                 host_maddrs=[f"/ip4/{config.host}/tcp/{config.port}"],
                 announce_maddrs=list(config.announce) or None,
                 identity_path=str(key),
@@ -64,13 +71,18 @@ class SwarmPeer:
             reason = silent if "none of the initial_peers responded" in str(error) else error
             hint = f"; `corolla doctor --peers {config.initial_peers[0]}` tells why" if config.initial_peers else ""
             raise NetworkError(f"no swarm could be joined through {through}: {reason}{hint}") from error
+        self.addresses = self._dht.visible_addresses()
         self.network = P2PNetwork(self._dht, P2PConfig(secret=config.secret))
         self._directory = HivemindDirectory(self._dht, entries)
 
     @property
-    def addresses(self) -> list[str]:
-        """The multiaddrs that others join through."""
-        return [str(address) for address in self._dht.get_visible_maddrs()]
+    def failure(self) -> str | None:
+        """Why this peer is dead, if it is, in words: it is not healed but by a new process. Cheap, and for any thread."""
+        if not self._dht.is_alive():
+            return "this machine's DHT process or its libp2p daemon has ended"
+        if self._directory.silent_for > _SILENCE:
+            return f"this machine's DHT process has not answered for {self._directory.silent_for:.0f} s"
+        return self.network.failure
 
     def servers(self, model: str | None = None) -> list[ServerRecord]:
         """Who serves a model, or any. Raises `DeadlineExceeded`, `NetworkError`."""

@@ -15,14 +15,24 @@ if TYPE_CHECKING:
     from corolla.swarm.p2p import P2PConfig
 
 _TURN = 16  # frames of one peer, until the others get their turn
+_SHOWN = 2**20  # bytes: who sent a frame of so many whole is no newcomer
+_SMALL = 8 * 2**10  # bytes of a frame for which there is always room
 
 
 class Reading:
-    """Hands each frame of a peer to `handle`, on the network's event loop."""
+    """Hands each frame of a peer to `handle`, on the network's event loop.
 
-    def __init__(self, config: P2PConfig, channels: Channels, handle: Callable[[str, memoryview], None]) -> None:
-        self._config, self._channels, self._handle = config, channels, handle
+    A peer that has shown nothing yet is a newcomer. All newcomers share `newcomers_limit`; a larger frame of one waits until no
+    other newcomer sends such, and then has to come quickly. `known` tells who is announced, and so no newcomer.
+    """
+
+    def __init__(
+        self, config: P2PConfig, channels: Channels, handle: Callable[[str, memoryview], None], *, known: Callable[[str], bool]
+    ) -> None:
+        self._config, self._channels, self._handle, self._known = config, channels, handle, known
         self._unfinished = Room(each=config.frame_limit, total=config.unfinished_limit)
+        self._newcomers = Room(each=config.newcomers_limit, total=config.newcomers_limit)
+        self._large = asyncio.Lock()  # held by the newcomer that sends more than all may have
 
     @property
     def unfinished(self) -> int:
@@ -35,7 +45,7 @@ class Reading:
         handled = 0
         try:
             while (length := await frames.read_length(reader, self._config.frame_limit)) is not None:
-                self._handle(peer, await self._body(peer, reader, length))
+                self._handle(peer, await self._body(peer, channel, reader, length))
                 handled += 1
                 pause = channel.rate.take()
                 if pause:
@@ -52,16 +62,31 @@ class Reading:
         finally:
             self._channels.lose(peer, channel, reason)
 
-    async def _body(self, peer: str, reader: asyncio.StreamReader, length: int) -> memoryview:
-        held = 0
+    async def _body(self, peer: str, channel: Channel, reader: asyncio.StreamReader, length: int) -> memoryview:
+        channel.shown = channel.shown or self._known(peer)
+        slowest = self._config.slowest
+        if channel.shown or length <= _SMALL:
+            body = await self._within(peer, reader, length, slowest, self._unfinished)
+        elif length <= self._config.newcomers_limit:
+            body = await self._within(peer, reader, length, slowest, self._unfinished, self._newcomers)
+        else:
+            async with self._large:
+                body = await self._within(peer, reader, length, max(slowest, self._config.newcomer_slowest), self._unfinished)
+        channel.shown = channel.shown or length >= _SHOWN
+        return body
+
+    async def _within(self, peer: str, reader: asyncio.StreamReader, length: int, slowest: int, *rooms: Room) -> memoryview:
+        """The frame, at so many bytes a second at least, held in all of the rooms meanwhile."""
+        held = [0 for _ in rooms]
 
         def hold(count: int) -> None:
-            nonlocal held
-            self._unfinished.take(peer, count)
-            held += count
+            for number, room in enumerate(rooms):
+                room.take(peer, count)
+                held[number] += count
 
         try:
-            async with asyncio.timeout(self._config.frame_timeout + length / self._config.slowest):
+            async with asyncio.timeout(self._config.frame_timeout + length / slowest):
                 return await frames.read_body(reader, length, hold)
         finally:
-            self._unfinished.give(peer, held)
+            for room, count in zip(rooms, held, strict=True):
+                room.give(peer, count)

@@ -1,7 +1,8 @@
 """Who may write what into the swarm's directory: every entry is signed by the libp2p key that makes its writer's peer id.
 
 `SignedEntries` is a validator of hivemind's DHT: a node that has it neither stores nor believes anything else. An entry's subkey
-is the writer's public key. With a swarm secret an entry carries a MAC as well, so that strangers cannot announce servers.
+is the writer's public key; the entry says which key of the DHT it lies under. With a swarm secret it carries a MAC as well, so
+that strangers cannot announce servers.
 
 What an entry says is not looked at here but by its reader. hivemind drops all that a node answers when one entry is refused, so
 what is valid must be valid for everybody: it depends neither on clocks nor on a version's idea of a record.
@@ -21,6 +22,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import crypto_pb2
@@ -28,12 +30,15 @@ from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
 from corolla.errors import InvalidSetting, ServerFault
 from corolla.swarm.handshake import derive_key
+from corolla.swarm.limits import Sparing
+from corolla.swarm.places import decode_placed
 from corolla.swarm.records import MAX_RECORD_BYTES
 
 MAX_ENTRY_BYTES = MAX_RECORD_BYTES + 2048  # with signature, MAC and framing
 _MAX_KEY_BYTES = 1024  # of a public key as text; one of 4096 bits takes 724
-_DOMAIN = b"corolla directory 1"
+_DOMAIN = b"corolla directory 2"
 log = logging.getLogger(__name__)
+log.addFilter(Sparing())  # anybody may offer an entry
 
 
 class Identity:
@@ -61,7 +66,7 @@ class Identity:
             raise InvalidSetting("identity", f"{path} holds no RSA key of libp2p ({error}); delete it to have a new one made") from error
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2048)
 def peer_of(public_key: bytes) -> str:
     """The libp2p id, base58, of an RSA key in OpenSSH's format. Raises `ServerFault` for anything else.
 
@@ -103,7 +108,7 @@ class SignedEntries(RecordValidatorBase):
         self._mac_key = None if secret is None else derive_key(secret, b"directory")
 
     def validate(self, record: DHTRecord) -> bool:
-        """Whether the entry is whole, bounded, and written by the key that its subkey names. Logs why not."""
+        """Whether the entry is whole, bounded, in its place, and written by the key that its subkey names. Logs why not."""
         problem = self._problem(record)
         if problem is not None:
             log.warning("refused a directory entry: %s", problem)
@@ -140,7 +145,9 @@ class SignedEntries(RecordValidatorBase):
             envelope = _envelope_decoder.decode(record.value)
             public_key = _bytes_decoder.decode(record.subkey)
             # hivemind unpacks the value unguarded when it is read.
-            _bytes_decoder.decode(envelope.value)
+            placed = decode_placed(_bytes_decoder.decode(envelope.value))
+            if _hash_of(placed.key) != record.key:
+                return "it lies under another key than it says"
             peer = peer_of(public_key)
         except (msgspec.DecodeError, ServerFault) as error:
             return str(error)
@@ -153,6 +160,11 @@ class SignedEntries(RecordValidatorBase):
 
     def _mac(self, signed: bytes) -> bytes:
         return b"" if self._mac_key is None else hmac.digest(self._mac_key, signed, "sha256")
+
+
+@lru_cache(maxsize=256)
+def _hash_of(key: str) -> bytes:
+    return bytes(DHTID.generate(key).to_bytes())
 
 
 def _signed(record: DHTRecord, public_key: bytes, value: bytes) -> bytes:

@@ -126,7 +126,8 @@ Timings: TypeAlias = Annotated[tuple[TimingFrame, ...], msgspec.Meta(max_length=
 
 
 class SettingsFrame(_Wire, frozen=True):
-    """`types.GenerationSettings` as they came: ranges are checked by `to_settings`, for a bad one is the caller's fault."""
+    """`types.GenerationSettings` as they came: ranges are checked by `to_settings`, for a bad one is the caller's fault. Stop sequences
+    are not among them: the client matches them by itself."""
 
     max_tokens_to_generate: Int = 256
     do_sample: bool = False
@@ -137,7 +138,6 @@ class SettingsFrame(_Wire, frozen=True):
     top_logprobs: Int = 0
     prompt_logprobs: bool = False
     seed: Int = 0
-    stop_sequences: Annotated[tuple[str, ...], msgspec.Meta(max_length=_MAX_STOPS)] = ()
     stop_token_ids: Annotated[tuple[Int, ...], msgspec.Meta(max_length=_MAX_STOPS)] = ()
 
 

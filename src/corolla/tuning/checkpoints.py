@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 
 from corolla.errors import StorageError, TrainingError
+from corolla.models.json_files import read_json
 from corolla.models.saving import save_tensors
 
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "trainer_state.json"
@@ -97,7 +98,7 @@ class CheckpointingTrainer(Trainer):
         assert self.lr_scheduler is not None, "training has begun"
         path = Path(checkpoint)
         try:
-            rest = json.loads((path / _REST).read_text(encoding="utf-8"))
+            rest = read_json(path / _REST)
             state = {int(index): {**values} for index, values in rest["state"].items()}
             for name, tensor in _read(path / OPTIMIZER).items():
                 index, _, key = name.partition(".")

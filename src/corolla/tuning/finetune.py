@@ -20,7 +20,7 @@ from corolla.data.tokens import TrainingTokenizer
 from corolla.errors import CorollaError, InvalidSetting, StorageError, TrainingError
 from corolla.models.architecture import Architecture
 from corolla.models.catalog import resolve
-from corolla.models.checkpoint import Checkpoint, Progress
+from corolla.models.checkpoint import Checkpoint, Progress, json_object
 from corolla.models.devices import settled_device
 from corolla.models.families import architecture
 from corolla.swarm.records import fingerprint
@@ -196,7 +196,7 @@ def _record(
     record.model = {
         "name": name,
         "family": arch.family,
-        "fingerprint": fingerprint(json.loads((directory / "config.json").read_bytes())),
+        "fingerprint": fingerprint(json_object(directory / "config.json")),
         "dtype": recipe.dtype,
         "device": settings.on.type,
     }

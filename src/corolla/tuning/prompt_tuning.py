@@ -6,7 +6,6 @@ Liu et al. (P-Tuning v2, 2021).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ from corolla.data.problems import Problems
 from corolla.data.tokens import TrainingTokenizer
 from corolla.errors import CallerError, CorollaError, InvalidSetting, StorageError, TrainingError
 from corolla.models.catalog import resolve
-from corolla.models.checkpoint import Progress
+from corolla.models.checkpoint import Progress, json_object
 from corolla.models.devices import settled_device
 from corolla.models.families import architecture
 from corolla.models.prompts import save_prompt
@@ -137,7 +136,7 @@ def tune(
     record.model = {
         "name": name,
         "family": arch.family,
-        "fingerprint": fingerprint(json.loads((directory / "config.json").read_bytes())),
+        "fingerprint": fingerprint(json_object(directory / "config.json")),
         "dtype": settings.dtype,
         "device": device,
         "peers": len(peers),

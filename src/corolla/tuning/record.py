@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from corolla.errors import TrainingError
+from corolla.models.json_files import read_json
 from corolla.models.saving import replacing
 
 RECORD = "tuning.json"
@@ -109,7 +110,7 @@ def read_record(directory: Path, name: str = RECORD) -> Record | None:
     """The record `name` in `directory`, None where there is none. Raises `TrainingError` when it is damaged, or of another version."""
     path = directory / name
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["version"] != _VERSION:
             raise TrainingError(f"{path} is of version {content['version']}, and this Corolla reads version {_VERSION}")
         names = [name for name in Record.__dataclass_fields__ if name not in _UNWRITTEN]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from corolla.data.examples import Place
 from corolla.data.problems import Problems
 from corolla.data.readers.formats import Record
 from corolla.errors import DataError
+from corolla.models.json_files import parse_json
 
 HEAD = 64 * 1024  # bytes by which a format is recognized
 
@@ -54,8 +54,8 @@ def json_lines(path: Path, problems: Problems) -> Iterator[Record]:
     """The records of a JSONL file. A line that is no JSON is a problem."""
     for place, line in lines(path, problems):
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(line)
+        except ValueError as error:
             problems.add(place, f"is no JSON ({error})")
             continue
         yield Record(place, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -26,6 +25,7 @@ from corolla.data.readers import (
 from corolla.data.readers.files import head, json_elements, json_lines, top_level_lists
 from corolla.data.readers.formats import FileFormat, Record, RecordFormat
 from corolla.errors import DataError, InvalidSetting
+from corolla.models.json_files import parse_json
 
 # The first that matches counts: more particular ones stand before more general ones.
 RECORD_FORMATS: dict[str, RecordFormat] = {
@@ -117,7 +117,7 @@ def _is_document(path: Path, start: bytes) -> bool:
     if re.match(rb'\s*[{\[]\s*["{\[]', rest):  # another record, or the next element of a list that is spread over lines
         return line.rstrip().endswith((b"[", b","))
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError:
         return True  # spread over lines, or longer than `start`
     return isinstance(value, list) or not any(known.matches(value) for known in RECORD_FORMATS.values())
