@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import faulthandler
 import threading
 import time
@@ -160,11 +161,16 @@ def running(
     database: Path | str,
     config: GatewayConfig | None = None,
     others: Mapping[str, TinySwarm] | None = None,
+    **served: Any,
 ) -> Iterator[Running]:
-    """A gateway over `swarm`, whose model is "tiny", and over `others` by their models' names, until the block ends."""
+    """A gateway over `swarm`, whose model is "tiny", and over `others` by their models' names, until the block ends.
+
+    `served` changes what it knows of the models.
+    """
     kept = Database(str(database))
     swarms = {"tiny": swarm, **(others or {})}
     models = [served_model(name, each.directory, each.transport, "any", CONTEXT, each.records) for name, each in swarms.items()]
+    models = [dataclasses.replace(model, **served) for model in models]
     gateway = Gateway(Models(models), kept, config or GatewayConfig(drain=0.5))
     settings = server_config(gateway)
     settings.port = 0

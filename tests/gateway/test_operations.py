@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import httpx2
 import pytest
 
+from corolla.barrier import barrier, unexpected
 from corolla.errors import InvalidSetting, StorageError
 from corolla.gateway.database import Database
 from corolla.gateway.service import GatewayConfig
+from corolla.swarm.records import ServerRecord
 from tests.gateway.running import Running, TinySwarm, running
 
 SECRET = "a-word-that-nobody-else-says"
@@ -19,14 +23,55 @@ BODY = {"prompt": SECRET, "max_tokens": 4, "temperature": 0}
 
 def test_alive_and_ready_are_two_things(client: httpx2.Client, gateway: Running) -> None:
     assert client.get("/healthz").text == "ok\n"
-    assert client.get("/readyz").json() == {"ready": True, "missing": {}, "ending": False}
+    assert client.get("/readyz").json() == {"ready": True, "missing": {}, "ending": False, "faults": []}
     gateway.swarm.gone.add("first")
     try:
         answer = client.get("/readyz")
         assert (answer.status_code, answer.json()["missing"]) == (503, {"tiny": ["0:2"]})
+        assert answer.json()["faults"] == ["blocks 0:2 of tiny are held by no server that is ready"]
         assert client.get("/healthz").status_code == 200
     finally:
         gateway.swarm.gone.discard("first")
+
+
+def test_it_is_not_ready_without_its_network_or_its_database(swarm: TinySwarm, tmp_path: Path) -> None:
+    file = tmp_path / "g.sqlite"
+    failed: list[str] = []
+    with running(swarm, file, failure=lambda: failed[0] if failed else None) as gateway, gateway.client() as client:
+        assert client.get("/readyz").status_code == 200
+        failed.append("its daemon ended at /home/somebody")
+        answer = client.get("/readyz")
+        assert (answer.status_code, answer.json()["faults"]) == (503, ["the network of tiny has failed: the gateway's log says more"])
+        failed.clear()
+        with closing(sqlite3.connect(file)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            gateway.wait_until(lambda: client.get("/readyz").json()["faults"] == ["the database does not answer"])
+            other.rollback()
+        gateway.wait_until(lambda: client.get("/readyz").status_code == 200)
+
+
+def test_an_error_that_nobody_expected_is_logged_once_counted_and_tells_nothing(
+    swarm: TinySwarm, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def records() -> list[ServerRecord]:
+        raise AssertionError(SECRET)
+
+    with running(swarm, tmp_path / "g.sqlite", records=records) as gateway, gateway.client() as client:
+        before = unexpected["a request"]
+        answer = client.get("/api/ui/swarm")
+        assert (answer.status_code, answer.json()["error"]["kind"]) == (500, "Fault")
+        assert SECRET not in answer.text
+        gateway.wait_until(lambda: unexpected["a request"] == before + 1)
+        assert len([record for record in caplog.records if record.exc_info]) == 1
+        with client.stream("GET", "/api/ui/swarm/events") as stream, pytest.raises(httpx2.RemoteProtocolError):
+            stream.read()
+        assert client.get("/healthz").status_code == 200
+
+
+def test_metrics_show_what_barriers_caught(client: httpx2.Client) -> None:
+    with barrier("a test's"):
+        raise KeyError
+    assert figures(client)['corolla_unexpected_errors_total{barrier="a test\'s"}'] == unexpected["a test's"]
 
 
 def figures(client: httpx2.Client) -> dict[str, float]:

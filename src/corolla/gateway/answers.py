@@ -7,7 +7,6 @@ event loop through a deque, and one wake-up tells of all that has come, for whic
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections import deque
@@ -17,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from corolla.barrier import barrier
 from corolla.client.completion import Completion, CompletionResult, Piece
 from corolla.errors import CorollaError, Interrupted
 from corolla.gateway.admission import Gate
@@ -36,7 +36,6 @@ class Notice:
     text: str
 
 
-log = logging.getLogger(__name__)
 LOST = Notice("A server was lost; the answer goes on with others.")
 
 
@@ -165,10 +164,8 @@ class Answer:
             return
         self.queued = time.perf_counter() - self.began
         try:
-            await self._loop.run_in_executor(threads, self._write, pool)
-        except Exception:
-            log.exception("an answer ended in a fault of the gateway")
-            self._end(CorollaError("a fault of the gateway; its log says more"))
+            with barrier("an answer", lambda _: self._end(CorollaError("a fault of the gateway; its log says more"))):
+                await self._loop.run_in_executor(threads, self._write, pool)
         finally:
             gate.leave(owner)
             self._metrics.answered(self.request.model.name, self.queued, self.result, self.error)

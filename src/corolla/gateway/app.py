@@ -83,10 +83,11 @@ def _add_operations(app: FastAPI) -> None:
 
     @app.get("/readyz", tags=["Operations"], responses=documented(503))
     async def ready(gateway: TheGateway) -> Response:
-        """Whether every block of every model is held by a server that is ready."""
+        """Whether answers can be given: every block of every model has a server that is ready, and network and database work."""
         missing = {model.name: [str(span) for span in model.missing] for model in gateway.models if model.missing}
-        content: dict[str, Any] = {"ready": gateway.ready, "missing": missing, "ending": gateway.closing.is_set()}
-        return JSONResponse(content, status_code=200 if gateway.ready else 503)
+        faults = gateway.faults
+        content: dict[str, Any] = {"ready": not faults, "missing": missing, "ending": gateway.closing.is_set(), "faults": faults}
+        return JSONResponse(content, status_code=503 if faults else 200)
 
     @app.get("/metrics", tags=["Operations"], response_class=PlainTextResponse, responses=documented())
     async def metrics(gateway: TheGateway) -> Response:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from corolla.barrier import unexpected
 from corolla.client.completion import CompletionResult
 from corolla.errors import CorollaError
 
@@ -56,6 +57,7 @@ class Metrics:
         self._prompts = Counter(
             "corolla_prompt_tokens", "Tokens of prompts; cached ones were not computed again.", ["model", "cached"], registry=self.registry
         )
+        self.registry.register(_Unexpected())
         self._errors = Counter("corolla_errors", "Requests that ended in an error, by its kind.", ["kind"], registry=self.registry)
 
     def answered(self, model: str, queued: float, result: CompletionResult | None, error: CorollaError | None) -> None:
@@ -86,6 +88,18 @@ class Metrics:
     def text(self) -> bytes:
         """In Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+class _Unexpected(Collector):
+    """What the barriers of this process caught."""
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "corolla_unexpected_errors", "Errors that nobody expected, by where they were caught.", labels=["barrier"]
+        )
+        for name, count in list(unexpected.items()):
+            family.add_metric([name], count)
+        yield family
 
 
 class _Gauges(Collector):

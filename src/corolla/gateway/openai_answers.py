@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from corolla.barrier import barrier
 from corolla.client.completion import CompletionResult, Piece
 from corolla.errors import CorollaError, Interrupted
 from corolla.gateway.answers import Answer, Request
@@ -116,11 +117,15 @@ async def merged(streams: Sequence[AsyncIterator[bytes]]) -> AsyncIterator[bytes
     queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(2 * len(streams))
 
     async def pump(stream: AsyncIterator[bytes]) -> None:
-        try:
-            async for each in stream:
-                await queue.put(each)
-        except CorollaError as error:
-            await queue.put(error)
+        faults: list[Exception] = []
+        with barrier("a choice's stream", faults.append):
+            try:
+                async for each in stream:
+                    await queue.put(each)
+            except CorollaError as error:
+                faults.append(error)
+        for fault in faults:
+            await queue.put(fault if isinstance(fault, CorollaError) else CorollaError("a fault of the gateway; its log says more"))
         await queue.put(None)
 
     pumps = [asyncio.create_task(pump(stream)) for stream in streams]

@@ -8,20 +8,21 @@ With a `stop_sequence` an answer goes on until it ends with that (or one of `ext
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from corolla.barrier import barrier
 from corolla.client.completion import Piece
 from corolla.errors import CallerError, CorollaError, InvalidSetting
 from corolla.gateway.answers import Answer, Request
 from corolla.gateway.bodies import decoded
 from corolla.gateway.open_sessions import OpenSession
 from corolla.gateway.petals import Inference, tokens_of
-from corolla.gateway.problems import petals_text
+from corolla.gateway.problems import fault, kind_of, petals_text
 from corolla.gateway.service import Gateway, caller_of, gateway_of
 from corolla.types import FinishReason
 
@@ -66,25 +67,50 @@ class Inbox:
         self._task.cancel()
 
     async def _read(self, socket: WebSocket) -> None:
-        while (message := await socket.receive())["type"] != "websocket.disconnect":
-            try:
-                request = decoded(message.get("text") or message.get("bytes") or b"")
-            except ValueError:
-                request = None
-            if self._requests.qsize() < _MOST_WAITING:
-                self._requests.put_nowait(request if isinstance(request, dict) else CallerError("a request is one JSON object"))
-            elif self._requests.qsize() == _MOST_WAITING:  # what comes after is not kept, but read: to see the client go away
-                self._requests.put_nowait(CallerError(f"at most {_MOST_WAITING} requests may wait for their turn"))
+        with barrier("a WebSocket's requests"):
+            while (message := await socket.receive())["type"] != "websocket.disconnect":
+                self._take(message.get("text") or message.get("bytes") or b"")
         self.gone.set()
         self._requests.put_nowait(None)
+
+    def _take(self, message: str | bytes) -> None:
+        try:
+            request = decoded(message)
+        except ValueError:
+            request = None
+        if self._requests.qsize() < _MOST_WAITING:
+            self._requests.put_nowait(request if isinstance(request, dict) else CallerError("a request is one JSON object"))
+        elif self._requests.qsize() == _MOST_WAITING:  # what comes after is not kept, but read: to see the client go away
+            self._requests.put_nowait(CallerError(f"at most {_MOST_WAITING} requests may wait for their turn"))
 
 
 @router.websocket("/api/v2/generate")
 async def generate(socket: WebSocket) -> None:
     """See the module."""
-    gateway, caller = gateway_of(socket), caller_of(socket)
+    gateway = gateway_of(socket)
     await socket.accept()
     inbox = Inbox(socket)
+    faults: list[Exception] = []
+    try:
+        with barrier("a WebSocket", faults.append):
+            try:
+                await _converse(socket, inbox, gateway)
+            except CorollaError as error:
+                faults.append(error)
+        for error in faults:
+            told = error if isinstance(error, CorollaError) else fault(error, debug=gateway.config.debug)
+            gateway.metrics.failed(kind_of(told))
+            await _say(socket, {"ok": False, "traceback": petals_text(told, debug=gateway.config.debug)})
+            await socket.close(_INVALID if told.status < 500 else _FAULT)
+    except WebSocketDisconnect:
+        pass  # nobody is left to be told
+    finally:
+        inbox.close()
+
+
+async def _converse(socket: WebSocket, inbox: Inbox, gateway: Gateway) -> None:
+    """Until the client goes away. Raises `CorollaError` for what it does wrong or nobody can do."""
+    caller = caller_of(socket)
     session: OpenSession | None = None
     try:
         while True:
@@ -100,13 +126,8 @@ async def generate(socket: WebSocket) -> None:
             else:
                 raise CallerError('the first request is {"type": "open_inference_session", ...}, all others {"type": "generate", ...}')
     except WebSocketDisconnect:
-        pass
-    except CorollaError as error:
-        gateway.metrics.failed(type(error).__name__)
-        await _say(socket, {"ok": False, "traceback": petals_text(error, debug=gateway.config.debug)})
-        await socket.close(_INVALID if error.status < 500 else _FAULT)
+        return
     finally:
-        inbox.close()
         if session is not None:
             gateway.sessions.close(session)
 
@@ -173,4 +194,4 @@ def _parsed(model: type[BaseModel], request: dict[str, Any]) -> Any:
 
 
 async def _say(socket: WebSocket, message: dict[str, Any]) -> None:
-    await socket.send_text(msgspec.json.encode(message).decode())
+    await socket.send_text(json.dumps(message))

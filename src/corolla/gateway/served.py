@@ -36,6 +36,7 @@ class ServedModel:
     records: Callable[[], Sequence[ServerRecord]]
     round_trips: Callable[[], dict[str, float]] = field(default=dict)
     counters: Callable[[], dict[str, int]] = field(default=dict)
+    failure: Callable[[], str | None] = field(default=lambda: None)  # why this process reaches no server any more
 
     @property
     def missing(self) -> tuple[Span, ...]:
@@ -78,6 +79,7 @@ def served_model(
     *,
     round_trips: Callable[[], dict[str, float]] = dict,
     counters: Callable[[], dict[str, int]] = dict,
+    failure: Callable[[], str | None] = lambda: None,
 ) -> ServedModel:
     """The model whose tokenizer and config lie in `directory`. Raises `CheckpointError` where they do not."""
     tokenizer = TextTokenizer(directory)
@@ -97,6 +99,7 @@ def served_model(
         records=records,
         round_trips=round_trips,
         counters=counters,
+        failure=failure,
     )
 
 

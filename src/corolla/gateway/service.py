@@ -88,9 +88,17 @@ class Gateway:
         }
 
     @property
-    def ready(self) -> bool:
-        """Whether every block of every model is held, and the gateway is not about to end."""
-        return not self.closing.is_set() and not any(model.missing for model in self.models)
+    def faults(self) -> list[str]:
+        """Why no answer, or not each one, can be given now: sentences for anybody to read."""
+        found = ["the gateway is about to end"] if self.closing.is_set() else []
+        for model in self.models:
+            if model.missing:
+                found.append(f"blocks {', '.join(map(str, model.missing))} of {model.name} are held by no server that is ready")
+            if model.failure() is not None:
+                found.append(f"the network of {model.name} has failed: the gateway's log says more")
+        if self.keeper.failure is not None:
+            found.append("the database does not answer")
+        return found
 
     async def soft_prompt(self, name: str | None, model: ServedModel) -> SoftPrompt | None:
         """The soft prompt of that name. Raises `InvalidSetting` where the model has none."""
@@ -156,3 +164,4 @@ async def unless_gone(request: Request, work: Awaitable[Result], *answers: Answe
             working.cancel()
             for answer in answers:
                 answer.stop()
+        await asyncio.gather(working, watching, return_exceptions=True)
