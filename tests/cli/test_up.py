@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx2
 import psutil
 import pytest
 import toy
@@ -73,3 +75,37 @@ def test_a_server_that_does_not_start_is_named_with_its_log(directory: Path, tmp
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("error: the server of blocks 0:2 did not start: error: dtype: 'float7'")
     assert Path(last.rpartition("(")[2].rstrip(")")).read_text().endswith(last.partition("did not start: ")[2].rpartition(" (")[0] + "\n")
+
+
+def test_a_server_that_is_killed_is_started_again_and_answers_go_on(directory: Path, tmp_path: Path) -> None:
+    with running_up(directory, tmp_path, "--no-browser") as process:
+        page = wait_for_page(process, tmp_path)
+        servers = [each for each in psutil.Process(process.pid).children() if "serve" in each.cmdline()]
+        assert len(servers) == 2
+        [first] = [each for each in servers if "0:2" in each.cmdline()]  # whose address the others know
+        first.kill()
+        assert first.wait(DEADLINE) is not None
+        assert answered(page)
+        assert "the server of blocks 0:2 ended by itself and is started again; its log says why: " in (tmp_path / "log").read_text()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE) == 130
+
+
+def wait_for_page(process: subprocess.Popen[bytes], folder: Path) -> str:
+    deadline = time.monotonic() + DEADLINE
+    while not (found := re.search(r"http://[\d.:]+", (folder / "log").read_text())):
+        assert process.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found[0]
+
+
+def answered(page: str) -> bool:
+    """Whether there is an answer before the deadline, from a swarm that may be incomplete for a while."""
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        answer = httpx2.post(f"{page}/v1/completions", json={"prompt": "hello", "max_tokens": 4, "temperature": 0}, timeout=DEADLINE)
+        if answer.status_code == 200:
+            return True
+        time.sleep(0.2)
+    return False

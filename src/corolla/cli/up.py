@@ -59,20 +59,24 @@ def up(
     spans = [Span(start, end) for start, end in pairwise(cuts)]
     with running_servers(model, spans, machine) as swarm:
         if talk:
-            chat(
-                model,
-                temperature=temperature,
-                max_new_tokens=max_new_tokens,
-                peers=[swarm.address],
-                secret=swarm.secret,
-                log_level=log_level,
-            )
+            with swarm.tended():
+                chat(
+                    model,
+                    temperature=temperature,
+                    max_new_tokens=max_new_tokens,
+                    peers=[swarm.address],
+                    secret=swarm.secret,
+                    log_level=log_level,
+                )
         else:
             _show_page(swarm, port, browser=not no_browser)
 
 
 def _show_page(swarm: LocalSwarm, port: int, *, browser: bool) -> None:
-    """The gateway, until Ctrl-C (which is `KeyboardInterrupt`). Raises `ServerFault` when a process ends by itself."""
+    """The gateway, until Ctrl-C (which is `KeyboardInterrupt`).
+
+    Raises `ServerFault` when the gateway ends by itself, or servers do again and again.
+    """
     # An answer that is cut off by the end is kept, and shown as interrupted.
     gateway = swarm.add("the gateway", ["gateway", swarm.model, "--port", str(port), "--drain", "0", "--log-level", "info"])
     print(f"\n  {gateway.said}\n\nCtrl-C ends the page and the swarm.", file=sys.stderr)
