@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import toy
 import uvicorn
 
 from corolla.client.swarm import SwarmTransport
@@ -29,6 +28,7 @@ from corolla.swarm.network import LocalHub
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Route, find_route
 from corolla.types import Span
+from tests import toy
 from tests.models import tiny
 
 CONTEXT = 512

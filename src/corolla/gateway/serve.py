@@ -78,6 +78,7 @@ def server_config(gateway: Gateway) -> uvicorn.Config:
         http=partial(BoundedHTTP, limits),  # type: ignore[arg-type]
         ws="websockets-sansio",
         log_config=None,
+        log_level="error",  # what clients do wrong is no warning, and strangers could fill the disk with them
         access_log=False,  # guard.py writes a better one
         server_header=False,
         timeout_keep_alive=limits.idle,
