@@ -148,7 +148,8 @@ class Fuzzer:
 
     def known(self) -> str:
         """The answer to a question that is always the same."""
-        status, body = self._ask("POST", "/v1/completions", b'{"prompt": "hello there", "max_tokens": 12, "temperature": 1, "seed": 7}', JSON)
+        asked = b'{"prompt": "hello there", "max_tokens": 12, "temperature": 1, "seed": 7}'
+        status, body = self._ask("POST", "/v1/completions", asked, JSON)
         assert status == 200, body
         return str(json.loads(body)["choices"][0]["text"])
 

@@ -97,8 +97,8 @@ async def generate(socket: WebSocket) -> None:
                 await _converse(socket, inbox, gateway)
             except CorollaError as error:
                 faults.append(error)
-        for error in faults:
-            told = error if isinstance(error, CorollaError) else fault(error, debug=gateway.config.debug)
+        for ended in faults:
+            told = ended if isinstance(ended, CorollaError) else fault(ended, debug=gateway.config.debug)
             gateway.metrics.failed(kind_of(told))
             await _say(socket, {"ok": False, "traceback": petals_text(told, debug=gateway.config.debug)})
             await socket.close(_INVALID if told.status < 500 else _FAULT)
