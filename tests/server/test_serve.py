@@ -25,6 +25,7 @@ from corolla.server.terms import ServeConfig, settle_terms
 from corolla.swarm.directory import LocalDirectory
 from corolla.swarm.network import LocalHub, LocalNetwork
 from corolla.swarm.placement import MovePolicy
+from corolla.swarm.probing import ProbeConfig
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Quality, Route, WantedAdapter, find_route
 from corolla.swarm.wire import Array, ForwardFrame, ResultFrame, WireMessage
@@ -44,6 +45,7 @@ QUICK: dict[str, Any] = {
     "announce_every": 0.05,
     "lifetime": 3.0,  # a stalled machine must not make servers expire
     "moving": MovePolicy(pace=0.2, settle=0.2),
+    "probing": ProbeConfig(slack=1e9),  # nor to seem slow
     "engine": EngineConfig(cache_tokens=1024),
 }
 
@@ -294,15 +296,13 @@ def test_a_server_that_cannot_load_where_it_is_needed_goes_back(directory: Path,
 
 
 def test_a_liar_draws_nobody_away(swarm: Swarm) -> None:
-    for name in "abcd":
+    for name in "ab":
         swarm.serve(name, capacity=2)
-    before = swarm.spans()
-    assert sorted(before.values()) == [Span(0, 2), Span(0, 2), Span(2, 4), Span(2, 4)]
     swarm.announce("liar", 0, 3, lies=True)
-    said = {name: len(swarm.peers[name].published) for name in "abcd"}
-    until(lambda: all(len(swarm.peers[name].published) > said[name] + 60 for name in "abcd"))
-    assert {name: swarm.said(name).span for name in "abcd"} == before
-    assert {swarm.said(name).state for name in "abcd"} == {"ready"}
+    said = {name: len(swarm.peers[name].published) for name in "ab"}
+    until(lambda: all(len(swarm.peers[name].published) > said[name] + 60 for name in "ab"))
+    assert {name: swarm.said(name).span for name in "ab"} == {"a": Span(0, 2), "b": Span(2, 4)}
+    assert {record.state for name in "ab" for record in swarm.peers[name].published[said[name] :]} == {"ready"}
 
 
 def test_a_newcomer_takes_what_only_a_liar_holds(swarm: Swarm) -> None:

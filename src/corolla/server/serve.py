@@ -53,7 +53,7 @@ class RunningServer:
         self._draining = False
         self._stays_until = self._retries_at = float("-inf")
         self._neighbours: Sequence[str] = ()
-        self._probes = Probes(peer.network.send)
+        self._probes = Probes(peer.network.send, config.probing)
         self._holder = Holder(peer.network, terms.offer, self._probes)
         others = self._proven_others() if config.span is None else []
         # This server has not measured itself yet: it takes itself for one like the others.

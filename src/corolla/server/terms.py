@@ -22,6 +22,7 @@ from corolla.server.capacity import Footprint, available, footprint
 from corolla.server.embedded import fast_dtype
 from corolla.server.holding import Offer, OfferedAdapter
 from corolla.swarm.placement import MovePolicy
+from corolla.swarm.probing import ProbeConfig
 from corolla.swarm.records import ANNOUNCE_EVERY, LIFETIME, MAX_ADAPTERS, fingerprint, is_word
 from corolla.swarm.wire import WireDtype
 from corolla.types import Span
@@ -44,6 +45,7 @@ class ServeConfig:
     announce_every: float = ANNOUNCE_EVERY  # seconds; also between two looks at the others' records
     lifetime: float = LIFETIME  # of an announcement, in seconds: how long a server that died is still listed
     look_every: float = 1.0  # seconds between two looks at whether this server can go on
+    probing: ProbeConfig = field(default_factory=ProbeConfig)
     proofs: float = 2.0  # seconds that other servers have, before this one first chooses its span, to prove that they hold theirs
     drain_timeout: float = 30.0  # seconds for which answers that nobody else can take are still served when it ends
     # Half of the usual times: records are looked up every `announce_every`, so that they spread sooner.

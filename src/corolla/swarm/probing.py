@@ -29,7 +29,6 @@ Verdict = Literal["unproven", "alive", "proven", "failing", "silent"]
 computed lately. failing: it refused to compute, computed what cannot be, or says that its engine is dead. silent: no answer came.
 """
 
-_SLACK = 8.0  # times the throughput that was seen may be claimed: a probe also waits for others' steps
 _OVERHEAD = 0.005  # seconds of a probe that are no computation and no way
 _REMEMBERED = 3  # probes, of which the quickest counts
 _MOST_ROWS = 1e9  # rows/s through one block that anybody is believed
@@ -48,6 +47,7 @@ class ProbeConfig:
     loading: float = 600.0  # for which a server that says "joining" is believed to come
     retry: float = 10.0  # until a server that proved nothing is asked again; doubled each time
     retry_at_most: float = 320.0
+    slack: float = 8.0  # times the throughput that was seen may be claimed: a probe also waits for others' steps
     forgotten: float = 120.0  # after a server was listed last
 
 
@@ -222,7 +222,7 @@ class Probes:
     def _capped(self, record: ServerRecord, most: float) -> ServerRecord:
         seen = self._seen.get(record.peer)
         if seen is not None and seen.paces:
-            most = _SLACK / min(seen.paces)
+            most = self.config.slack / min(seen.paces)
         return msgspec.structs.replace(
             record, throughput=min(record.throughput, most, _MOST_ROWS), free_tokens=min(record.free_tokens, _MOST_TOKENS)
         )
