@@ -18,6 +18,7 @@ from corolla.barrier import unexpected
 from corolla.client.session import Session
 from corolla.client.swarm import Patience, SwarmTransport
 from corolla.engine.engine import EngineConfig
+from corolla.engine.parts import EngineParts
 from corolla.errors import InvalidSetting
 from corolla.models.reference import Reference
 from corolla.server.serve import RunningServer
@@ -44,6 +45,7 @@ QUICK: dict[str, Any] = {
     "device": "cpu",
     "announce_every": 0.05,
     "lifetime": 3.0,  # a stalled machine must not make servers expire
+    "look_every": 0.05,
     "moving": MovePolicy(pace=0.2, settle=0.2),
     "probing": ProbeConfig(slack=1e9),  # nor to seem slow
     "engine": EngineConfig(cache_tokens=1024),
@@ -334,3 +336,37 @@ def test_told_twice_it_does_not_wait_for_a_directory_that_hangs(swarm: Swarm) ->
     assert swarm.peers["a"].closed
     assert time.monotonic() - began < 5.0
     swarm.peers["a"].hangs.set()
+
+
+def test_a_server_whose_engine_is_dead_withdraws_and_an_answer_goes_on_elsewhere(swarm: Swarm, directory: Path) -> None:
+    """The attention of one server begins to raise what nobody expects."""
+    broken = threading.Event()
+
+    def attend(*inputs: Any) -> Any:
+        if broken.is_set():
+            raise IndexError("never seen")
+        return EngineParts().attend(*inputs)
+
+    server = swarm.serve("a", parts=EngineParts(attend=attend))
+    tokens = []
+    with Session(swarm.transport, "") as session:
+        for token in session.generate(PROMPT, LONG, timeout=DEADLINE):
+            tokens.append(token.token_id)
+            if len(tokens) == 5:
+                swarm.serve("b")
+                broken.set()
+    assert tokens == Reference(directory).greedy(PROMPT, COUNT)
+    until(lambda: list(swarm.records()) == ["b"])
+    assert server.failure is not None
+    assert "the engine ended: IndexError" in server.failure
+    began = time.monotonic()
+    server.close()
+    assert time.monotonic() - began < 5.0
+    assert swarm.peers["a"].closed
+
+
+def test_a_server_whose_daemon_is_dead_says_so(swarm: Swarm) -> None:
+    server = swarm.serve("a")
+    assert server.failure is None
+    swarm.peers["a"].failure = "this machine's libp2p daemon has ended"
+    until(lambda: server.failure == "this machine's libp2p daemon has ended" and swarm.peers["a"].withdrawn)

@@ -18,7 +18,13 @@ class HealthWatch:
         self._find, self._on_failure, self._every = find, on_failure, every
         self._ended = threading.Event()
         self.failure: str | None = None
-        threading.Thread(target=self._run, name="corolla-health", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="corolla-health", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still looks, or tells."""
+        return self._thread.is_alive()
 
     def end(self) -> None:
         """Look no more."""

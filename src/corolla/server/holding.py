@@ -7,12 +7,13 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.engine.parts import EngineParts
 from corolla.engine.threads import GoOn, on_passing_thread
 from corolla.errors import AdapterError, NetworkError
 from corolla.models.adapters import load_adapter
@@ -52,6 +53,7 @@ class Offer:
     device: str
     wire_dtype: WireDtype
     engine: EngineConfig
+    parts: EngineParts = field(default_factory=EngineParts)
     adapters: tuple[OfferedAdapter, ...] = ()
 
     @property
@@ -123,7 +125,7 @@ class Holder:
 
         offer = self._offer
         model = load_span(offer.directory, span, dtype=offer.dtype, weights=offer.weights, device=offer.device, progress=progress)
-        engine = Engine(model, offer.engine)
+        engine = Engine(model, offer.engine, offer.parts)
         self._hold_adapters(engine)
         return engine, measure_throughput(engine)
 

@@ -229,6 +229,8 @@ class RunningServer:
     # On the thread of the health watch.
 
     def _find_failure(self) -> str | None:
+        if (failure := self._peer.failure) is not None:
+            return failure
         held = self._holder.held
         if held is None or held.engine.healthy or held is not self._holder.held:  # one that was let go of just now is stopped
             return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from corolla.engine.engine import EngineConfig
+from corolla.engine.parts import EngineParts
 from corolla.errors import InvalidSetting
 from corolla.models.adapters import load_adapter
 from corolla.models.architecture import Architecture
@@ -42,6 +43,7 @@ class ServeConfig:
     adapters: Mapping[str, Path] = field(default_factory=dict)  # LoRA adapters to hold: their directories by name
     take_adapters: bool = False  # others too, from clients
     engine: EngineConfig = field(default_factory=EngineConfig)
+    parts: EngineParts = field(default_factory=EngineParts)  # of the engine
     announce_every: float = ANNOUNCE_EVERY  # seconds; also between two looks at the others' records
     lifetime: float = LIFETIME  # of an announcement, in seconds: how long a server that died is still listed
     look_every: float = 1.0  # seconds between two looks at whether this server can go on
@@ -91,6 +93,7 @@ def settle_terms(directory: Path, config: ServeConfig) -> Terms:
         device=device,
         wire_dtype=wire_dtype,
         engine=replace(config.engine, take_adapters=config.take_adapters),
+        parts=config.parts,
         adapters=adapters,
     )
     return Terms(
