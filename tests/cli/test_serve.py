@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,31 @@ def test_a_server_that_is_told_to_end_says_so_and_ends(tmp_path: Path, alone: bo
         assert server.said.splitlines()[-1] == "done: it has left the swarm"
         assert "--secret ..." in server.said
         assert "tulip" not in server.said
+
+
+def test_a_server_that_is_dead_or_told_twice_ends(tmp_path: Path) -> None:
+    """One whose libp2p daemon is killed says so and fails; one whose DHT hangs does not wait for it when it is told to end again."""
+    with Swarm(tiny.save("llama", tmp_path / "model"), tmp_path, "--dtype", "float32", "--threads", "1") as swarm:
+        dead, hanging = swarm.serve("0:2", "2:4")
+        swarm.wait_ready()
+        family = psutil.Process(dead.process.pid).children(recursive=True)
+        next(child for child in family if "p2pd" in child.name()).kill()
+        (node, *_) = psutil.Process(hanging.process.pid).children()
+        node.suspend()
+        hanging.signal(signal.SIGTERM, alone=True)
+        until(lambda: "draining" in hanging.said)
+        hanging.signal(signal.SIGTERM, alone=True)
+        began = time.monotonic()
+        hanging.process.wait(DEADLINE)
+        assert time.monotonic() - began < 10.0
+        assert dead.process.wait(DEADLINE) != 0
+        assert "error: this server is dead: " in dead.said
+        assert dead.said.rstrip().endswith("start it again")
+        dead.ended = hanging.ended = True
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
