@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from corolla.cli.status import WIDTH, Look, draw
+from corolla.cli.status import WIDTH, Look, draw, look
+from corolla.swarm.directory import LocalDirectory
+from corolla.swarm.network import LocalHub
+from corolla.swarm.probing import ProbeConfig, Probes
 from corolla.swarm.records import ServerRecord
+from tests.server.local_peer import LocalPeer, answer_probe
+from tests.swarm.simulation import make_record
 
 
 def record(start: int, end: int, **changes: Any) -> ServerRecord:
@@ -101,7 +107,7 @@ def test_what_servers_call_themselves_is_no_markup(name: str) -> None:
 def test_counters_stand_below_and_in_json() -> None:
     counters = {"12D3KooWpeer0": {"steps": 7, "evictions": 0}}
     assert "ooWpeer0  evictions 0  steps 7" in shown(record(0, 15), record(15, 30), counters=counters)
-    first, second = json.loads(json.dumps(Look([record(0, 15), record(15, 30)], counters).as_builtins()))
+    first, second = json.loads(json.dumps(Look([record(0, 15), record(15, 30)], counters=counters).as_builtins()))
     assert (first["counters"], first["free_tokens"], first["round_trips"]["b"]) == ({"steps": 7, "evictions": 0}, 131072, 0.03)
     assert "counters" not in second
 
@@ -112,3 +118,33 @@ def test_a_look_that_failed_is_said_beside_the_last_one() -> None:
 
 def test_status_needs_a_peer(corolla: Any) -> None:
     assert corolla("status").stderr == "error: peers: name a peer of the swarm with --peers\n"
+
+
+def test_a_server_that_is_not_what_it_says_is_marked_and_holds_nothing() -> None:
+    records = [record(0, 15), record(15, 30), record(16, 30), record(14, 30, state="joining")]
+    seen = dict(zip((r.peer for r in records), ("proven", "silent", "failing", "alive"), strict=True))
+    lines = shown(*records, seen=seen).splitlines()
+    assert [line.split()[-1] for line in lines[2:6]] == ["ready", "silent", "failing", "joining"]
+    assert "every block is held" in lines[6]
+    seen[records[3].peer] = "unproven"
+    text = shown(*records, seen=seen)
+    assert "unproven" in text
+    assert "no server that answers holds blocks 15:30" in text
+    assert [entry["seen"] for entry in Look(records, seen).as_builtins()] == ["proven", "silent", "failing", "unproven"]
+
+
+def test_a_look_asks_every_server_to_compute() -> None:
+    hub = LocalHub()
+    peer = LocalPeer(hub, LocalDirectory(longest=100.0), "me")
+    network = hub.join("works")
+    network.listen(partial(answer_probe, network), lambda lost: None)
+    for name in ("works", "liar"):
+        peer.publish(make_record(name, 0, 12, expires=time.time() + 60))
+    probes = Probes(peer.network.send, ProbeConfig(patience=0.5))
+    assert look(peer, probes, counters=False).seen == {"works": "proven", "liar": "silent"}
+
+
+@pytest.mark.parametrize("blocks", [1, 4096])
+def test_a_record_of_another_number_of_blocks_is_a_model_of_its_own(blocks: int) -> None:
+    lines = shown(record(0, 30), record(0, 1, blocks=blocks)).splitlines()
+    assert "model mmmmmmmmmmmmmmmm, 30 blocks, 1 server" in lines

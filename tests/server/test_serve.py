@@ -24,15 +24,14 @@ from corolla.models.reference import Reference
 from corolla.server.serve import RunningServer
 from corolla.server.terms import ServeConfig, settle_terms
 from corolla.swarm.directory import LocalDirectory
-from corolla.swarm.network import LocalHub, LocalNetwork
+from corolla.swarm.network import LocalHub
 from corolla.swarm.placement import MovePolicy
 from corolla.swarm.probing import ProbeConfig
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Quality, Route, WantedAdapter, find_route
-from corolla.swarm.wire import Array, ForwardFrame, ResultFrame, WireMessage
 from corolla.types import GenerationSettings, Span
 from tests.models import tiny
-from tests.server.local_peer import LocalPeer
+from tests.server.local_peer import LocalPeer, answer_probe
 from tests.swarm.simulation import make_record
 
 DEADLINE = 60.0
@@ -62,11 +61,6 @@ def until(condition: Callable[[], object]) -> None:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save("llama", tmp_path_factory.mktemp("llama"))
-
-
-def answer_probe(network: LocalNetwork, sender: str, message: WireMessage) -> None:
-    if isinstance(message, ForwardFrame):
-        network.send(sender, ResultFrame(message.call, Array("float32", message.hidden.shape, memoryview(bytes(message.hidden.nbytes)))))
 
 
 class Swarm:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import msgspec
 import typer
@@ -25,30 +25,60 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from corolla.swarm.peer import SwarmPeer
+    from corolla.swarm.network import Network
+    from corolla.swarm.probing import Probes, Verdict
     from corolla.swarm.records import ServerRecord
+
+    class Peer(Protocol):
+        @property
+        def network(self) -> Network: ...
+
+        def servers(self, model: str | None = None) -> list[ServerRecord]: ...
+
 
 WIDTH = 100  # columns that a table may take
 _DRAWING = 12  # columns of the drawing, and where the terminal is narrower than `WIDTH`
 _SMALL_DRAWING = 8
 _NAME = 12
 _WATCH = 3.0  # seconds between two looks
+_AGAIN = 15.0  # seconds until a server that computed is asked again
+_MOST = 512  # servers that are asked in one look
 _COUNTERS_TIMEOUT = 5.0  # seconds for a server to say its counters
+_PROBE_TIMEOUT = 4.0  # seconds for one to compute a row
+_POLL = 0.02  # seconds
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was seen of a swarm: its servers' records, and the counters of those that were asked and answered."""
+    """What was seen of a swarm: its servers' records, what came of a probe of each (by peer; empty where none was sent), and the counters
+    of those that were asked and answered."""
 
     records: Sequence[ServerRecord]
+    seen: Mapping[str, Verdict] = field(default_factory=dict)
     counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     problem: str = ""  # why there is nothing newer
 
     def as_builtins(self) -> list[dict[str, object]]:
         """A JSON object for each server."""
-        told = ({"counters": dict(self.counters[record.peer])} if record.peer in self.counters else {} for record in self.records)
-        return [msgspec.to_builtins(record) | extra for record, extra in zip(self.records, told, strict=True)]
+        return [
+            msgspec.to_builtins(record)
+            | ({"seen": self.seen[record.peer]} if record.peer in self.seen else {})
+            | ({"counters": dict(self.counters[record.peer])} if record.peer in self.counters else {})
+            for record in self.records
+        ]
+
+    def state(self, record: ServerRecord) -> str:
+        """What the server says, or what was seen of it where that is less."""
+        seen = self.seen.get(record.peer, "proven")
+        if seen == "proven" or (seen == "alive" and record.state == "joining"):
+            return record.state
+        return seen if seen in ("silent", "failing") else "unproven"
+
+    @property
+    def believed(self) -> list[ServerRecord]:
+        """The records of the servers that are what they say."""
+        return [record for record in self.records if self.state(record) == record.state]
 
 
 def status(
@@ -66,7 +96,8 @@ def status(
     """Show a swarm's servers: which blocks they hold, how fast they are, and what is missing.
 
     tok/s is how many tokens a second a server takes through its blocks, one by one; busy its sessions with work under way; free
-    the tokens that its cache still has room for; rtt the median round trip to the servers around it.
+    the tokens that its cache still has room for; rtt the median round trip to the servers around it. Each server is asked to compute a
+    row: the state is what it says, unless it is silent, failing, or unproven (it answers, and computed nothing in time).
     """
     if not peers:
         raise InvalidSetting("peers", "name a peer of the swarm with --peers")
@@ -78,9 +109,10 @@ def status(
 
     peer = SwarmPeer(PeerConfig(initial_peers=joined, secret=key, client_mode=True))
     try:
-        first = look(peer, counters=counters)
+        probes = probes_over(peer.network)
+        first = look(peer, probes, counters=counters)
         if watch:
-            _watch(peer, first, counters=counters, json=json)
+            _watch(peer, probes, first, counters=counters, json=json)
         elif json:
             typer.echo(json_format.dumps(first.as_builtins(), indent=2))
         else:
@@ -89,15 +121,27 @@ def status(
         peer.close()
 
 
-def look(peer: SwarmPeer, *, counters: bool) -> Look:
+def probes_over(network: Network) -> Probes:
+    """Probes of every server at once."""
+    from corolla.swarm.probing import ProbeConfig, Probes
+
+    return Probes(network.send, ProbeConfig(newcomers=_MOST, renewals=_MOST, again=_AGAIN, retry=_WATCH, patience=_PROBE_TIMEOUT))
+
+
+def look(peer: Peer, probes: Probes, *, counters: bool) -> Look:
     """What the swarm is now. Raises `NetworkError`."""
     records = peer.servers()
+    peer.network.listen(probes.receive, probes.forget)
+    probes.ask(records)
+    while probes.waiting:
+        time.sleep(_POLL)
+    seen = {record.peer: probes.verdict(record) for record in records}
     if not counters:
-        return Look(records)
+        return Look(records, seen)
 
     from corolla.client.counters import ask_counters
 
-    return Look(records, ask_counters(peer.network, [record.peer for record in records], _COUNTERS_TIMEOUT))
+    return Look(records, seen, ask_counters(peer.network, [record.peer for record in records], _COUNTERS_TIMEOUT))
 
 
 def draw(seen: Look, width: int = WIDTH) -> Group:
@@ -107,17 +151,20 @@ def draw(seen: Look, width: int = WIDTH) -> Group:
 
     from corolla.swarm.routing import gaps
 
+    def of_model(record: ServerRecord) -> tuple[str, int]:
+        return record.model, record.blocks
+
     parts: list[Text | Table] = []
-    for model, group in groupby(sorted(seen.records, key=lambda record: record.model), key=lambda record: record.model):
+    for (model, blocks), group in groupby(sorted(seen.records, key=of_model), key=of_model):
         records = list(group)
-        blocks = records[0].blocks
-        missing = gaps(records, blocks)
+        missing = gaps([record for record in seen.believed if of_model(record) == (model, blocks)], blocks)
         parts += [
             Text(f"model {model[:16]}, {blocks} blocks, {len(records)} server{'s' if len(records) != 1 else ''}"),
-            table(records, width),
+            table(records, seen, width),
         ]
         if missing:
-            parts.append(Text(f"nobody holds blocks {', '.join(map(str, missing))}: no answer can be computed", style="bold red"))
+            who = "nobody holds" if gaps(records, blocks) else "no server that answers holds"
+            parts.append(Text(f"{who} blocks {', '.join(map(str, missing))}: no answer can be computed", style="bold red"))
         else:
             parts.append(Text("every block is held", style="green"))
         parts += [Text(line) for line in adapter_lines(records, blocks)]
@@ -147,8 +194,8 @@ def adapter_lines(records: Sequence[ServerRecord], blocks: int) -> list[str]:
     return lines
 
 
-def table(records: Sequence[ServerRecord], width: int) -> Table:
-    """One model's servers, a line each of at most `WIDTH` columns; where `width` is less, about 80."""
+def table(records: Sequence[ServerRecord], seen: Look, width: int) -> Table:
+    """One model's servers, in order, a line each of at most `WIDTH` columns; where `width` is less, about 80."""
     from rich.table import Table
     from rich.text import Text
 
@@ -174,7 +221,8 @@ def table(records: Sequence[ServerRecord], width: int) -> Table:
             *([] if narrow else [record.version[:8]]),
         ]
         # As texts: what servers call themselves is no markup.
-        table.add_row(*map(Text, line), Text(record.state, style="" if record.state == "ready" else "yellow"))
+        state = seen.state(record)
+        table.add_row(*map(Text, line), Text(state, style={"ready": "", "silent": "red", "failing": "red"}.get(state, "yellow")))
     return table
 
 
@@ -197,7 +245,7 @@ def _print(seen: Look) -> None:
     console.print(draw(seen, console.width))
 
 
-def _watch(peer: SwarmPeer, seen: Look, *, counters: bool, json: bool) -> None:
+def _watch(peer: Peer, probes: Probes, seen: Look, *, counters: bool, json: bool) -> None:
     """In place on a terminal, else one look after the other."""
     from rich.console import Console
     from rich.live import Live
@@ -210,16 +258,16 @@ def _watch(peer: SwarmPeer, seen: Look, *, counters: bool, json: bool) -> None:
             else:
                 _print(seen)
             time.sleep(_WATCH)
-            seen = _again(peer, seen, counters=counters)
+            seen = _again(peer, probes, seen, counters=counters)
     with Live(draw(seen, console.width), console=console, auto_refresh=False, screen=False) as live:
         while True:
             time.sleep(_WATCH)
-            seen = _again(peer, seen, counters=counters)
+            seen = _again(peer, probes, seen, counters=counters)
             live.update(draw(seen, console.width), refresh=True)
 
 
-def _again(peer: SwarmPeer, before: Look, *, counters: bool) -> Look:
+def _again(peer: Peer, probes: Probes, before: Look, *, counters: bool) -> Look:
     try:
-        return look(peer, counters=counters)
+        return look(peer, probes, counters=counters)
     except CorollaError as error:
-        return Look(before.records, before.counters, f"as of a while ago: {error}")
+        return Look(before.records, before.seen, before.counters, f"as of a while ago: {error}")
