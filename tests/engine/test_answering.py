@@ -124,3 +124,20 @@ def test_widened_weights_stay_while_backwards_are_to_come_and_there_is_room(mode
     finish(answering.answer(call(9, back=True, kept=4), gradient))
     answering.kept.lose("c")
     assert answering.kept.widened == 0
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_backward_that_is_dropped_leaves_no_weights_widened(model: SpanModel, pieces: int, others: int) -> None:
+    answering = Answering(model, PromptStore(model))
+    sequences, gradient = example(WHOLE, LENGTHS, 64, 0)
+    for number in range(1 + others):
+        finish(answering.answer(call(number + 1, keep=True), sequences.hidden))
+    blocks = [block for block, _ in answering.kept._kept["c", 1].blocks]
+    under_way = answering.answer(call(9, back=True, kept=1), gradient)
+    for _ in range(pieces):
+        next(under_way)
+    under_way.close()  # what a server does with the calls of a client that is gone
+    answering.kept.lose("c")
+    assert answering.kept.widened == 0
+    assert all(linear._weight is None for block in blocks for linear in block.linears)  # type: ignore[attr-defined]

@@ -246,6 +246,46 @@ def test_bad_steps_are_refused_at_once(model: SpanModel, step: Step, error: type
     assert driver.engine.pool.free_pages == driver.engine.pool.num_pages
 
 
+PENALIZED = GenerationSettings(repetition_penalty=1.5)
+SCORED = GenerationSettings(prompt_logprobs=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "changes"),
+    [
+        ((-(10**9), 1), {"settings": PENALIZED}),
+        ((1, 10**9), {"settings": SCORED}),
+        ((1, tiny.VOCABULARY), {}),
+        ((1, -1), {"wants_hidden": True}),
+        ((1,), {}),
+        ((1, 2, 3), {}),
+        ((), {"settings": PENALIZED}),
+        ((), {"settings": SCORED}),
+        ((), {"drafts": 1, "settings": GREEDY}),
+        ((1, 2), {"drafts": 2}),
+        ((1, 2), {"start": 4095}),
+        ((1, 2), {"began": -1}),
+    ],
+)
+def test_bad_ids_beside_hidden_states_are_refused_at_once(directory: Path, tokens: tuple[int, ...], changes: dict[str, Any]) -> None:
+    driver = Driver(load_span(directory, Span(2, 4), dtype="float32"))
+    step = Step(**{"session": "a", "start": 0, "payload": torch.zeros(2, 64), "tokens": tokens, **changes})
+    with pytest.raises((InvalidSetting, PromptTooLong)):
+        driver.engine.receive(step, driver.replies["a"].append)
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_rows_with_ids_behind_rows_without_are_a_gap(directory: Path, more: bool) -> None:
+    driver = Driver(load_span(directory, Span(2, 4), dtype="float32"))
+    take = driver.replies["a"].append
+    driver.engine.receive(Step("a", 0, torch.zeros(40, 64), more=more, wants_hidden=True), take)
+    if not more:
+        driver.run()
+    driver.engine.receive(Step("a", 40, torch.zeros(2, 64), generation=0 if more else 1, settings=GREEDY, tokens=(1, 2), drafts=1), take)
+    driver.run()
+    assert isinstance(driver.replies["a"][-1], Gap)
+
+
 def test_spans_pass_hidden_states(directory: Path, model: SpanModel) -> None:
     first = Driver(load_span(directory, Span(0, 2), dtype="float32"))
     second = Driver(load_span(directory, Span(2, 4), dtype="float32"))

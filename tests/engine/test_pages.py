@@ -174,6 +174,33 @@ def test_pages_that_hold_nothing_are_reused_before_findable_ones() -> None:
     assert pool.match(pool.open(), [1, 1, 2, 2, 5]) == 4
 
 
+def test_a_session_grows_past_a_findable_page_while_others_are_blank() -> None:
+    pool = PagePool(num_pages=16, page_size=2)
+    shared = filled(pool, [1, 1, 2, 2, 3, 3])
+    pool.free(shared)
+    table = pool.open()
+    pool.match(table, [1, 1, 2, 2, 5, 5])
+    pool.reserve(table, 10)
+    pool.check_integrity()
+    assert table.breaks == 1
+    assert pool.match(pool.open(), [1, 1, 2, 2, 3, 3, 5]) == 6
+
+
+def test_findable_pages_go_where_no_blank_ones_are_left() -> None:
+    pool = PagePool(num_pages=8, page_size=2)
+    tables = [filled(pool, [n, n]) for n in range(8)]
+    for table in tables[::2]:
+        pool.truncate(table, 1)
+        pool.free(table)  # four blank pages, none beside another
+    pool.free(tables[1])
+    pool.reserve(pool.open(), 8)
+    found = pool.open()
+    assert pool.match(found, [1, 1, 5]) == 2
+    pool.free(found)
+    pool.reserve(pool.open(), 2)
+    assert pool.match(pool.open(), [1, 1, 5]) == 0
+
+
 def test_a_run_of_findable_pages_is_reused_in_one_piece() -> None:
     pool = PagePool(num_pages=4, page_size=2)
     pool.free(filled(pool, [1, 1, 2, 2, 3, 3, 4, 4]))

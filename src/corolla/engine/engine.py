@@ -297,6 +297,8 @@ class Engine:
         """Forward and reply for the sessions that go through the same blocks."""
         began = time.perf_counter()
         outcomes = self._computed(span, scheduled)
+        if self.model.device.type == "cuda":  # what was asked of it is computed later
+            torch.cuda.synchronize(self.model.device)
         self.forward_seconds = time.perf_counter() - began
         if sum(work.rows.count for _, work in scheduled) <= _LIGHT_ROWS:
             self.counters.light_steps += 1

@@ -65,16 +65,22 @@ def backward(model: SpanModel, kept: Kept, store: KeptForwards, gradient_TxE: to
     """`calls.backward` from a forward that was taken from `store`, which is used up by it."""
     gradient = gradient_TxE.to(model.device, model.dtype)
     of_prompts = []
-    while kept.blocks:
-        block, passed = kept.blocks.pop()
-        out = torch.empty_like(gradient)
-        for piece, (entered, left) in zip(kept.pieces, passed, strict=True):
-            (out[piece.rows],) = torch.autograd.grad(left, entered, gradient[piece.rows])
-            yield
-        store.passed(block)
-        gradient = out
-        of_prompts.append(kept.prompts.summed(gradient))
-    store.tidy()
+    try:
+        while kept.blocks:
+            block, passed = kept.blocks.pop()
+            out = torch.empty_like(gradient)
+            try:
+                for piece, (entered, left) in zip(kept.pieces, passed, strict=True):
+                    (out[piece.rows],) = torch.autograd.grad(left, entered, gradient[piece.rows])
+                    yield
+            except BaseException:  # GeneratorExit too: a call that is dropped is closed at its `yield`
+                store.drop(block)
+                raise
+            store.passed(block)
+            gradient = out
+            of_prompts.append(kept.prompts.summed(gradient))
+    finally:
+        store.tidy()
     return Gradients(gradient, torch.stack(of_prompts[::-1]) if kept.prompted else None)
 
 
@@ -171,6 +177,12 @@ class KeptForwards:
                 self._widened.pop(block, None)
         if not stays:
             block.drop()
+
+    def drop(self, block: Block) -> None:
+        """A backward through `block` came to no end: none of its weights stays widened."""
+        with self._lock:
+            self._widened.pop(block, None)
+        block.drop()
 
     def tidy(self) -> None:
         """Where no backward is to come, no weights stay widened."""

@@ -112,8 +112,7 @@ class PagePool:
         if needed > len(self._free):
             return False
         for remaining in range(needed, 0, -1):
-            follower = table.pages[-1] + 1 if table.pages else -1
-            table.push(self._take(follower if follower in self._free else self._place(remaining)))
+            table.push(self._take(self._next(table, remaining)))
         return True
 
     def advance(self, table: PageTable, count: int) -> None:
@@ -205,14 +204,22 @@ class PagePool:
         of_page = array("q", tokens[index * self.page_size : (index + 1) * self.page_size])
         return blake2b(of_page.tobytes() + parent, digest_size=16).digest()
 
+    def _next(self, table: PageTable, count: int) -> int:
+        """The free page to take for a table that wants `count` more: the one that follows its last, unless somebody's tokens are found
+        in that one while other pages are blank."""
+        follower = table.pages[-1] + 1 if table.pages else self.num_pages
+        if follower < self.num_pages and (self._blank[follower] or (follower in self._free and b"\1" not in self._blank)):
+            return follower
+        return self._place(count)
+
     def _place(self, count: int) -> int:
         """The free page where a new run of `count` pages best starts."""
         runs = re.finditer(rb"\x01+", self._blank)
         longest = max(runs, key=lambda run: run.end() - run.start(), default=None)
-        if longest is not None and longest.end() - longest.start() >= count:
+        if longest is not None:
             start, end = longest.span()
             # Whoever holds the page before the run will want to grow into it: leave it half.
-            return min((start + end) // 2, end - count) if start and self._holders[start - 1] else start
+            return max(start, min((start + end) // 2, end - count)) if start and self._holders[start - 1] else start
         # Pages of one table are reused from its last to its first, so the run around the next one lies before it.
         place = next(iter(self._free))
         for _ in range(count - 1):

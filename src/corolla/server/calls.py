@@ -147,6 +147,7 @@ class Calls:
                 return
             computed += time.perf_counter() - began
             yield
+        work.close()
 
     def _compute(self, call: _Call) -> Generator[None, None, Array]:
         """What a call is answered with, in the dtype in which it came."""
