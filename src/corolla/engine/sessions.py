@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,8 @@ from corolla.engine.prompts import page_seed
 from corolla.engine.sequence import Conversation, Deliver
 from corolla.models.span import SpanModel
 from corolla.types import Cancel, Close, Gap, Message, Step
+
+_MOVED_WITHIN = 10_000  # milliseconds
 
 
 class Sessions:
@@ -115,7 +118,8 @@ class Sessions:
         if conversation.idle or conversation.generation != step.generation:
             self._arrivals += 1
             conversation.unscored = None
-            conversation.generation, conversation.sampled, conversation.arrival = step.generation, 0, (step.asked, self._arrivals)
+            conversation.generation, conversation.sampled = step.generation, 0
+            conversation.arrival = _asked(step), self._arrivals
             conversation.gives_hidden = step.wants_hidden or span.end != self._model.arch.blocks
         self._go_on(conversation, step, deliver)
 
@@ -140,6 +144,12 @@ class Sessions:
 def _usable(conversation: Conversation, step: Step) -> int:
     """How many of the cached rows the step can go on from: those whose token ids are known, where it brings ids of its own."""
     return min(conversation.position, len(conversation.tokens)) if step.tokens else conversation.position
+
+
+def _asked(step: Step) -> int:
+    """When the answer was asked for, in unix milliseconds; a claim is believed as far as a session may have moved to this server since."""
+    now = int(time.time() * 1000)
+    return min(max(step.asked, now - _MOVED_WITHIN), now) if step.asked else now
 
 
 def _continues(conversation: Conversation, step: Step) -> bool:
