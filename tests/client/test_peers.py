@@ -76,3 +76,8 @@ def test_who_is_doubted_beside_two_neighbours_is_found_out(book: PeerBook, clock
     assert book.doubt(["b", "c"]) == ["b"]
     clock.now += 1000.0
     assert book.doubt(["a", "c"]) == []
+
+
+def test_who_is_doubted_alone_again_is_found_out(book: PeerBook) -> None:
+    assert book.doubt(["a"]) == []
+    assert book.doubt(["a"]) == ["a"]

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from corolla.client.session import Session
-from corolla.errors import Busy, DeadlineExceeded, InvalidSetting, NetworkError, PromptTooLong
+from corolla.errors import Busy, DeadlineExceeded, InvalidSetting, NetworkError, NoRoute, PromptTooLong
 from corolla.models.reference import Reference
 from corolla.swarm.wire import (
     Ask,
@@ -241,6 +241,17 @@ def test_a_server_that_claims_to_compute_is_left_when_nothing_gets_on(
     stall(swarm, "c", *case)
     honest = swarm.client("honest", answer=0.4, lost=0.4)
     assert answer(honest) == expected
+    assert honest.bans.banned() == {"c"}
+
+
+def test_a_server_that_claims_to_have_nothing_left_is_gone_around_and_banned_the_second_time(swarm: Swarm, expected: list[int]) -> None:
+    stall(swarm, "c", lambda: len(PROMPT), 0)
+    honest = swarm.client("honest", answer=0.4, lost=0.4)
+    assert answer(honest) == expected
+    assert (honest.counters.moves, honest.counters.faults) == (1, 0)
+    del swarm.records["c2"]
+    with Session(honest, "") as session, pytest.raises((DeadlineExceeded, NoRoute)):
+        list(session.generate(PROMPT, GREEDY, timeout=2.0))
     assert honest.bans.banned() == {"c"}
 
 

@@ -126,7 +126,7 @@ class SwarmLink:
             if answers.is_repeated(frame):
                 return
             if answers.is_ahead(frame):
-                self._set_back([sender])
+                self._set_back([sender], doubt=False)
                 return
             if isinstance(frame, GapFrame):
                 self._transport.counters.replays += frame.have == 0
@@ -269,7 +269,7 @@ class SwarmLink:
         if standstill is None or self._route is None:
             return
         if not standstill.working:
-            self._set_back(suspects(self._route.peers, standstill.said, self._answers.position))
+            self._set_back(suspects(self._route.peers, standstill.said, self._answers.position), doubt=True)
             return
         try:
             self._find(standstill.working)
@@ -281,13 +281,16 @@ class SwarmLink:
         self._abandon()
         self._start_again()
 
-    def _set_back(self, suspected: Sequence[str]) -> None:
-        """An answer got lost on its way. The first time nobody is to blame."""
+    def _set_back(self, suspected: Sequence[str], *, doubt: bool) -> None:
+        """An answer got lost on its way. The first time nobody is to blame; those that are in `doubt` are gone around if they can be."""
         if self._answers.set_back() >= _SETBACKS:
             self._give_up(suspected, NetworkError("answers get lost there"))
             return
         log.warning("an answer got lost on its way: it is asked for again", extra={"session": self._session})
-        self._start_again()
+        for peer in self._transport.peers.doubt(suspected) if doubt else ():
+            self._blame(peer, NetworkError("answers get lost there again and again"))
+        if not (doubt and self._go_around(suspected)):
+            self._start_again()
 
     def _give_up(self, peers: Sequence[str], error: Exception) -> None:
         """One of these servers of the route is at fault: the session goes on without them."""

@@ -94,17 +94,16 @@ class PeerBook:
         self._full.put(peer, self._clock() + seconds)
 
     def doubt(self, neighbours: Sequence[str]) -> list[str]:
-        """One of these is at fault, and nobody can tell which: all are gone around for a while, wherever there is another way.
+        """One of these may be at fault, and nobody can tell which: all are gone around for a while, wherever there is another way.
 
-        Returns those that were doubted beside somebody else before.
+        Returns those that were doubted beside somebody else before, or alone and are again.
         """
         now, known = self._clock(), []
         with self._lock:
             for peer in neighbours:
                 doubt = self._doubts.get(peer)
-                beside = doubt.beside if doubt is not None and now - doubt.since < _DOUBTED else set[str]()
                 others = set(neighbours) - {peer}
-                if beside - others:
+                if doubt is not None and now - doubt.since < _DOUBTED and (doubt.beside - others or not others):
                     known.append(peer)
                 self._doubts.put(peer, _Doubt(now, others))
         return known

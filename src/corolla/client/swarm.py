@@ -65,8 +65,8 @@ class Patience:
 
     silence: float = 2.0  # without progress, until the route's servers are asked whether they live
     answer: float = 1.0  # for them to say so; who does not is as good as dead
-    # Without progress, until they are asked how far the session is, and again as much later: where none got further by then, a message
-    # is asked for again that nobody works on, and a server is left that says it works, or says nothing, if others hold its blocks.
+    # Without progress, until they are asked how far the session is, and again as much later. Where none got further by then, a server that
+    # says it works, or says nothing, is left if others hold its blocks; what nobody works on is asked for again.
     lost: float = 20.0
     reconsider: float = 5.0  # on a route, until a quicker one is looked for
     leaving: float = 60.0  # for which a server that said it leaves, or says nothing at all, is avoided
