@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import httpx2
 import openai
 import pytest
 
@@ -116,3 +117,23 @@ def test_what_cannot_be_is_refused_with_a_sentence(ai: openai.OpenAI, options: d
     with pytest.raises(openai.APIStatusError, match=word) as raised:
         ai.chat.completions.create(**{"model": "tiny", "messages": CHAT, **options})
     assert raised.value.status_code == status
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 5e-324, 1e-30, -1.0, 1e308])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "top_p": 0.9}),
+        ("/v1/completions", {"prompt": "hi", "top_p": 0.9}),
+        ("/api/v1/generate", {"inputs": "hi", "max_new_tokens": 4, "do_sample": 1, "top_p": 0.9}),
+        ("/api/ui/complete", {"text": "hi"}),
+        ("/api/ui/conversations", {"text": "hi"}),
+    ],
+)
+def test_a_temperature_that_no_sampler_holds_is_refused_and_the_next_request_answered(
+    client: httpx2.Client, gateway: Running, path: str, body: dict, temperature: float
+) -> None:
+    asked = {"settings": {"do_sample": True, "temperature": temperature}} if path.startswith("/api/ui") else {"temperature": temperature}
+    assert client.post(path, json={**body, **asked}).status_code == 422
+    assert client.post("/v1/completions", json={"prompt": "hi", "max_tokens": 2}).status_code == 200
+    assert all(engine.healthy for engine in gateway.swarm.engines.values())

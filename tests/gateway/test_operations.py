@@ -11,11 +11,13 @@ import httpx2
 import pytest
 
 from corolla.barrier import barrier, unexpected
-from corolla.errors import InvalidSetting, StorageError
+from corolla.errors import InvalidSetting, NetworkError, StorageError
 from corolla.gateway.database import Database
+from corolla.gateway.serve import run
+from corolla.gateway.served import Models, served_model
 from corolla.gateway.service import GatewayConfig
 from corolla.swarm.records import ServerRecord
-from tests.gateway.running import Running, TinySwarm, running
+from tests.gateway.running import CONTEXT, Running, TinySwarm, running
 
 SECRET = "a-word-that-nobody-else-says"
 BODY = {"prompt": SECRET, "max_tokens": 4, "temperature": 0}
@@ -41,13 +43,21 @@ def test_it_is_not_ready_without_its_network_or_its_database(swarm: TinySwarm, t
         assert client.get("/readyz").status_code == 200
         failed.append("its daemon ended at /home/somebody")
         answer = client.get("/readyz")
-        assert (answer.status_code, answer.json()["faults"]) == (503, ["the network of tiny has failed: the gateway's log says more"])
+        assert (answer.status_code, answer.json()["faults"]) == (503, ["the swarm's network has failed: the gateway's log says more"])
         failed.clear()
         with closing(sqlite3.connect(file)) as other:
             other.execute("BEGIN IMMEDIATE")
             gateway.wait_until(lambda: client.get("/readyz").json()["faults"] == ["the database does not answer"])
             other.rollback()
         gateway.wait_until(lambda: client.get("/readyz").status_code == 200)
+
+
+def test_a_gateway_whose_network_failed_ends_and_says_so(swarm: TinySwarm, tmp_path: Path) -> None:
+    failed: list[str] = []
+    model = served_model("tiny", swarm.directory, swarm.transport, "any", CONTEXT, swarm.records, failure=lambda: "".join(failed) or None)
+    with closing(Database(str(tmp_path / "g.sqlite"))) as database, pytest.raises(NetworkError, match="its daemon ended"):
+        # Ready, and a moment later dead.
+        run(Models([model]), database, GatewayConfig(drain=0.1), "127.0.0.1", 0, lambda url: failed.append("its daemon ended"))
 
 
 def test_an_error_that_nobody_expected_is_logged_once_counted_and_tells_nothing(

@@ -22,6 +22,7 @@ from corolla.gateway.served import Models
 from corolla.gateway.service import Gateway, GatewayConfig
 
 _FILES = 4096  # that may be open, where the system's hard limit lets so many: each connection is one
+_TICKS = 10  # of uvicorn's, ten a second, between two looks at the network
 _FAREWELL = 5  # seconds for clients to be told how what they wait for has ended
 _SOCKET_MESSAGE = 2 * 2**20  # bytes
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def check_access(host: str, keys: Keys, *, open_to_all: bool, public_url: str | 
 def run(models: Models, database: Database, config: GatewayConfig, host: str, port: int, ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C; a second one ends it at once. `ready` is told the page's address once it answers.
 
-    On the main thread. Raises `NetworkError` when the address cannot be listened at.
+    On the main thread. Raises `NetworkError` when the address cannot be listened at, and when the swarm's network fails meanwhile.
     """
     _allow_files()
     listening = _listen(host, port)
@@ -68,6 +69,8 @@ def run(models: Models, database: Database, config: GatewayConfig, host: str, po
     finally:
         gateway.writers.interrupt()  # where a second signal left something
         listening.close()
+    if server.failure is not None:
+        raise NetworkError(f"the gateway ended, for its network had failed: {server.failure}")
 
 
 def server_config(gateway: Gateway) -> uvicorn.Config:
@@ -91,16 +94,23 @@ def server_config(gateway: Gateway) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """Tells when it answers, and tells the gateway at once when it is to end."""
+    """Tells when it answers, and tells the gateway at once when it is to end; without a network it ends by itself."""
 
     def __init__(self, config: uvicorn.Config, gateway: Gateway, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._gateway, self._ready = gateway, ready
+        self.failure: str | None = None  # of the network
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _TICKS == 0 and self.failure is None and (failure := self._gateway.network_failure) is not None:
+            log.error("the swarm's network has failed, and this gateway ends: %s", failure)
+            self.failure, self.should_exit = failure, True
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("ending: answers under way have %g s", self._gateway.config.drain)

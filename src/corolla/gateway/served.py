@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,8 @@ class ServedModel:
     @property
     def missing(self) -> tuple[Span, ...]:
         """The blocks that no ready server holds."""
-        return gaps([record for record in self.records() if record.state == "ready"], self.blocks)
+        now = time.time()
+        return gaps([record for record in self.records() if record.state == "ready" and record.expires > now], self.blocks)
 
     @property
     def most_characters(self) -> int:

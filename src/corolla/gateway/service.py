@@ -88,14 +88,19 @@ class Gateway:
         }
 
     @property
+    def network_failure(self) -> str | None:
+        """Why no server can be reached any more, until this process begins anew."""
+        return next((failure for model in self.models if (failure := model.failure()) is not None), None)
+
+    @property
     def faults(self) -> list[str]:
         """Why no answer, or not each one, can be given now: sentences for anybody to read."""
         found = ["the gateway is about to end"] if self.closing.is_set() else []
         for model in self.models:
             if model.missing:
                 found.append(f"blocks {', '.join(map(str, model.missing))} of {model.name} are held by no server that is ready")
-            if model.failure() is not None:
-                found.append(f"the network of {model.name} has failed: the gateway's log says more")
+        if self.network_failure is not None:
+            found.append("the swarm's network has failed: the gateway's log says more")
         if self.keeper.failure is not None:
             found.append("the database does not answer")
         return found
