@@ -61,6 +61,13 @@ def test_who_is_avoided_and_for_how_long(book: PeerBook, clock: Clock) -> None:
     assert book.avoided == frozenset()
 
 
+def test_a_leave_that_is_said_again_at_once_is_no_news(book: PeerBook, clock: Clock) -> None:
+    assert book.leave("a")
+    assert not book.leave("a")
+    clock.now += 1.0
+    assert book.leave("a")
+
+
 def test_who_was_heard(book: PeerBook, clock: Clock) -> None:
     assert book.heard("a") == float("-inf")
     book.hear("a")

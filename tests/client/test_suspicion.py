@@ -7,7 +7,8 @@ import pytest
 from corolla import errors
 from corolla.client.suspicion import Asked, ReplyFrame, believed, problem_of, shown, suspects
 from corolla.errors import Busy, CorollaError, InvalidSetting, PromptTooLong, ServerFault
-from corolla.swarm.wire import GapFrame, ScoresFrame, TokenFrame
+from corolla.swarm.convert import error_of
+from corolla.swarm.wire import FailedFrame, GapFrame, ScoresFrame, TimingFrame, TokenFrame
 from corolla.types import FinishReason, GenerationSettings
 
 SETTINGS = GenerationSettings(max_tokens_to_generate=4, top_logprobs=1, prompt_logprobs=True, stop_token_ids=(9,))
@@ -30,14 +31,14 @@ FROM_SERVERS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_is_believed_its_own_errors_and_no_others(kind: type[CorollaError]) -> None:
-    error = kind.__new__(kind, "no")
-    expected = kind if kind.__name__ in FROM_SERVERS else ServerFault
-    assert type(believed(error)) is expected
-    assert "a server " in str(believed(kind.__new__(kind, "no")))
+    error = believed(error_of(FailedFrame("s", 1, kind.__name__, "no")))
+    assert type(error) is (kind if kind.__name__ in FROM_SERVERS else ServerFault)
+    assert "a server " in str(error)
 
 
 def test_what_an_error_carries_is_kept() -> None:
     assert believed(InvalidSetting("top_k", "no")).setting == "top_k"  # type: ignore[attr-defined]
+    assert believed(InvalidSetting("\x1b[31m", "no")).setting == "[31m"  # type: ignore[attr-defined]
     assert believed(PromptTooLong(9, 8)).limit == 8  # type: ignore[attr-defined]
     assert believed(Busy(0.5)).retry_after == 0.5  # type: ignore[attr-defined]
 
@@ -121,6 +122,9 @@ def test_what_nobody_asked_for() -> None:
     assert of(token(), asked=Asked(10, 20, None, None))
     assert of(token(token_id=2**40), asked=plain)
     assert of(token(), from_head=False)
+    timings = (TimingFrame("s", 0.0, 0.1, 0.0),)
+    assert of(token(timings=timings))
+    assert of(token(timings=timings), asked=Asked(10, 20, SETTINGS, 100, timed=("s",))) is None
     assert of(GapFrame("s", 1, 0), from_head=False, gaps=16) is None
     assert of(GapFrame("s", 1, 0), from_head=False, gaps=17)
 

@@ -375,7 +375,8 @@ class SwarmLink:
         hops = tuple(Hop(hop.peer, hop.start, hop.end) for hop in self._route.hops)
         self._step, self._generation = step, step.generation
         self._progress.restart(time.monotonic())
-        self._answers.begin(Asked(step.start, step.start + len(tokens), step.settings, self._transport.vocabulary))
+        timed = self._route.peers if self._transport.timed else ()
+        self._answers.begin(Asked(step.start, step.start + len(tokens), step.settings, self._transport.vocabulary, timed))
         settings = from_settings(step.settings) if step.settings is not None else None
         for first in range(0, len(tokens), MAX_STEP_TOKENS):
             piece = tokens[first : first + MAX_STEP_TOKENS]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 _MOST = 4096  # peers; a network is connected to 1,024 at once
+_NEWS = 1.0  # seconds after which what was said may be said again
 _DOUBTED_FOR = 60.0  # seconds for which both neighbours are gone around
 _DOUBTED = 900.0  # seconds for which it is remembered with whom
 
@@ -81,9 +82,13 @@ class PeerBook:
         when = self._heard.get(peer)
         return float("-inf") if when is None else when
 
-    def leave(self, peer: str) -> None:
-        """`peer` said that it leaves."""
-        self._leaving.put(peer, self._clock())
+    def leave(self, peer: str) -> bool:
+        """`peer` said that it leaves. Returns whether that is news, and not said again and again."""
+        said, now = self._leaving.get(peer), self._clock()
+        if said is not None and now - said < _NEWS:
+            return False
+        self._leaving.put(peer, now)
+        return True
 
     def fall_silent(self, peer: str) -> None:
         """Nothing came from `peer`: it is avoided until something does, or long enough for its record to expire."""

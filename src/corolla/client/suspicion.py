@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -57,6 +57,8 @@ def believed(error: CorollaError) -> CorollaError:
     if type(error) not in _FROM_SERVERS:
         return ServerFault(f"a server answered with {type(error).__name__}, which no server raises: {text}")
     error.args = (f"a server said: {text}",)
+    if isinstance(error, InvalidSetting):
+        error.setting = shown(error.setting)
     return error
 
 
@@ -79,12 +81,14 @@ class Asked:
         end: the position of the answer's first token.
         settings: how it goes on; None asks for no token.
         vocabulary: of the model; None where it is not known.
+        timed: the servers whose timings come with each token.
     """
 
     start: int
     end: int
     settings: GenerationSettings | None
     vocabulary: int | None
+    timed: Collection[str] = ()
 
 
 def problem_of(frame: ReplyFrame, asked: Asked, *, from_head: bool, position: int, gaps: float) -> str | None:
@@ -119,6 +123,8 @@ def problem_of(frame: ReplyFrame, asked: Asked, *, from_head: bool, position: in
         return f"it answered token {frame.token_id} of a vocabulary of {asked.vocabulary}"
     if (frame.finish is FinishReason.STOP) != (frame.token_id in settings.stop_token_ids):
         return f"it answered token {frame.token_id} and {'ended' if frame.finish else 'did not end'} the answer there"
+    if not all(timing.peer in asked.timed for timing in frame.timings):
+        return "it answered timings that nobody asked for"
     return _problem_of_logprobs(frame.logprob, frame.top_logprobs, settings, asked.vocabulary)
 
 

@@ -181,8 +181,8 @@ class SwarmTransport:
             if (link := self._link(message.session)) is not None:
                 link.told(sender, message)
         elif isinstance(message, Leaving):
-            self.peers.leave(sender)
-            self._each("a server's leave", lambda link: link.left(sender))
+            if self.peers.leave(sender):
+                self._each("a server's leave", lambda link: link.left(sender))
         elif isinstance(message, Ping):
             self.network.send(sender, Pong(message.nonce))
         elif isinstance(message, Pong):
