@@ -20,6 +20,8 @@ def test_an_address_is_host_port_and_peer() -> None:
     text = f"/ip4/192.0.2.7/tcp/4001/p2p/{PEER}"
     assert parse_address(text) == Address(text, "192.0.2.7", 4001, PEER)
     assert parse_address(f"/dns4/example.org/tcp/1/p2p/{PEER}").host == "example.org"
+    assert parse_address(f"/ip6/::1/tcp/1/p2p/{PEER}").host == "::1"
+    assert parse_address(f"/ip6zone/eth0/ip6/fe80::1/tcp/1/p2p/{PEER}").host == "fe80::1%eth0"
     assert check_addresses(None) == []
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from corolla.swarm.wire import Ping
 from tests.swarm.daemons import PATIENCE
 from tests.swarm.harness import OVER_HIVEMIND
 from tests.swarm.test_directory import record
@@ -99,3 +100,16 @@ def test_a_peer_whose_processes_die_says_so(which: str) -> None:
     processes(peer)[which].kill()
     until(lambda: peer.failure is not None)
     peer.close()
+
+
+def test_peers_meet_over_ipv6() -> None:
+    server = joined(host="::1")
+    assert all(address.startswith("/ip6/::1/tcp/") for address in server.addresses)
+    client = joined(initial_peers=server.addresses, client_mode=True)
+    heard: list[str] = []
+    server.network.listen(lambda sender, message: heard.append(sender), heard.append)
+    client.network.listen(lambda sender, message: None, lambda peer: None)
+    client.network.send(server.network.me, Ping(1))
+    until(lambda: heard == [client.network.me])
+    for peer in (client, server):
+        peer.close()

@@ -28,6 +28,8 @@ def parse_address(text: str) -> Address:
         parts = [(protocol.name, value) for protocol, value in Multiaddr(text).items()]
     except ValueError as error:
         raise _no_address(text, f" ({error})" if text.startswith("/") else "") from error
+    if len(parts) > 1 and parts[0][0] == "ip6zone":  # of an address that only this network has: fe80::1%eth0
+        parts[:2] = [(parts[1][0], f"{parts[1][1]}%{parts[0][1]}")]
     names = [name for name, _ in parts]
     if not parts or names[0] not in _HOSTS:
         raise _no_address(text, "")

@@ -53,7 +53,12 @@ Secret = Annotated[
         rich_help_panel=SWARM,
     ),
 ]
-Host = Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all of this machine's.", rich_help_panel=SWARM)]
+Host = Annotated[
+    str,
+    typer.Option(
+        help="The address to listen at, IPv4, IPv6 or a name; 0.0.0.0 for all of this machine's IPv4, :: for all.", rich_help_panel=SWARM
+    ),
+]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.", rich_help_panel=SWARM)]
 IdentityFile = Annotated[
     Path | None,

@@ -58,7 +58,7 @@ def examine_swarm(peers: Sequence[str], secret: bytes | None) -> Iterator[Findin
 
 def reach(address: Address, timeout: float = _TIMEOUT) -> Finding:
     """Whether a libp2p peer listens at the address's host and port; `timeout` in seconds is for the connection and for its greeting."""
-    place = f"{address.host}:{address.port}"
+    place = f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
     if address.port is None:
         return Finding("port", f"{address.text} is not plain TCP: only libp2p can try it")
     try:
@@ -100,7 +100,7 @@ def _greeting(connection: socket.socket) -> bytes | None:
 
 def _nobody(address: Address) -> str:
     try:
-        here = ipaddress.ip_address(address.host).is_loopback
+        here = ipaddress.ip_address(address.host.partition("%")[0]).is_loopback
     except ValueError:
         here = address.host == "localhost"
     if here:

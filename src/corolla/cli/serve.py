@@ -26,6 +26,7 @@ from corolla.cli.opening import secret_bytes
 from corolla.cli.progress import showing_progress
 from corolla.cli.sizes import parse_size
 from corolla.errors import InvalidSetting, ServerFault
+from corolla.swarm.hosts import is_loopback
 from corolla.types import Span
 
 _LOOK = 0.5  # seconds between two looks at whether the server lives
@@ -234,7 +235,7 @@ def _span(blocks: str) -> Span:
 
 def farthest(addresses: list[str]) -> str:
     """An address that other machines may reach, where there is one."""
-    return next((address for address in addresses if not address.startswith("/ip4/127.")), addresses[0])
+    return next((address for address in addresses if not is_loopback(address)), addresses[0])
 
 
 def write_whole(path: Path, text: str) -> None:

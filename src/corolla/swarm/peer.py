@@ -10,6 +10,7 @@ from pathlib import Path
 
 from corolla.errors import NetworkError
 from corolla.swarm.directory import HivemindDirectory
+from corolla.swarm.hosts import announced_addresses, listen_addresses
 from corolla.swarm.p2p import P2PConfig, P2PNetwork
 from corolla.swarm.records import ServerRecord
 
@@ -20,7 +21,7 @@ _SILENCE = 60.0  # seconds without an answer of the DHT's process, after which i
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerConfig:
     initial_peers: Sequence[str] = ()  # multiaddrs to join through; none starts a swarm
-    host: str = "127.0.0.1"  # of this machine, to listen at; 0.0.0.0 for all its addresses
+    host: str = "127.0.0.1"  # of this machine, to listen at: an address or a name; 0.0.0.0 for all of IPv4, :: for all
     port: int = 0  # any
     announce: Sequence[str] = ()  # multiaddrs to tell others in place of those it listens at: of a forwarded port, say
     identity: Path | None = None  # the key file that makes the peer's id last; a new id where None
@@ -35,7 +36,8 @@ class SwarmPeer:
 
     `addresses` are the multiaddrs that others join through.
 
-    Raises `NetworkError` when none of the initial peers can be reached, `InvalidSetting` for a key file that holds no key.
+    Raises `NetworkError` when none of the initial peers can be reached, `InvalidSetting` for a key file that holds no key, a host
+    that is not this machine's, a port that is taken and an address to announce that nobody can dial.
     """
 
     def __init__(self, config: PeerConfig) -> None:
@@ -46,6 +48,7 @@ class SwarmPeer:
         from corolla.swarm.membership import Members
         from corolla.swarm.signatures import Identity, SignedEntries
 
+        hosts, announced = listen_addresses(config.host, config.port), announced_addresses(config.announce)
         logging.getLogger("hivemind").setLevel(logging.WARNING)  # else it reports every start on standard error
         self._directory_of_key = tempfile.TemporaryDirectory(prefix="corolla-")
         key = config.identity or Path(self._directory_of_key.name) / "identity"
@@ -55,8 +58,8 @@ class SwarmPeer:
                 config.initial_peers,
                 stay_every=config.stay_every,
                 memory=config.memory,
-                host_maddrs=[f"/ip4/{config.host}/tcp/{config.port}"],
-                announce_maddrs=list(config.announce) or None,
+                host_maddrs=hosts,
+                announce_maddrs=announced or None,
                 identity_path=str(key),
                 record_validators=[entries],
                 authorizer=None if config.secret is None else Members(config.secret),
