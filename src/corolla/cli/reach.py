@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from corolla.cli.addresses import Address, parse_address
 from corolla.cli.findings import Finding, Verdict
 from corolla.errors import InvalidSetting, NetworkError
+from corolla.swarm.hosts import GREETING
 
 if TYPE_CHECKING:
     from hivemind.dht import DHTNode
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _TIMEOUT = 5.0  # seconds for a connection, a greeting, a server's pong
 _DAEMON_TIMEOUT = 30.0  # seconds for one operation of libp2p's daemon
-_GREETING = b"\x13/multistream/1.0.0\n"  # that every libp2p peer begins with
 _OTHER_PEER = re.compile(r"peer id mismatch: expected \w+, but remote key matches (\w+)")
 _CLOCKS = re.compile(r"local: ([\d.]+), peer: ([\d.]+)")
 _NOBODY = Finding("directory", "it answers and no server is announced", Verdict.BROKEN, "start one: corolla serve MODEL --peers ADDRESS")
@@ -75,7 +75,7 @@ def reach(address: Address, timeout: float = _TIMEOUT) -> Finding:
     except OSError as error:
         advice = "is the address right, and is this machine in the same network, or in its VPN?"
         return Finding("host", f"there is no way to {place} ({error.strerror})", Verdict.BROKEN, advice)
-    if greeting == _GREETING:
+    if greeting == GREETING:
         return Finding("port", f"a libp2p peer listens at {place}")
     if greeting is None:
         advice = "another program has that port, or the peer hangs: start it again, and take the address that it prints then"
@@ -88,8 +88,8 @@ def _greeting(connection: socket.socket) -> bytes | None:
     """The first bytes that come back, None where none do."""
     received = b""
     try:
-        connection.sendall(_GREETING)
-        while len(received) < len(_GREETING) and (more := connection.recv(len(_GREETING) - len(received))):
+        connection.sendall(GREETING)
+        while len(received) < len(GREETING) and (more := connection.recv(len(GREETING) - len(received))):
             received += more
     except TimeoutError:
         return received or None

@@ -18,8 +18,9 @@ from hivemind.proto import dht_pb2
 from hivemind.utils.timed_storage import get_dht_time
 
 from corolla.errors import CapacityError, ProtocolError
+from corolla.swarm import reachability
 from corolla.swarm.limits import Rate
-from corolla.swarm.records import CLOCKS_DIFFER, LIFETIME
+from corolla.swarm.records import CLOCKS_DIFFER, LIFETIME, MAX_ADDRESS
 from corolla.swarm.signatures import peer_of
 
 MAX_KEYS = 64  # of one question, or entries of one call that stores
@@ -77,7 +78,9 @@ class BoundedStorage(DHTLocalStorage):
 
 
 class BoundedProtocol(DHTProtocol):
-    """hivemind's protocol under the same names, for strangers."""
+    """hivemind's protocol under the same names, for strangers; and one call more, `rpc_dial_back`."""
+
+    _rpc_handlers = _stub_type = None  # of this class, in place of its parent's
 
     async def add_p2p_handlers(self, p2p: P2P, wrapper: Any = None, **settings: Any) -> None:
         """See `ServicerBase.add_p2p_handlers`. It is called once what is stored in has been made, and before anybody calls."""
@@ -113,6 +116,10 @@ class BoundedProtocol(DHTProtocol):
             return False
         public_key = self.serializer.loads(tag)
         return peer_of(public_key) == caller and self.storage.store_subkey(DHTID.from_bytes(key), public_key, value, expires)
+
+    async def rpc_dial_back(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
+        """Dial the caller at its own addresses, the keys of the request; see `reachability`."""
+        return dht_pb2.StoreResponse(store_ok=await reachability.answer(self.p2p, context.remote_id, request.keys))
 
     async def call_find(self, peer: PeerID, keys: Any) -> Any:
         """See `DHTProtocol.call_find`: of the nodes that an answer names, no more are taken than an honest one names."""
@@ -171,6 +178,12 @@ class _Gate:
         if len(set(request.keys)) < len(request.keys):
             raise ProtocolError("a question names a key twice")
         return await self._inner.rpc_find(request, context)
+
+    async def rpc_dial_back(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
+        if len(request.keys) > reachability.MAX_ADDRESSES or any(len(address) > MAX_ADDRESS for address in request.keys):
+            raise ProtocolError("a call names more or longer addresses than a peer has")
+        self._protocol.charge(context.remote_id, int(_RATE))
+        return await self._inner.rpc_dial_back(request, context)
 
     def _enter(self, request: Any, context: P2PContext, keys: int) -> None:
         if keys > MAX_KEYS:

@@ -21,6 +21,7 @@ import psutil
 from hivemind import DHT
 from hivemind.dht import DHTNode
 
+from corolla.swarm import reachability
 from corolla.swarm.bounds import BoundedProtocol
 from corolla.swarm.rejoining import STAY_EVERY, Rejoining
 
@@ -58,6 +59,10 @@ class Node(DHT):
         """The multiaddrs that others reach this node at. Raises `TimeoutError`."""
         return [str(address) for address in self.run_coroutine(_addresses, return_future=True).result(_TO_ANSWER)]
 
+    async def reachable(self, addresses: Sequence[str]) -> bool | None:
+        """Whether others can dial this node at one of its addresses; see `reachability.ask`."""
+        return await asyncio.wrap_future(self.run_coroutine(partial(_ask, addresses=addresses), return_future=True))
+
     def end(self) -> None:
         """Shut it down; by force, with its daemon, where it does not end by itself, as a process that was forked into a held lock."""
         self.shutdown()
@@ -75,6 +80,10 @@ class Node(DHT):
 
 async def _addresses(_dht: DHT, node: DHTNode) -> list[Any]:
     return await node.get_visible_maddrs()
+
+
+async def _ask(_dht: DHT, node: DHTNode, addresses: Sequence[str]) -> bool | None:
+    return await reachability.ask(node, addresses)
 
 
 async def _live(_dht: DHT, node: DHTNode, stay: Rejoining) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from corolla.errors import InvalidSetting
 
+GREETING = b"\x13/multistream/1.0.0\n"  # that every libp2p peer begins with
 _ALL = {"0.0.0.0": ("0.0.0.0",), "::": ("::", "0.0.0.0")}  # libp2p listens at :: for IPv6 alone
 
 

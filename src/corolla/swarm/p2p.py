@@ -80,6 +80,7 @@ class P2PNetwork:
         self._me = dht.peer_id.to_base58()
         self._on_message: OnMessage | None = None
         self._addresses: dict[str, tuple[str, ...]] = {}
+        self._kept: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._channels = Channels(config, self._loop, self.bans)
         self._reading = Reading(config, self._channels, self._handle, known=lambda peer: peer in self._addresses)
@@ -178,6 +179,10 @@ class P2PNetwork:
             running.cancel()
             raise DeadlineExceeded(f"the peer-to-peer network did not answer within {timeout:g} s") from error
 
+    def keep_running(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine on this network's event loop until it ends or the network is closed."""
+        self._loop.call_soon_threadsafe(self._keep, work)
+
     def close(self) -> None:
         """See `Network.close`."""
         if self._channels.closed:
@@ -189,6 +194,11 @@ class P2PNetwork:
         self._loop.close()
 
     # On the loop from here on. First what goes out.
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
 
     def _enqueue_all(self, encoded: list[tuple[str, list[bytes | memoryview], int]]) -> None:
         for peer, buffers, size in encoded:
@@ -333,7 +343,7 @@ class P2PNetwork:
             raise expected
 
     async def _leave(self) -> None:
-        tasks = [*self._accepting.tasks, *(task for channel in self._channels for task in channel.tasks)]
+        tasks = [*self._kept, *self._accepting.tasks, *(task for channel in self._channels for task in channel.tasks)]
         self._channels.clear()
         for task in tasks:
             task.cancel()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from corolla.barrier import barrier
 from corolla.errors import NetworkError
 from corolla.swarm.directory import HivemindDirectory
 from corolla.swarm.hosts import announced_addresses, listen_addresses
@@ -15,7 +17,13 @@ from corolla.swarm.p2p import P2PConfig, P2PNetwork
 from corolla.swarm.records import ServerRecord
 
 _DEADLINE = 30.0  # seconds for one operation of the directory
+_UNREACHABLE_AGAIN, _REACHABLE_AGAIN = 15.0, 300.0  # seconds until others are asked again whether they can dial this peer
+_UNREACHABLE = (
+    "other peers cannot dial this one at %s: listen with --host 0.0.0.0 where it is 127.0.0.1, open the port in the firewall, or forward "
+    "it in the router and give --announce its address. Until then nothing is sent here"
+)
 _SILENCE = 60.0  # seconds without an answer of the DHT's process, after which it is taken for dead
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +42,10 @@ class PeerConfig:
 class SwarmPeer:
     """A peer, from now until `close`. Make it before threads and models: hivemind forks a process of its own.
 
-    `addresses` are the multiaddrs that others join through.
+    Attributes:
+        addresses: the multiaddrs that others join through.
+        reachable: whether others can dial this peer there, as some found that it asked; None where nobody could tell, as for one
+            that is alone or only asks.
 
     Raises `NetworkError` when none of the initial peers can be reached, `InvalidSetting` for a key file that holds no key, a host
     that is not this machine's, a port that is taken and an address to announce that nobody can dial.
@@ -77,6 +88,19 @@ class SwarmPeer:
         self.addresses = self._dht.visible_addresses()
         self.network = P2PNetwork(self._dht, P2PConfig(secret=config.secret))
         self._directory = HivemindDirectory(self._dht, entries)
+        self.reachable: bool | None = None
+        if not config.client_mode:
+            self.network.keep_running(self._look_whether_reachable())
+
+    async def _look_whether_reachable(self) -> None:
+        while True:
+            with barrier("asking whether this peer is reachable"):
+                before, self.reachable = self.reachable, await self._dht.reachable(self.addresses)
+                if self.reachable is False and before is not False:
+                    log.warning(_UNREACHABLE, ", ".join(self.addresses))
+                elif self.reachable and before is False:
+                    log.warning("other peers can dial this one now")
+            await asyncio.sleep(_REACHABLE_AGAIN if self.reachable else _UNREACHABLE_AGAIN)
 
     @property
     def failure(self) -> str | None:
