@@ -135,8 +135,11 @@ def test_a_real_swarm_tells_why_it_cannot_be_reached(tmp_path: Path) -> None:
 
         second.signal(signal.SIGSTOP)
         *_, server, whole = examine_swarm([swarm.address], b"tulip")
-        assert server.verdict is Verdict.WEAK
-        assert whole.value == "no server that answers holds blocks 2:4 of 4"
+        if "0:2" in server.value:  # on a slow machine the other's record has expired meanwhile
+            assert whole.value == "nobody holds blocks 2:4 of 4"
+        else:
+            assert server.verdict is Verdict.WEAK
+            assert whole.value == "no server that answers holds blocks 2:4 of 4"
         second.kill()
 
 
