@@ -190,7 +190,8 @@ def test_sessions_in_anothers_name_take_nothing_from_them(swarm: Swarm, director
     server = swarm.add("s", 0, 4, config=replace(CONFIG, sessions_per_client=16))
     honest, mallory = swarm.client("honest"), Mallory(swarm.hub)
     mallory.send(*(step(session=f"m{i}", route=BEHIND, hop=1, client="honest", **rows(0.0), settings=None) for i in range(20)))
-    assert server.sessions == 16
+    assert server.sessions <= 16
     with Session(honest, "") as session:
         tokens = [token.token_id for token in session.generate(PROMPT, GREEDY, timeout=2.0)]
     assert tokens == Reference(directory).greedy(PROMPT, COUNT)
+    eventually(lambda: server.sessions == 0)  # who knows nothing of them ends them
