@@ -207,7 +207,7 @@ def test_a_server_that_leaves_is_left_where_there_is_another(make_swarm: MakeSwa
         session.step(hidden[:, :5])
         for server, end in zip(local.spans, (20, 30), strict=True):  # to the second, and where it leaves too, nobody else can take it
             server.leave()
-            until(lambda: bool(local.servers.leaving))
+            until(lambda: bool(local.servers.peers.leaving))
             at = session.position
             assert_close(session.step(hidden[:, at:end]), whole(directory, hidden)[:, at:end])
             until(lambda: [server.sessions for server in local.spans] == [0, 2])

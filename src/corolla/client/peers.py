@@ -119,6 +119,11 @@ class PeerBook:
         return self._since(self._silent)
 
     @property
+    def leaving(self) -> frozenset[str]:
+        """The peers that said lately that they leave."""
+        return self._since(self._leaving)
+
+    @property
     def avoided(self) -> frozenset[str]:
         """The peers that no session should go to now."""
         now = self._clock()

@@ -16,9 +16,9 @@ from typing import TypeVar
 
 import torch
 
-from corolla.errors import CapacityError, InvalidSetting, PromptNeeded, ProtocolError, ServerFault
+from corolla.errors import InvalidSetting, PromptNeeded, ProtocolError, ServerFault
 from corolla.remote.given import DeepPrompt
-from corolla.remote.mailbox import Fault, Forgot
+from corolla.remote.mailbox import Declined, Fault, Forgot
 from corolla.remote.servers import Servers
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.routing import Quality
@@ -138,7 +138,7 @@ class Calls:
                     left = self._ask(frame.forward(self._array(hidden_TxE), keep=keep), frame, sum(lengths), hidden_TxE)
                     parts.append(Part(hop, hidden_TxE, call if keep else 0))
                     hidden_TxE, at = left, hop.end
-            except (Fault, CapacityError) as error:
+            except (Fault, Declined) as error:
                 retries.bear(error)
             finally:
                 servers.give_back(taken)
@@ -159,9 +159,9 @@ class Calls:
             except Forgot:
                 parts[-1] = replace(part, call=0)
                 continue
-            except (Fault, CapacityError) as error:
+            except (Fault, Declined) as error:
                 retries.bear(error)
-                if isinstance(error, Fault):
+                if isinstance(error, Fault) or servers.goes_around(error.peer):
                     again = self._again(part, trail, prompt)
                     if again.quality == trail.quality:
                         parts[-1:] = again.parts
@@ -190,13 +190,14 @@ class Calls:
     def _ask(self, frame: ForwardFrame | BackwardFrame, call: _Call, expected: int, like: torch.Tensor) -> torch.Tensor:
         """The rows that the server answers, as many as are expected, in the dtype and on the device of others.
 
-        Raises `Fault`, `CallerError`, `CapacityError`, and `Forgot` for activations that it keeps no more.
+        Raises `Fault`, `Declined`, and `Forgot` for activations that it keeps no more.
         """
         servers, hop = self.servers, call.hop
         for given_again in (False, True):
             if call.prompt is not None:
                 servers.given.give(call.prompt, (hop,))
             with servers.mailbox(str(call.number)) as mailbox:
+                mailbox.open_to((hop.peer,), room_of(expected, like.shape[1]))
                 servers.network.send(hop.peer, frame)
                 try:
                     _, answer = mailbox.wait((hop.peer,))
@@ -254,6 +255,11 @@ def checked(array: Array, shape: tuple[int, int], peer: str) -> torch.Tensor:
     if not bool(tensor.isfinite().all()):
         raise Fault(peer, ServerFault("it answered values that are NaN or infinite"))
     return tensor
+
+
+def room_of(rows: int, width: int) -> int:
+    """Bytes of so many rows in the widest dtype that they travel in."""
+    return 4 * rows * width
 
 
 def _grouped(lengths: Sequence[int], most: int) -> list[tuple[int, ...]]:

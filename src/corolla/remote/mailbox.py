@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from threading import Lock
 from typing import TYPE_CHECKING, TypeAlias
 
-from corolla.errors import CorollaError, DeadlineExceeded, Forgotten, NetworkError
-from corolla.swarm.bans import blameworthy
+from corolla.client.deadline import LOOK, Pauses
+from corolla.client.progress import Progress
+from corolla.client.suspicion import believed
+from corolla.errors import CallerError, CapacityError, CorollaError, DeadlineExceeded, Forgotten, NetworkError, ProtocolError
 from corolla.swarm.convert import error_of
 from corolla.swarm.wire import Ask, FailedFrame, GapFrame, HiddenFrame, ResultFrame, Whereabouts
 
@@ -18,11 +22,21 @@ if TYPE_CHECKING:
 
 Answer: TypeAlias = ResultFrame | HiddenFrame | GapFrame
 
+_MOST_BESIDE = 256  # messages without rows that wait to be read
+
 
 class Fault(Exception):
     """The server `peer` failed with `error`: another one may be asked."""
 
     def __init__(self, peer: str, error: CorollaError) -> None:
+        super().__init__(f"{peer}: {error}")
+        self.peer, self.error = peer, error
+
+
+class Declined(Exception):
+    """The server `peer` is full, or says that what it was sent is the caller's fault: another one may do it."""
+
+    def __init__(self, peer: str, error: CapacityError | CallerError) -> None:
         super().__init__(f"{peer}: {error}")
         self.peer, self.error = peer, error
 
@@ -41,9 +55,9 @@ class StandsStill(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The connection to a peer broke."""
+    """A peer computes nothing more for this client: why."""
 
-    peer: str
+    error: CorollaError
 
 
 Incoming: TypeAlias = Answer | FailedFrame | Whereabouts | Lost
@@ -54,65 +68,114 @@ class Mailbox:
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
+        self._lock = Lock()
+        self._peers: frozenset[str] = frozenset()
+        self._room = 0  # bytes of rows that may still come
+        self._beside = 0  # messages without rows that wait
         self._inbox: SimpleQueue[tuple[str, Incoming]] = SimpleQueue()
 
+    @property
+    def waiting(self) -> int:
+        """Messages that nobody has read yet."""
+        return self._inbox.qsize()
+
+    def open_to(self, peers: Collection[str], nbytes: int) -> None:
+        """Take messages of these peers alone from now on, and `nbytes` more of rows: what is asked of them."""
+        with self._lock:
+            self._peers, self._room = frozenset(peers), self._room + nbytes
+
     def put(self, sender: str, message: Incoming) -> None:
-        """For the network's thread."""
+        """For the network's thread. What nobody was asked for is dropped, and beyond the bounds it is a fault of its sender."""
+        with self._lock:
+            if sender not in self._peers:
+                return
+            nbytes = message.hidden.data.nbytes if isinstance(message, (ResultFrame, HiddenFrame)) else 0
+            if nbytes > self._room or self._beside >= _MOST_BESIDE:
+                self._peers -= {sender}
+                message = Lost(ProtocolError("it sends more than it was asked for"))
+            else:
+                self._room -= nbytes
+            self._beside += not isinstance(message, (ResultFrame, HiddenFrame))
         self._inbox.put((sender, message))
 
-    def wait(self, peers: Collection[str], generation: int = 0, session: str = "") -> tuple[str, Answer]:
+    def wait(self, peers: Sequence[str], generation: int = 0, session: str = "", end: int = 0) -> tuple[str, Answer]:
         """The next answer of one of `peers`, and whose it is; those of another generation are dropped.
 
-        Raises `Fault` when one of them fails, is gone, does not live or does not answer in time; `Forgot` when one lacks what it
-        was sent once; `StandsStill` when the peers say twice that they have nothing left to compute for `session`; a `CallerError`
-        or a `CapacityError` that one of them answers.
+        `end` is the position after the step's last row. The time in which this process stood still blames nobody.
+
+        Raises `Fault` when one of them fails, is gone, does not live, does not answer in time, or gets no further while another one
+        holds its blocks; `Declined` when one is full or refuses; `Forgot` when one lacks what it was sent once; `StandsStill` when the
+        peers say twice that they have nothing left to compute for `session`.
         """
-        config, servers = self._servers.config, self._servers
-        deadline = time.monotonic() + config.request_timeout
-        since, asked = time.monotonic(), None
-        lost, told, before = since + config.lost, dict[str, tuple[int, int]](), None
+        config, servers, pauses = self._servers.config, self._servers, Pauses()
+        since = time.monotonic()
+        deadline, lost, asked = since + config.request_timeout, since + config.lost, math.inf
+        progress = Progress(since, since)
         while True:
-            until = since + config.silence if asked is None else asked + config.answer
+            until = min(since + config.silence if asked == math.inf else asked + config.answer, deadline)
             try:
-                sender, message = self._inbox.get(timeout=max(0.0, min(until, deadline) - time.monotonic()))
+                sender, message = self._inbox.get(timeout=min(LOOK, config.silence, max(0.0, until - time.monotonic())))
             except Empty:
                 now = time.monotonic()
-                if now >= deadline:
-                    raise Fault(
-                        min(peers, key=servers.heard), DeadlineExceeded(f"no answer came for {config.request_timeout:g} s")
-                    ) from None
-                if asked is None:
-                    asked = now
-                    servers.round_trips.ask(peers)
+                if stood := pauses.look():
+                    deadline, lost, since, asked = deadline + stood, lost + stood, now, math.inf
+                    progress.restart(now)
                     continue
-                silent = [peer for peer in peers if servers.heard(peer) < asked]
+                if now >= deadline:
+                    late = DeadlineExceeded(f"no answer came for {config.request_timeout:g} s")
+                    raise Fault(min(peers, key=servers.peers.heard), late) from None
+                if asked == math.inf:
+                    if now >= until:
+                        asked = now
+                        servers.round_trips.ask(peers)
+                    continue
+                silent = [peer for peer in peers if servers.peers.heard(peer) < asked]
+                if silent and now < until:
+                    continue
                 if silent:
                     silence = NetworkError(f"it did not answer for {config.silence + config.answer:g} s")
                     raise Fault(silent[0], silence) from None
-                since, asked = now, None
+                since, asked = now, math.inf
                 if session and now >= lost:
-                    lost, told = now + config.lost, {}
+                    lost = now + config.lost
+                    if progress.asked is not None:
+                        self._judge(progress, peers, now)
+                    progress.ask(now)
                     for peer in peers:
                         servers.network.send(peer, Ask(session, generation))
                 continue
+            pauses.look()
+            if not isinstance(message, (ResultFrame, HiddenFrame)):
+                with self._lock:
+                    self._beside -= 1
             if sender not in peers:
                 continue
-            if isinstance(message, Whereabouts):
-                told[sender] = message.cached, message.pending
-                if message.generation == generation and len(told) == len(peers):
-                    if told == before and not any(pending for _, pending in told.values()):
-                        raise StandsStill
-                    before = told
-                continue
             if isinstance(message, Lost):
-                raise Fault(sender, NetworkError(f"the connection to {sender} broke"))
+                raise Fault(sender, message.error)
             if not isinstance(message, ResultFrame) and message.generation != generation:
                 continue
+            if isinstance(message, Whereabouts):
+                if progress.asked is not None and progress.tell(sender, message, end) == len(peers):
+                    self._judge(progress, peers, time.monotonic())
+                continue
             if isinstance(message, FailedFrame):
-                error = error_of(message)
-                if isinstance(error, Forgotten):
-                    raise Forgot(message.peer if message.peer in peers else sender, error)
-                if blameworthy(error):
-                    raise Fault(message.peer if message.peer in peers else sender, error)
-                raise error
+                raise _failure(message, message.peer if message.peer in peers else sender)
             return sender, message
+
+    def _judge(self, progress: Progress, peers: Sequence[str], now: float) -> None:
+        """A round of questions is over."""
+        stands = progress.conclude(peers, now)
+        if stands is None:
+            return
+        if not stands.working:
+            raise StandsStill
+        if self._servers.goes_around(stands.working[0]):
+            raise Fault(stands.working[0], DeadlineExceeded("it says that it computes, and gets no further"))
+
+
+def _failure(message: FailedFrame, peer: str) -> Exception:
+    """What a server's error means for who waits."""
+    error = believed(error_of(message))
+    if isinstance(error, Forgotten):
+        return Forgot(peer, error)
+    return Declined(peer, error) if isinstance(error, (CallerError, CapacityError)) else Fault(peer, error)

@@ -54,7 +54,7 @@ def open_blocks(
             known = KnownServers(peer, fingerprint(json_object(directory / "config.json")), blocks)
             stack.callback(known.close)
             servers = Servers(peer.network, known, blocks, config=config)
-            known.measure(servers.round_trips)
+            known.measure(servers.round_trips, servers.probes)
         else:
             whole = load_span(directory, dtype=str(dtype).removeprefix("torch."), device=settled_device(device))
             engine = Engine(whole, EngineConfig())

@@ -7,17 +7,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from corolla.errors import InvalidSetting, NoRoute
+from corolla.barrier import barrier
+from corolla.client.peers import PeerBook
+from corolla.errors import InvalidSetting, NetworkError, NoRoute, ServerFault
 from corolla.remote.given import GivenPrompts
 from corolla.remote.mailbox import Incoming, Lost, Mailbox
 from corolla.remote.retries import Retries
 from corolla.swarm.bans import Bans
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
+from corolla.swarm.probing import Probes
 from corolla.swarm.routing import Hop as RouteHop
 from corolla.swarm.routing import Quality, Route
 from corolla.swarm.wire import (
@@ -63,8 +66,10 @@ class RemoteConfig:
         parallel: calls under way at once; a server takes four of one client.
         silence: seconds without an answer, until servers are asked whether they live.
         answer: seconds for them to say so; who does not is as good as dead.
-        lost: seconds without an answer in a session, until its servers are asked how it is getting on.
+        lost: seconds without an answer in a session, until its servers are asked how it is getting on; as much later one that got no
+            further is left, if others hold its blocks.
         leaving: seconds for which a server that said it leaves is avoided.
+        full: seconds that a server is believed to be full at most, whatever it says.
     """
 
     request_timeout: float = 180.0
@@ -78,9 +83,10 @@ class RemoteConfig:
     answer: float = 1.0
     lost: float = 20.0
     leaving: float = 60.0
+    full: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("request_timeout", "call_rows", "parallel", "silence", "answer", "lost", "leaving"):
+        for name in ("request_timeout", "call_rows", "parallel", "silence", "answer", "lost", "leaving", "full"):
             if not getattr(self, name) > 0:
                 raise InvalidSetting(name, f"{getattr(self, name)!r} is not more than 0")
         if self.max_retries < 0:
@@ -110,12 +116,12 @@ class Servers:
         self.bans = bans or Bans()
         self.config = config or RemoteConfig()
         self.round_trips = RoundTrips(network.send)
+        self.peers = PeerBook(self.config.leaving)
+        self.probes = Probes(network.send)
         self.given = GivenPrompts(network.send)
         self._router = router
         self._numbers = itertools.count(1)
         self._mailboxes: dict[str, Mailbox] = {}
-        self._heard: dict[str, float] = {}
-        self._leaving: dict[str, float] = {}  # when a peer said that it leaves
         self._quality: Quality | None = None  # of the servers that were found last
         self._taken: Counter[str] = Counter()  # calls of ours under way
         self._lock = threading.Lock()
@@ -126,10 +132,6 @@ class Servers:
         """Leave the network."""
         self._closed.set()
         self.network.close()
-
-    def heard(self, peer: str) -> float:
-        """When `peer` last sent anything, on `time.monotonic`'s clock; minus infinity if never."""
-        return self._heard.get(peer, float("-inf"))
 
     def number(self) -> int:
         """A number that nobody had before."""
@@ -170,10 +172,11 @@ class Servers:
         """See `take`."""
         with self._lock:
             self._taken.subtract(hop.peer for hop in taken.hops)
+            self._taken += Counter()  # who computes nothing is not kept
 
     def elsewhere(self, hops: Collection[Hop], span: Span, needed_tokens: int) -> tuple[Hop, ...] | None:
         """Where to go on in the place of these hops, one of which leaves; None while none does, or there is no other way."""
-        leaving = self.leaving
+        leaving = self.peers.leaving
         if not any(hop.peer in leaving for hop in hops):
             return None
         try:
@@ -181,11 +184,13 @@ class Servers:
         except NoRoute:
             return None
 
-    @property
-    def leaving(self) -> frozenset[str]:
-        """The peers that said lately that they leave."""
-        since = time.monotonic() - self.config.leaving
-        return frozenset(peer for peer, said in list(self._leaving.items()) if said > since)
+    def goes_around(self, peer: str) -> bool:
+        """Whether there is a route without `peer` now, over servers that are neither full nor leaving."""
+        try:
+            route = self._route(0, {peer}, stay=False)
+        except NoRoute:
+            return False
+        return all(hop.peer != peer for hop in route.hops)
 
     def _found(self, needed_tokens: int) -> Route:
         deadline = time.monotonic() + self.config.request_timeout
@@ -200,13 +205,13 @@ class Servers:
             return route
 
     def _route(self, needed_tokens: int, avoid: Collection[str] = (), *, stay: bool = True) -> Route:
-        """Around the peers of `avoid`; around those that leave too, unless there is no other way and one may `stay` with them."""
+        """Around the peers of `avoid`; around those that leave or are full too, unless there is no other way and one may `stay`."""
         banned = self.bans.banned() | frozenset(avoid)
-        leaving = self.leaving
+        avoided = self.peers.avoided
         try:
-            return self._router.route(_Avoided(self.config, banned | leaving), needed_tokens, self._quality)
+            return self._router.route(_Avoided(self.config, banned | avoided), needed_tokens, self._quality)
         except NoRoute:
-            if not stay or not leaving:
+            if not stay or not avoided:
                 raise
             return self._router.route(_Avoided(self.config, banned), needed_tokens, self._quality)
 
@@ -223,22 +228,29 @@ class Servers:
 
     def retries(self) -> Retries:
         """For one call or step."""
-        return Retries(self.bans, self.config)
+        return Retries(self)
 
     # On the network's thread from here on.
 
     def _receive(self, sender: str, message: WireMessage) -> None:
-        self._heard[sender] = time.monotonic()
+        with barrier("a message for the PyTorch client"), suppress(NetworkError):  # closed just now
+            self._take(sender, message)
+
+    def _take(self, sender: str, message: WireMessage) -> None:
+        self.peers.hear(sender)
+        self.probes.receive(sender, message)
         if isinstance(message, ResultFrame):
             self._deliver(str(message.call), sender, message)
         elif isinstance(message, (HiddenFrame, GapFrame, FailedFrame, Whereabouts)):
             self._deliver(message.session, sender, message)
         elif isinstance(message, Leaving):
-            self._leaving[sender] = time.monotonic()
+            self.peers.leave(sender)
         elif isinstance(message, Ping):
             self.network.send(sender, Pong(message.nonce))
         elif isinstance(message, Pong):
             self.round_trips.answered(sender, message)
+            if message.failing:
+                self._tell_all(sender, Lost(ServerFault("its engine is dead, or stands still")))
 
     def _deliver(self, key: str, sender: str, message: Incoming) -> None:
         with self._lock:
@@ -247,12 +259,17 @@ class Servers:
             mailbox.put(sender, message)
 
     def _lose(self, peer: str) -> None:
-        self.round_trips.forget(peer)
-        self.given.lose(peer)
+        with barrier("a server's loss"), suppress(NetworkError):
+            self.round_trips.forget(peer)
+            self.probes.forget(peer)
+            self.given.lose(peer)
+            self._tell_all(peer, Lost(NetworkError(f"the connection to {peer} broke")))
+
+    def _tell_all(self, peer: str, message: Lost) -> None:
         with self._lock:
             mailboxes = list(self._mailboxes.values())
         for mailbox in mailboxes:
-            mailbox.put(peer, Lost(peer))
+            mailbox.put(peer, message)
 
 
 def _inside(hops: Collection[RouteHop], span: Span) -> tuple[Hop, ...]:

@@ -16,10 +16,10 @@ from types import TracebackType
 
 import torch
 
-from corolla.errors import CapacityError, InvalidSetting, NetworkError, PromptTooLong, ProtocolError
-from corolla.remote.calls import Calls, checked, wire_dtype_of
+from corolla.errors import InvalidSetting, NetworkError, PromptTooLong, ProtocolError
+from corolla.remote.calls import Calls, checked, room_of, wire_dtype_of
 from corolla.remote.given import DeepPrompt
-from corolla.remote.mailbox import Fault, Forgot, Mailbox, StandsStill
+from corolla.remote.mailbox import Declined, Fault, Forgot, Mailbox, StandsStill
 from corolla.remote.servers import Servers
 from corolla.swarm.arrays import to_array
 from corolla.swarm.wire import MAX_STEP_TOKENS, CloseFrame, GapFrame, HiddenFrame, Hop, StepFrame
@@ -252,6 +252,7 @@ class _Turn:
             servers.given.give(sequence.prompt, sequence.hops)
         self._start = start = sequence.cached
         rows = self._new if start == sequence.length else torch.cat([sequence.rows(start), self._new])
+        self._mailbox.open_to([hop.peer for hop in sequence.hops], room_of(*rows.shape))
         dtype = servers.config.wire_dtype or wire_dtype_of(rows.dtype)
         asked = int(time.time() * 1000)
         frames = []
@@ -285,7 +286,7 @@ class _Turn:
                     self._bear_gap(error.peer)
                 except StandsStill:
                     self._bear_gap(self._sequence.hops[-1].peer)
-            except (Fault, CapacityError) as error:
+            except (Fault, Declined) as error:
                 self._sequence.leave()
                 self._retries.bear(error)
             self._servers.network.send_all(self.messages())
@@ -305,10 +306,12 @@ class _Turn:
         at = self._start
         while at < self._end:
             peers = [hop.peer for hop in sequence.hops]
-            sender, answer = self._mailbox.wait(peers, sequence.generation, sequence.name)
+            sender, answer = self._mailbox.wait(peers, sequence.generation, sequence.name, self._end)
             if isinstance(answer, GapFrame):
+                if answer.have > self._start:
+                    raise Fault(sender, ProtocolError(f"it lacks what comes before {self._start}, and yet says that it has {answer.have}"))
                 self._bear_gap(sender)
-                sequence.cached = min(answer.have, self._start)  # not less: what the step began with got lost on its way
+                sequence.cached = answer.have
                 self._servers.network.send_all(self.messages())
                 at, came = self._start, []
             elif isinstance(answer, HiddenFrame) and sender == peers[-1] and answer.start == at:
