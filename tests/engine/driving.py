@@ -39,10 +39,18 @@ class Chain:
 
     @classmethod
     def load(
-        cls, directory: Path, cuts: Sequence[int], *, dtype: str, weights: WeightFormat = "packed", batch_invariant: bool = False
+        cls,
+        directory: Path,
+        cuts: Sequence[int],
+        *,
+        dtype: str,
+        weights: WeightFormat = "packed",
+        batch_invariant: bool = False,
+        device: str = "cpu",
     ) -> Chain:
         spans = [Span(start, end) for start, end in zip((0, *cuts), cuts, strict=False)]
-        return cls([load_span(directory, span, dtype=dtype, weights=weights) for span in spans], batch_invariant=batch_invariant)
+        models = [load_span(directory, span, dtype=dtype, weights=weights, device=device) for span in spans]
+        return cls(models, batch_invariant=batch_invariant)
 
     def step(self, sessions: dict[int, Sequence[int]]) -> dict[int, torch.Tensor]:
         """The logits [vocabulary] after each session's new tokens."""

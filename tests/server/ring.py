@@ -27,11 +27,11 @@ TIMEOUT = 10.0
 
 
 class Swarm:
-    """Servers by name, and one client."""
+    """Servers by name, and one client; `device` is the servers'."""
 
-    def __init__(self, directory: Path, guess: Guess = guess) -> None:
+    def __init__(self, directory: Path, guess: Guess = guess, device: str = "cpu") -> None:
         self.hub = LocalHub()
-        self.directory, self.guess = directory, guess
+        self.directory, self.guess, self.device = directory, guess, device
         self.records: dict[str, ServerRecord] = {}
         self.servers: dict[str, SpanServer] = {}
         self.engines: dict[str, Engine] = {}
@@ -39,7 +39,7 @@ class Swarm:
         self.transport = SwarmTransport(self.hub.join("client"), self, patience=Patience(silence=0.5, answer=0.5, reconsider=0.2, lost=1.0))
 
     def add(self, name: str, start: int, end: int, throughput: float = 100.0, cache_tokens: int = 2048) -> None:
-        model = load_span(self.directory, Span(start, end), dtype="float32")
+        model = load_span(self.directory, Span(start, end), dtype="float32", device=self.device)
         engine = Engine(model, EngineConfig(cache_tokens=cache_tokens, page_size=16, step_rows=32), EngineParts(guess=self.guess))
         engine.start()
         self.engines[name] = engine

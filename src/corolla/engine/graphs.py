@@ -6,6 +6,7 @@ Legend: R rows (sessions), W pages of each, E hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -66,31 +67,38 @@ class FixedDecode:
 
 
 class DecodeGraphs:
-    """CUDA graphs of `FixedDecode`, captured as they are first needed, for rows and pages rounded up to powers of two."""
+    """CUDA graphs of `FixedDecode` on the model's device, captured as they are first needed, for rows and pages rounded up to powers
+    of two.
 
-    def __init__(self, model: SpanModel, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
-        self._captured: dict[tuple[int, int], tuple[FixedDecode, torch.cuda.CUDAGraph, tuple[torch.Tensor, torch.Tensor | None]]] = {}
+    `cuda` is `torch.cuda`, or what a test has in its place.
+    """
+
+    def __init__(self, model: SpanModel, cache: KVCache, cuda: Any = torch.cuda) -> None:
+        self._model, self._cache, self._cuda = model, cache, cuda
+        self._captured: dict[tuple[int, int], tuple[FixedDecode, Any, tuple[torch.Tensor, torch.Tensor | None]]] = {}
 
     def run(self, works: Sequence[Work]) -> Computed:
         rows = _power_of_two(len(works))
         pages = _power_of_two(max(-(-w.rows.end // self._cache.page_size) for w in works))
-        program, graph, (hidden, logits) = self._captured.get((rows, pages)) or self._capture(rows, pages)
-        program.fill(works)
-        graph.replay()
+        with self._cuda.device(self._model.device):
+            program, graph, (hidden, logits) = self._captured.get((rows, pages)) or self._capture(rows, pages)
+            program.fill(works)
+            graph.replay()
         wanted = [i for i, work in enumerate(works) if work.logits]
         return Computed(hidden[: len(works)].clone(), logits[wanted] if logits is not None and wanted else None)
 
-    def _capture(self, rows: int, pages: int) -> tuple[FixedDecode, torch.cuda.CUDAGraph, tuple[torch.Tensor, torch.Tensor | None]]:
+    def _capture(self, rows: int, pages: int) -> tuple[FixedDecode, Any, tuple[torch.Tensor, torch.Tensor | None]]:
+        cuda, device = self._cuda, self._model.device
         program = FixedDecode(self._model, self._cache, rows, pages)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set themselves up outside the capture
+        stream = cuda.Stream(device)
+        stream.wait_stream(cuda.current_stream(device))
+        with cuda.stream(stream):  # libraries set themselves up, and tables are made, outside the capture
             for _ in range(2):
                 program.run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        cuda.current_stream(device).wait_stream(stream)
+        graph = cuda.CUDAGraph()
+        # What other threads copy meanwhile does not concern the capture; torch's own stream for captures is on the first device.
+        with cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = program.run()
         self._captured[rows, pages] = program, graph, outputs
         return self._captured[rows, pages]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from corolla.models.quantized import NF4_BLOCK, NF4_VALUES, Codes, quantize
+from corolla.models.quantized import NF4_BLOCK, Codes, nf4_values, quantize
 
 _MOST_ROWS = 32  # of bitsandbytes' CPU product; above them widening the weight once is quicker
 _BAND = 32  # rows that its layout puts side by side
@@ -31,6 +31,7 @@ class NF4:
         self._few: Any = None
         outputs, inputs = codes.shape
         device, library = codes.codes.device, _library()
+        nf4_values(device)  # before a graph is captured
         if library is None or inputs % NF4_BLOCK:
             return
         if device.type == "cuda":
@@ -53,7 +54,7 @@ class NF4:
         if self._codes is not None:
             return self._codes.widened()
         outputs, inputs = self._shape
-        values = torch.tensor(NF4_VALUES, dtype=torch.bfloat16)
+        values = nf4_values(self._banded.device).to(torch.bfloat16)
         # A byte holds the value at one place of a band's first half, and that of its second half above it.
         halves = torch.stack([values[(self._banded & 15).int()], values[(self._banded >> 4).int()]], -2)
         wide = halves.view(outputs // _BAND, inputs // 2, _BAND, 2).transpose(1, 2).reshape(outputs, -1, NF4_BLOCK)
@@ -63,7 +64,7 @@ class NF4:
         if x.shape[0] > _MOST_ROWS:
             return None
         y: torch.Tensor = torch.ops.bitsandbytes.gemv_4bit(
-            x.contiguous(), self._banded, self._shape, self._scale_by_block, _values("cpu"), NF4_BLOCK
+            x.contiguous(), self._banded, self._shape, self._scale_by_block, nf4_values(x.device), NF4_BLOCK
         )
         return y
 
@@ -72,7 +73,7 @@ class NF4:
             return None
         codes = self._codes
         y: torch.Tensor = torch.ops.bitsandbytes.gemv_4bit(
-            x, codes.codes.view(-1, 1), codes.shape, codes.scale, _values(str(x.device)), NF4_BLOCK
+            x, codes.codes.view(-1, 1), codes.shape, codes.scale, nf4_values(x.device), NF4_BLOCK
         )
         return y
 
@@ -83,11 +84,6 @@ def _banded(codes: Codes) -> torch.Tensor:
     outputs, inputs = codes.shape
     ordered = codes.unpacked().view(outputs // _BAND, _BAND, inputs // 2, 2).transpose(1, 2).reshape(-1, 2, _BAND)
     return ((ordered[:, 1] << 4) | ordered[:, 0]).contiguous()
-
-
-@cache
-def _values(device: str) -> torch.Tensor:
-    return torch.tensor(NF4_VALUES, device=device)
 
 
 @cache

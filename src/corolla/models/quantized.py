@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Literal
 
@@ -65,7 +66,7 @@ class Codes:
         elif self.low is not None:
             wide = codes.float().view(outputs, -1, INT4_GROUP) * self.scale[..., None] + self.low[..., None]
         else:
-            values = torch.tensor(NF4_VALUES, device=codes.device)[codes.int()]
+            values = nf4_values(codes.device)[codes.int()]
             wide = values.view(-1, NF4_BLOCK) * self.scale.view(-1, 1)
         return wide.view(outputs, inputs).to(self.dtype)
 
@@ -85,6 +86,12 @@ class Codes:
             scale=scale.flatten() if self.low is None else scale,
             low=None if self.low is None else self.low[order],
         )
+
+
+@cache
+def nf4_values(device: torch.device) -> torch.Tensor:
+    """The values that codes of nf4 stand for, in float32 on the device: made once, as a copy to a GPU cannot be captured in a graph."""
+    return torch.tensor(NF4_VALUES, device=device)
 
 
 def joined(parts: Sequence[Codes]) -> Codes:

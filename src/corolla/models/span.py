@@ -48,6 +48,8 @@ class SpanModel:
         self.blocks = tuple(blocks)
         self.bytes_read = bytes_read
         self._embedding, self._embedding_norm = embedding, embedding_norm
+        # Rounded to the working dtype first, as the models were trained.
+        self._embedding_scale = torch.tensor(arch.embedding_scale, dtype=dtype).item()
         self._final_norm, self._head = final_norm, head
 
     @property
@@ -69,8 +71,7 @@ class SpanModel:
         assert self._embedding is not None, "this span does not hold block 0"
         hidden = self._embedding[token_ids_T.to(self._embedding.device)].to(self.device, self.dtype)
         if self.arch.embedding_scale != 1.0:
-            # Rounded to the working dtype first, as the models were trained.
-            hidden = hidden * torch.tensor(self.arch.embedding_scale, dtype=self.dtype)
+            hidden = hidden * self._embedding_scale
         return self.enter(hidden)
 
     def enter(self, rows_TxE: torch.Tensor) -> torch.Tensor:

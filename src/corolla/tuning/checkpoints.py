@@ -71,7 +71,7 @@ class CheckpointingTrainer(Trainer):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
             save_tensors(self._trained(), work / TRAINED)
-            save_tensors({**tensors, **_random_states()}, work / OPTIMIZER)
+            save_tensors({**tensors, **_random_states(self.args.device)}, work / OPTIMIZER)
             (work / _REST).write_text(json.dumps(schedule), encoding="utf-8")
             self.state.save_to_json(str(work / STATE))
             for path in (*work.iterdir(), work):
@@ -114,8 +114,8 @@ class CheckpointingTrainer(Trainer):
             return
         states = _read(Path(checkpoint) / OPTIMIZER)
         torch.set_rng_state(states["random.cpu"])
-        if torch.cuda.is_available() and "random.cuda" in states:
-            torch.cuda.set_rng_state(states["random.cuda"])
+        if self.args.device.type == "cuda" and "random.cuda" in states:
+            torch.cuda.set_rng_state(states["random.cuda"], self.args.device)
 
     def _parameters(self) -> dict[str, torch.nn.Parameter]:
         assert self.model is not None, "a trainer has a model"
@@ -139,10 +139,10 @@ def _apart(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, torch.Tens
     return tensors, rest
 
 
-def _random_states() -> dict[str, torch.Tensor]:
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
     states = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
