@@ -17,7 +17,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -156,7 +156,7 @@ def graphs(device: str, directory: Path, form: WeightFormat) -> str:
     worst = 0.0
     for count in (1, 2, 5, 9):
         generator = random.Random(count)
-        steps = [{i: [generator.randrange(3, tiny.VOCABULARY) for _ in range(5 + i)]} for i in range(count)]
+        steps: list[dict[int, Sequence[int]]] = [{i: [generator.randrange(3, tiny.VOCABULARY) for _ in range(5 + i)]} for i in range(count)]
         steps += [{i: [generator.randrange(3, tiny.VOCABULARY)] for i in range(count)} for _ in range(12)]
         replayed = Chain.load(directory, [4], dtype="float32", weights=form, device=device)
         plain = Chain.load(directory, [4], dtype="float32", weights=form, device=device, batch_invariant=True)
