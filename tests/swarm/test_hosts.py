@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import socket
+import warnings
 
 import pytest
 
 from corolla.errors import InvalidSetting
 from corolla.swarm.hosts import announced_addresses, is_loopback, listen_addresses
+
+# hivemind scripts a function as it is imported, which torch 2.13 calls deprecated.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import hivemind  # noqa: F401
 
 
 @pytest.mark.parametrize(
