@@ -46,6 +46,7 @@ fuzz: environment  ## odd frames, messages and requests against servers and gate
 	$(BIN)/python -m tests.swarm.fuzz_frames 1000000
 	$(BIN)/python -m tests.swarm.fuzz_messages --messages 100000 $(ARGS)
 	$(BIN)/python -m tests.server.positions 1000
+	$(BIN)/python -m tests.gateway.fuzz_requests 10000
 
 soak: environment  ## twenty minutes of servers that come and go under chats; ARGS="--minutes 5"
 	$(BIN)/python -m tests.swarm.soak $(ARGS)

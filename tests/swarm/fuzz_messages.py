@@ -56,7 +56,7 @@ ROUND = 1000  # messages, after which the hostile peers are gone
 DEADLINE = 60.0  # seconds for anything that should happen, on a loaded machine
 LONGEST = 300  # tokens of an honest chat; then a new one is begun
 MB = 2**20
-GROWTH = 128 * MB  # of this process since the end of its second round: what it may keep, and what the allocator does
+GROWTH = 160 * MB  # of this process since the end of its second round: what may be kept, and what the allocator keeps
 
 
 class Honest:

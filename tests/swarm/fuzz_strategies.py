@@ -170,7 +170,6 @@ def settings(draw: st.DrawFn) -> SettingsFrame:
         "top_logprobs": st.sampled_from((0, 1, 5, 20, 21, 64, -1, BIGGEST)),
         "prompt_logprobs": st.booleans(),
         "seed": odd_integers,
-        "stop_sequences": st.sampled_from(((), ("",), ("x",), ("\n", "ä" * 500), ("x",) * 4096)),
         "stop_token_ids": st.lists(odd_integers, max_size=3).map(tuple),
     }
     for _ in range(draw(st.integers(0, 2))):
@@ -284,7 +283,7 @@ def steps(draw: st.DrawFn, talk: Talk) -> Sent:
         output="hidden" if takes_hidden else "token",
         prompt=talk.prompt if route_of else None,
         drafts=drafts,
-        began=min(start, talk.began) if tells else None,
+        began=min(start, mostly(draw, talk.began, odd_counts, 12)) if tells and draw(st.integers(0, 5)) else None,
     )
     talk.opened.add(hop)
     talk.position = min(CONTEXT, start + rows) if draw(st.booleans()) else talk.position

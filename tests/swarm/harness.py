@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from corolla.client.counters import ask_counters
 from corolla.client.joined import join_swarm
 from corolla.client.link import SwarmLink
 from corolla.client.session import Session
@@ -35,6 +37,8 @@ from tests.swarm.chaos import ChaosProxy
 DEADLINE = 120.0  # seconds for a process to start or to end on a loaded machine
 PATIENCE = 90.0  # seconds for one token, whatever happens meanwhile
 COROLLA = [sys.executable, "-c", "from corolla.cli.main import app; app()"]
+
+GAUGES = ("sessions_open", "sessions_cached", "pages_held", "messages_waiting", "calls_waiting", "activations_kept")  # of `Counters`
 
 OVER_HIVEMIND = [
     # hivemind finds its daemon through a deprecated function, and forks its DHT process, which Python 3.12 and later warn of.
@@ -85,6 +89,12 @@ class Server:
         """To the whole group as a machine's fault would be, or to the server's own process `alone`."""
         (os.kill if alone else os.killpg)(self.process.pid, number)
 
+    def kill_daemon(self, name: str) -> None:
+        """End one process below it: "p2pd", libp2p's daemon, or "dht", hivemind's."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        victim = next(child for child in below if ("p2pd" in child.name()) == (name == "p2pd"))
+        victim.kill()
+
     def kill(self) -> None:
         """End everything at once, as a power cut does."""
         self.ended = True
@@ -114,7 +124,8 @@ class Swarm:
         self.directory, self.folder, self.options = directory, folder, options
         self._environment = {**os.environ, "COROLLA_SECRET": secret} if secret else None
         self.servers: list[Server] = []  # in order of their start, the dead among them
-        self.bootstrap = self.run("bootstrap")
+        self._bootstrap_port = free_port()
+        self.bootstrap = self._run_bootstrap()
 
     def __enter__(self) -> Swarm:
         return self
@@ -142,6 +153,15 @@ class Swarm:
         started = [self._serve(server.blocks, server.options, server.proxy is not None) for server in dead]
         self.servers += started
         return started
+
+    def restart_bootstrap(self, down: float) -> None:
+        """Kill the bootstrap node; after `down` seconds start it again, at the same address and with the same key."""
+        self.bootstrap.end()
+        time.sleep(down)
+        self.bootstrap = self._run_bootstrap()
+
+    def _run_bootstrap(self) -> Server:
+        return self.run("bootstrap", "--port", str(self._bootstrap_port), "--identity", str(self.folder / "bootstrap.key"))
 
     def wait_ready(self) -> None:
         for server in self.living:
@@ -306,15 +326,25 @@ class Chat:
         """Treat a server of the route as lost."""
         self._seam.link.lost(self.route[hop], NetworkError("it is given up on purpose"))
 
-    def answer(self, prompt: Sequence[int], settings: GenerationSettings, at: Mapping[int, Callable[[], object]] | None = None) -> Answer:
-        """An answer, timed; `at` says what to do when so many tokens are there, 0 being as soon as the prompt was sent."""
+    def answer(
+        self,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        at: Mapping[int, Callable[[], object]] | None = None,
+        stop: int | None = None,
+    ) -> Answer:
+        """An answer, timed; `at` says what to do when so many tokens are there, 0 being as soon as the prompt was sent.
+
+        With `stop` it is cancelled after so many tokens.
+        """
         at = at or {}
         tokens: list[int] = []
         logprobs: list[float] = []
         pauses: list[float] = []
         self._seam.once_sent = at.get(0)
         before = time.monotonic()
-        for token in self.session.generate(prompt, settings, timeout=self._patience):
+        answer = self.session.generate(prompt, settings, timeout=self._patience)
+        for token in answer:
             now = time.monotonic()
             tokens.append(token.token_id)
             logprobs.append(token.logprob)
@@ -322,6 +352,8 @@ class Chat:
             before = now
             if len(tokens) in at:
                 at[len(tokens)]()
+            if len(tokens) == stop:
+                answer.close()
         return Answer(tokens, pauses, logprobs)
 
     def close(self) -> None:
@@ -367,3 +399,9 @@ class Observer:
 
     def records(self) -> list[ServerRecord]:
         return self._peer.servers()
+
+    def gauges(self, servers: Sequence[Server]) -> dict[str, dict[str, int]]:
+        """What each of the servers holds for clients, by id; of those that answer."""
+        self._peer.servers()  # learns their addresses
+        counts = ask_counters(self._peer.network, [server.peer for server in servers], DEADLINE)
+        return {peer: {name: of[name] for name in GAUGES if name in of} for peer, of in counts.items()}
