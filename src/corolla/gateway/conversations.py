@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -40,6 +41,11 @@ class Conversations:
         self._database = database
         self._searching = Gate(_SEARCHES)
         self.writer = uuid.uuid4().hex  # this gateway's name in the database
+
+    @property
+    def searches(self) -> int:
+        """Under way."""
+        return self._searching.active
 
     async def search(self, owner: str, query: str, limit: int, before: str | None) -> dict[str, Any]:
         """Titles and messages that contain `query`, the latest first; `before` is the last answer's `next`. Raises `Busy`."""
@@ -148,33 +154,7 @@ class Conversations:
 
     async def import_one(self, owner: str, content: Mapping[str, Any]) -> dict[str, Any]:
         """A conversation with its messages, under new ids; returned as `get` does. Raises `CallerError` for what is none."""
-        given = content["messages"]
-        ids = {message["id"]: uuid.uuid4().hex for message in given}
-        if len(ids) != len(given) or len(given) > MOST_MESSAGES:
-            raise CallerError(f"messages: each needs an id of its own, and there are at most {MOST_MESSAGES}")
-        now = time.time()
-        rows = []
-        seen: set[str] = set()
-        for message in given:
-            parent = message.get("parent")
-            if parent is not None and parent not in seen:
-                raise CallerError(f"messages: the parent {parent!r} of {message['id']!r} does not come before it")
-            seen.add(message["id"])
-            state = message.get("state") or "done"
-            rows.append(
-                {
-                    "id": ids[message["id"]],
-                    "parent": None if parent is None else ids[parent],
-                    "role": message["role"],
-                    "text": message["text"],
-                    "state": state if state in ENDED else "interrupted",
-                    "finish": message.get("finish"),
-                    "stats": message.get("stats"),
-                    "error": message.get("error"),
-                    "notices": list(message.get("notices") or []),
-                    "created": now,
-                }
-            )
+        rows, ids = await asyncio.to_thread(_imported, content["messages"])
         created = await self.create(owner, {name: content[name] for name in SETTABLE if content.get(name) is not None})
         leaf = ids.get(content.get("leaf") or "", rows[-1]["id"] if rows else None)
 
@@ -382,6 +362,37 @@ def _around(text: str, query: str) -> str:
     at = max(0, text.lower().find(query.lower()))
     first, last = max(0, at - _AROUND_A_HIT), at + len(query) + _AROUND_A_HIT
     return ("…" if first else "") + text[first:last] + ("…" if last < len(text) else "")
+
+
+def _imported(given: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of `messages`, and their new ids by those they were given. Raises `CallerError`."""
+    ids = {message["id"]: uuid.uuid4().hex for message in given}
+    if len(ids) != len(given) or len(given) > MOST_MESSAGES:
+        raise CallerError(f"messages: each needs an id of its own, and there are at most {MOST_MESSAGES}")
+    now = time.time()
+    rows = []
+    seen: set[str] = set()
+    for message in given:
+        parent = message.get("parent")
+        if parent is not None and parent not in seen:
+            raise CallerError(f"messages: the parent {parent!r} of {message['id']!r} does not come before it")
+        seen.add(message["id"])
+        state = message.get("state") or "done"
+        rows.append(
+            {
+                "id": ids[message["id"]],
+                "parent": None if parent is None else ids[parent],
+                "role": message["role"],
+                "text": message["text"],
+                "state": state if state in ENDED else "interrupted",
+                "finish": message.get("finish"),
+                "stats": message.get("stats"),
+                "error": message.get("error"),
+                "notices": list(message.get("notices") or []),
+                "created": now,
+            }
+        )
+    return rows, ids
 
 
 def turns(path: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

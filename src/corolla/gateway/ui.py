@@ -170,7 +170,7 @@ async def create(asked: NewConversation, gateway: TheGateway, caller: TheCaller)
 @router.post("/conversations/import", status_code=201, response_class=Response, responses={201: _WHOLE})
 async def import_conversation(asked: Imported, gateway: TheGateway, caller: TheCaller) -> Response:
     """A conversation that was exported, as a new one."""
-    values = asked.model_dump()
+    values = await asyncio.to_thread(asked.model_dump)
     if values["model"] not in [model.name for model in gateway.models]:
         values["model"] = None  # it is served elsewhere; here it goes on with what there is
     values |= _checked(gateway, {"settings": values["settings"] or {}, "template": values["template"]})
