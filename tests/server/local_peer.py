@@ -28,6 +28,7 @@ class LocalPeer:
         self.published: list[ServerRecord] = []
         self.withdrawn = self.closed = self.cut_off = False
         self.failure: str | None = None
+        self.reachable: bool | None = None
         self.error: Exception | None = None
         self.hangs: threading.Event | None = None
         self._directory = directory

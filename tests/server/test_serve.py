@@ -364,3 +364,12 @@ def test_a_server_whose_daemon_is_dead_says_so(swarm: Swarm) -> None:
     assert server.failure is None
     swarm.peers["a"].failure = "this machine's libp2p daemon has ended"
     until(lambda: server.failure == "this machine's libp2p daemon has ended" and swarm.peers["a"].withdrawn)
+
+
+def test_a_server_that_others_cannot_dial_is_not_ready(swarm: Swarm) -> None:
+    swarm.serve("a")
+    until(lambda: "a" in swarm.spans())
+    swarm.peers["a"].reachable = False
+    until(lambda: swarm.said("a").state == "joining")
+    swarm.peers["a"].reachable = True
+    until(lambda: swarm.said("a").state == "ready")

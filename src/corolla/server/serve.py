@@ -246,7 +246,8 @@ class RunningServer:
 
     def _describe(self) -> ServerRecord:
         held, offer = self._holder.held, self._terms.offer
-        state: State = "joining" if held is None else "draining" if self._draining else "ready"
+        # What others cannot dial is not ready; the peer itself says why.
+        state: State = "joining" if held is None or self._peer.reachable is False else "draining" if self._draining else "ready"
         return ServerRecord(
             peer=self._peer.network.me,
             name=self._config.name,
