@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,20 @@ def test_what_is_kept_is_forgotten_in_time_and_with_its_client(model: SpanModel)
             answering.kept.lose("c")
         with pytest.raises(ActivationsGone):
             answering.kept.take("c", 1)
+
+
+def test_what_is_forgotten_takes_no_memory(model: SpanModel) -> None:
+    """A graph that holds what holds the graph is freed by nobody."""
+    answering = Answering(model, PromptStore(model))
+    sequences, _ = example(WHOLE, LENGTHS, 64, 0)
+    finish(answering.answer(call(1, keep=True), sequences.hidden))
+    activations = answering.kept.take("c", 1)
+    assert activations.size > sequences.hidden.nbytes
+    (_, [(_, left), *_]), *_ = activations.blocks
+    graph = weakref.ref(left)
+    del activations, left
+    gc.collect()
+    assert graph() is None
 
 
 def test_another_calls_lengths_are_refused(model: SpanModel) -> None:

@@ -85,13 +85,12 @@ def backward(model: SpanModel, kept: Kept, store: KeptForwards, gradient_TxE: to
 
 
 def _recorded(block: Block, hidden_TxE: torch.Tensor, kept: Kept) -> Generator[None, None, torch.Tensor]:
-    out, passed, counted = torch.empty_like(hidden_TxE), list[tuple[torch.Tensor, torch.Tensor]](), set[int]()
+    out, passed, sizes = torch.empty_like(hidden_TxE), list[tuple[torch.Tensor, torch.Tensor]](), dict[int, int]()
 
+    # The graph holds this function: were `kept`, which holds the graph, among its variables, nothing would ever free the two.
     def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in counted:
-            counted.add(storage.data_ptr())
-            kept.size += storage.nbytes()
+        sizes[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # with its history it would keep itself alive
 
     for piece in kept.pieces:
@@ -103,6 +102,7 @@ def _recorded(block: Block, hidden_TxE: torch.Tensor, kept: Kept) -> Generator[N
         kept.size += entered.nbytes
         yield
     kept.blocks.append((block, passed))
+    kept.size += sum(sizes.values())
     return out
 
 
