@@ -10,7 +10,7 @@ from corolla.errors import NetworkError, NoRoute, UnsupportedModel
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.probing import ProbeConfig, Probes
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.wire import Array, ForwardFrame, ResultFrame, WireMessage
+from corolla.swarm.wire import Array, ForwardFrame, Pong, ResultFrame, WireMessage
 from tests.swarm.simulation import make_record
 
 DEADLINE = 30.0
@@ -60,6 +60,15 @@ def test_routes_go_over_servers_that_were_seen_at_work() -> None:
     swarm.measure()
     assert swarm.peers() == ("a",)
     assert [found.peer for found in swarm.known.proven] == ["a"]
+    swarm.known.close()
+
+
+def test_a_server_that_refuses_to_compute_makes_no_swarm_ready() -> None:
+    swarm = Swarm(record("a"), record("dead"), honest="a")
+    assert swarm.known.usable == swarm.records
+    swarm.measure()
+    swarm.probes.receive("dead", Pong(1, failing=True))
+    assert [found.peer for found in swarm.known.usable] == ["a"]
     swarm.known.close()
 
 

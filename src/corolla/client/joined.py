@@ -84,6 +84,13 @@ class KnownServers:
         """Those of the records whose servers this client has seen at work."""
         return [] if self._probes is None else self._probes.proven(self._records)
 
+    @property
+    def usable(self) -> list[ServerRecord]:
+        """The records without those of servers that were asked and did not compute: by these a swarm is ready, or not."""
+        if self._probes is None:
+            return self._records
+        return [record for record in self._records if self._probes.verdict(record) not in ("failing", "silent")]
+
     def measure(self, round_trips: RoundTrips, probes: Probes | None = None) -> None:
         """From now on measure this client's round trips too, to those servers that its tokens go to and come from; and let servers prove
         that they compute what they claim, before routes go over them."""

@@ -53,7 +53,7 @@ def joined_models(directories: Mapping[str, Path], config: PeerConfig) -> Iterat
                     transport,
                     "swarm",
                     context_length_of(described[name]),
-                    lambda known=known: known.records,  # type: ignore[misc]
+                    lambda known=known: known.usable,  # type: ignore[misc]
                     round_trips=lambda transport=transport: dict(transport.round_trips.seconds),  # type: ignore[misc]
                     counters=lambda transport=transport: dataclasses.asdict(transport.counters),  # type: ignore[misc]
                     failure=lambda: peer.failure,
