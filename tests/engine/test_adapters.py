@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from corolla.client.session import Session
-from corolla.engine.adapters import AdapterLimits, AdapterStore, Kept
+from corolla.engine.adapters import OVERHEAD, AdapterLimits, AdapterStore, Kept
 from corolla.engine.attention import Rows
 from corolla.engine.cache import KVCache
 from corolla.engine.engine import Engine, EngineConfig
@@ -181,7 +181,7 @@ def load_span_like(model: SpanModel) -> SpanModel:
 
 def test_the_longest_unused_of_clients_goes_first_and_what_is_held_stays(model: SpanModel, adapters: list[Adapter]) -> None:
     small = [Adapter(tuple({"out": Factors(f.a * scale, f.b)} for f in (b["out"] for b in adapters[0].blocks))) for scale in (1, 2, 3, 4)]
-    size = sum(factor.nbytes for block in small[0].blocks for factor in block["out"])
+    size = sum(factor.nbytes for block in small[0].blocks for factor in block["out"]) + 5 * OVERHEAD
     store = AdapterStore(model, AdapterLimits(size=2 * size, size_per_client=2 * size))
     store.hold(part(small[0]))
     for adapter in small[1:3]:

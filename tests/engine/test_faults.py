@@ -17,8 +17,23 @@ from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.pages import PagePool, PageTable
 from corolla.engine.parts import EngineParts
 from corolla.errors import CorollaError, ServerFault
+from corolla.models.adapters import digest_of, joined_digest
 from corolla.models.span import SpanModel
-from corolla.types import Cached, Cancel, Close, Failed, GenerationSettings, Reply, Step, Token
+from corolla.types import (
+    AdapterPart,
+    Cached,
+    Cancel,
+    Close,
+    Factors,
+    Failed,
+    GenerationSettings,
+    PromptName,
+    PromptPart,
+    Reply,
+    Span,
+    Step,
+    Token,
+)
 from tests.engine.test_engine import Driver, alone, prompt
 
 ERRORS = [IndexError, KeyError, AssertionError, RuntimeError, MemoryError, OSError]
@@ -130,6 +145,27 @@ def test_in_what_takes_a_reply(model: SpanModel, error: type[Exception]) -> None
         driver.send(session, prompt(ord(session), 20), settings=SHORT)
     driver.engine.receive(Step("bad", 0, prompt(98, 20), settings=SHORT), take)
     only_the_culprit_failed(model, driver)
+
+
+@each_error
+def test_in_the_intake_of_prompts_and_adapters(model: SpanModel, error: type[Exception]) -> None:
+    def convert(values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        raise error("injected")
+
+    driver = Driver(model, parts=EngineParts(convert=convert))
+    name, rows = PromptName("p", 5, deep=False), torch.zeros(5, model.arch.hidden)
+    driver.engine.prompts.put("c", PromptPart(name, Span(0, 4), rows.double()))
+    outputs, inputs = model.arch.products["up"]
+    block = {"up": Factors(torch.ones(1, inputs), torch.ones(outputs, 1))}
+    digests = (digest_of(block),) * 4
+    digest = joined_digest(digests)
+    driver.engine.adapters.put("c", AdapterPart(digest, Span(0, 4), (block,) * 4, digests))
+    for session in "ac":
+        driver.send(session, prompt(ord(session), 20), settings=SHORT)
+    driver.engine.receive(Step("adapted", 0, prompt(1, 20), settings=SHORT, adapter=digest), driver.replies["adapted"].append)
+    driver.engine.receive(Step("bad", 0, prompt(1, 20), settings=SHORT, prompt=name, client="c"), driver.replies["bad"].append)
+    only_the_culprit_failed(model, driver)
+    assert isinstance(driver.replies["adapted"][-1], Failed)
 
 
 def test_an_error_that_comes_once_in_a_batch_ends_nobody(model: SpanModel) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from corolla.client.session import Session
 from corolla.engine.engine import Engine, EngineConfig
-from corolla.engine.prompts import PromptLimits, PromptStore
+from corolla.engine.prompts import OVERHEAD, PromptLimits, PromptStore
 from corolla.errors import InvalidSetting, PromptNeeded
 from corolla.models.prompts import SoftPrompt
 from corolla.models.span import SpanModel, load_span
@@ -141,7 +141,7 @@ def part(model: SpanModel, name: str = "a", tokens: int = P, **changes: Any) -> 
 
 
 def test_what_does_not_fit_is_refused(model: SpanModel) -> None:
-    store = PromptStore(model, PromptLimits(tokens=8, size=10**4, size_per_client=4 * 10**3))
+    store = PromptStore(model, PromptLimits(tokens=8, size=10**4, size_per_client=4 * 10**3 + OVERHEAD))
     for bad in (
         part(model, input=torch.full((P, model.arch.hidden), float("nan"))),
         part(model, input=torch.zeros(P, 7)),
@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused(model: SpanModel) -> None:
 
 
 def test_the_longest_unused_goes_first_and_a_client_takes_none_of_anothers_share(model: SpanModel) -> None:
-    size = P * model.arch.hidden * 4
+    size = P * model.arch.hidden * 4 + OVERHEAD
     store = PromptStore(model, PromptLimits(size=4 * size, size_per_client=2 * size))
     store.put("other", part(model, "a"))
     for name in ("a", "b"):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from corolla.engine.beside import Beside
+from corolla.engine.budgets import Budgets
 from corolla.engine.calls import backward, forward
 from corolla.engine.counters import Counters
 from corolla.engine.engine import Engine, EngineConfig
@@ -41,9 +42,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SpanModel:
 class Loop:
     """An engine that computes when it is told to."""
 
-    def __init__(self, model: SpanModel) -> None:
+    def __init__(self, model: SpanModel, budget: int) -> None:
         self.model = model
         self.prompts = PromptStore(model)
+        self.budgets = Budgets(budget)
         self.counters = Counters()
         self.beside = Beside(self.counters)
         self.call = self.beside.add
@@ -56,8 +58,8 @@ class Loop:
 class Server:
     """With a deep prompt of the client's, called p, if there is one."""
 
-    def __init__(self, model: SpanModel, soft: torch.Tensor | None = None, **config: Any) -> None:
-        self.loop = Loop(model)
+    def __init__(self, model: SpanModel, soft: torch.Tensor | None = None, budget: int = 2**32, **config: Any) -> None:
+        self.loop = Loop(model, budget)
         if soft is not None:
             self.loop.prompts.put("client", PromptPart(PromptName("p", soft.shape[1], deep=True), SPAN, deep=soft))
         self.sent: list[tuple[str, WireMessage]] = []
@@ -144,9 +146,30 @@ def test_more_calls_than_may_wait_are_busy(model: SpanModel) -> None:
     refused = [(peer, m.session, m.kind, m.retry_after) for peer, m in server.sent if isinstance(m, FailedFrame)]
     assert refused == [("a", "2", "Busy", 0.5), ("c", "4", "Busy", 0.5)]
     server.loop.run()
-    assert [(peer, m.call) for peer, m in server.sent if isinstance(m, ResultFrame)] == [("a", 0), ("a", 1), ("b", 3)]
+    assert [(peer, m.call) for peer, m in server.sent if isinstance(m, ResultFrame)] == [("a", 0), ("b", 3), ("a", 1)]
     server.calls.receive("c", forward_frame(5))
     assert server.calls.waiting == 1
+
+
+def test_calls_of_more_bytes_than_may_wait_are_busy(model: SpanModel) -> None:
+    server = Server(model, budget=8 * 4 * 40_000)  # 40,000 bytes of one client: more than one call of 40 rows or two
+    for call, peer in enumerate(("a", "a", "a", "b")):
+        server.calls.receive(peer, forward_frame(call, lengths=(40,)))
+    assert [(peer, m.session) for peer, m in server.sent if isinstance(m, FailedFrame)] == [("a", "2")]
+    server.loop.run()
+    for call in (5, 6):
+        server.calls.receive("a", forward_frame(call, lengths=(40,)))
+    server.calls.lose("a")
+    server.calls.receive("a", forward_frame(7, lengths=(500, 500)))  # one that holds nothing may have any one call
+    server.loop.run()
+    assert [m.call for peer, m in server.sent if isinstance(m, ResultFrame)] == [0, 3, 1, 7]
+
+
+def test_probes_have_places_of_their_own(model: SpanModel) -> None:
+    server = Server(model, waiting_per_peer=1, waiting=1)
+    for call, rows in enumerate((9, 9, 1, 1)):
+        server.calls.receive("a", forward_frame(call, lengths=(rows,)))
+    assert [m.session for _, m in server.sent if isinstance(m, FailedFrame)] == ["1", "3"]
 
 
 def test_calls_of_a_lost_peer_are_dropped(model: SpanModel) -> None:

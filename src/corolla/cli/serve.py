@@ -88,6 +88,14 @@ def serve(
         ),
     ] = 3,
     batch_invariant: options.BatchInvariant = False,
+    share_prefixes: Annotated[
+        bool,
+        typer.Option(
+            "--share-prefixes",
+            help="Compute what prompts of several clients begin with once; how soon an answer comes tells what others asked.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = False,
     adapters: Annotated[
         list[str] | None,
         typer.Option(
@@ -157,7 +165,7 @@ def serve(
         threads=threads,
         adapters=held,
         take_adapters=allow_adapters,
-        engine=EngineConfig(cache_tokens=cache_tokens, drafts=drafts, batch_invariant=batch_invariant),
+        engine=EngineConfig(cache_tokens=cache_tokens, drafts=drafts, batch_invariant=batch_invariant, share_prefixes=share_prefixes),
     )
     with until_told_to_end() as signals, showing_progress() as progress:
 

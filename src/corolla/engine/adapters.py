@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from corolla.engine.arrays import stays_finite
+from corolla.engine.converting import Convert, converted
 from corolla.engine.work import Work
 from corolla.errors import AdapterNeeded, CorollaError, InvalidSetting, NetworkError
 from corolla.models.adapted import Adapting, Blocks, Run
@@ -23,6 +25,9 @@ from corolla.types import AdapterPart, Factors, Span, Step
 _REFUSALS = 64  # that are remembered
 
 
+OVERHEAD = 4096  # bytes that an adapter or a block of one takes beside its values
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLimits:
     size: int = 512 * 2**20  # bytes of all adapters that clients sent
@@ -31,21 +36,25 @@ class AdapterLimits:
 
 @dataclass(slots=True, eq=False)
 class Kept:
-    """An adapter, as far as it is here. See `models.adapted.Blocks`."""
+    """An adapter, as far as it is here. See `models.adapted.Blocks`: blocks that are not `ready` are as they were sent."""
 
     client: str | None  # who sent it first; None for one that stays
-    size: int = 0  # bytes
+    size: int = OVERHEAD  # bytes
     blocks: dict[int, Mapping[str, Factors]] = field(default_factory=dict)
+    ready: set[int] = field(default_factory=set)
 
     def covers(self, span: Span) -> bool:
         return all(block in self.blocks for block in range(span.start, span.end))
 
 
 class AdapterStore:
-    """For any thread. `takes` is whether clients may send adapters."""
+    """For any thread, but for `find`, which converts what it finds: that is for the thread that computes.
 
-    def __init__(self, model: SpanModel, limits: AdapterLimits | None = None, *, takes: bool = True) -> None:
-        self._model, self._limits, self.takes = model, limits or AdapterLimits(), takes
+    `takes` is whether clients may send adapters.
+    """
+
+    def __init__(self, model: SpanModel, limits: AdapterLimits | None = None, *, takes: bool = True, convert: Convert = converted) -> None:
+        self._model, self._limits, self.takes, self._convert = model, limits or AdapterLimits(), takes, convert
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Kept] = OrderedDict()  # the longest unused first
         self._refused: OrderedDict[tuple[str, str], CorollaError] = OrderedDict()  # by client and digest
@@ -55,7 +64,7 @@ class AdapterStore:
 
     def hold(self, part: AdapterPart) -> None:
         """Keep an adapter for good, however large. Raises `InvalidSetting` like `put`."""
-        blocks = self._ready(part)
+        blocks = self._checked(part)
         with self._lock:
             kept = self._kept.setdefault(part.digest, Kept(None))
             kept.client = None
@@ -79,17 +88,25 @@ class AdapterStore:
             raise
 
     def find(self, digest: str, span: Span) -> Kept | None:
-        """The adapter, if it is here for all blocks of `span`."""
+        """The adapter, if it is here for all blocks of `span`, which are in the model's dtype and on its device then."""
         with self._lock:
             kept = self._kept.get(digest)
             if kept is None or not kept.covers(span):
                 return None
             self._kept.move_to_end(digest)
-            return kept
+        for index in range(span.start, span.end):
+            if index not in kept.ready:
+                self._make_ready(kept, index)
+        return kept
+
+    def holds(self, digest: str, span: Span) -> bool:
+        """Whether the adapter is here for all blocks of `span`."""
+        kept = self._kept.get(digest)
+        return kept is not None and kept.covers(span)
 
     def check(self, step: Step, span: Span) -> None:
         """Raises `AdapterNeeded` where the step's adapter has to be sent, and `NetworkError` where this server takes none."""
-        if not step.adapter or self.find(step.adapter, span) is not None:
+        if not step.adapter or self.holds(step.adapter, span):
             return
         refusal = self._refused.get((step.client, step.adapter))
         if refusal is not None:
@@ -101,10 +118,11 @@ class AdapterStore:
         raise AdapterNeeded
 
     def _keep(self, client: str, part: AdapterPart) -> None:
-        blocks, limits = self._ready(part), self._limits
+        blocks, limits = self._checked(part), self._limits
         with self._lock:
             kept = self._kept.get(part.digest)
             size = sum(_size(block) for index, block in blocks.items() if kept is None or index not in kept.blocks)
+            size += OVERHEAD if kept is None else 0
             if kept is None or kept.client is not None:
                 self._make_room(size, limits.size_per_client, part.digest, lambda other: other.client == client)
                 self._make_room(size, limits.size, part.digest, lambda other: other.client is not None)
@@ -131,14 +149,13 @@ class AdapterStore:
                 del self._kept[digest]
                 left += kept.size
 
-    def _ready(self, part: AdapterPart) -> dict[int, Mapping[str, Factors]]:
-        """The part's blocks, checked, as they are computed with."""
+    def _checked(self, part: AdapterPart) -> dict[int, Mapping[str, Factors]]:
+        """The part's blocks by their indices."""
         own, shapes = self._model.span, self._model.arch.products
         if not own.start <= part.span.start < part.span.end <= own.end:
             raise InvalidSetting("adapter", f"it is for blocks {part.span}, which are not among the blocks {own} held here")
         if len(part.digests) != self._model.arch.blocks or joined_digest(part.digests) != part.digest:
             raise InvalidSetting("adapter", "its digest is not that of as many blocks as this model has")
-        ready: dict[int, Mapping[str, Factors]] = {}
         for index, block in zip(range(part.span.start, part.span.end), part.blocks, strict=True):
             for product, (a, b) in block.items():
                 outputs, inputs = shapes.get(product, (0, 0))
@@ -146,15 +163,20 @@ class AdapterStore:
                     raise InvalidSetting("adapter", f"what it adds to {product} of block {index} does not fit this model")
             if digest_of(block) != part.digests[index]:
                 raise InvalidSetting("adapter", f"what came for block {index} is not what its digest names")
-            ready[index] = {product: self._converted(factors) for product, factors in block.items()}
-        return ready
+            if not all(stays_finite(factor, self._model.dtype) for factors in block.values() for factor in factors):
+                raise InvalidSetting("adapter", f"some of its values are NaN, infinite, or too large for this server's {self._model.dtype}")
+        return dict(zip(range(part.span.start, part.span.end), part.blocks, strict=True))
 
-    def _converted(self, factors: Factors) -> Factors:
-        model = self._model
-        converted = Factors(*(factor.to(model.device, model.dtype) for factor in factors))
-        if not all(bool(factor.isfinite().all()) for factor in converted):
-            raise InvalidSetting("adapter", f"some of its values are NaN, infinite, or too large for this server's {model.dtype}")
-        return converted
+    def _make_ready(self, kept: Kept, index: int) -> None:
+        model, before = self._model, kept.blocks[index]
+        ready = {
+            product: Factors(*(self._convert(factor, model.device, model.dtype) for factor in factors))
+            for product, factors in before.items()
+        }
+        with self._lock:
+            kept.blocks[index] = ready
+            kept.ready.add(index)
+            kept.size += _size(ready) - _size(before)
 
 
 def adapting(works: Sequence[Work], padded: Callable[[int], int], total: int, *, alone_alike: bool) -> Adapting | None:
@@ -186,4 +208,4 @@ def _window(rows: slice, count: int, total: int) -> slice:
 
 
 def _size(block: Mapping[str, Factors]) -> int:
-    return sum(factor.nbytes for factors in block.values() for factor in factors)
+    return OVERHEAD + sum(factor.nbytes for factors in block.values() for factor in factors)

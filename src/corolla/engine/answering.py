@@ -12,7 +12,7 @@ import torch
 
 from corolla.engine import calls, kept
 from corolla.engine.calls import Gradients, Sequences
-from corolla.engine.kept import KeptForwards
+from corolla.engine.kept import KeptForwards, KeptLimits
 from corolla.engine.prompts import PromptStore
 from corolla.errors import ActivationsGone, InvalidSetting, PromptNeeded
 from corolla.models.span import SpanModel
@@ -32,9 +32,9 @@ class CallCounters:
 class Answering:
     """Computes calls with what one server keeps for its clients. Calls are computed on one thread, the rest is for any."""
 
-    def __init__(self, model: SpanModel, prompts: PromptStore) -> None:
+    def __init__(self, model: SpanModel, prompts: PromptStore, limits: KeptLimits | None = None) -> None:
         self._model, self._prompts = model, prompts
-        self.kept = KeptForwards()
+        self.kept = KeptForwards(limits)
         self.counters = CallCounters()
 
     def answer(self, call: Call, came: torch.Tensor) -> Generator[None, None, torch.Tensor]:

@@ -24,3 +24,10 @@ class Counters:
     # Of forwards of few rows, which take about as long as one row does: how many, and the seconds that one block of them took.
     light_steps: int = 0
     light_seconds: float = 0.0
+
+
+def coarse(count: int) -> int:
+    """A count of tokens as strangers are told it: its two leading bits. What one request adds to it is not to be seen: it would tell
+    how much of the prompt was found, and so what others asked."""
+    kept = max(0, count.bit_length() - 2)
+    return count >> kept << kept

@@ -14,18 +14,19 @@ from dataclasses import dataclass
 import torch
 
 from corolla.barrier import barrier
-from corolla.engine.adapters import AdapterStore
+from corolla.engine.adapters import AdapterLimits, AdapterStore
 from corolla.engine.attention import Rows
 from corolla.engine.beside import Beside, OnFailure
+from corolla.engine.budgets import Budgets, Ledger
 from corolla.engine.cache import KVCache
 from corolla.engine.clock import AwakeClock
 from corolla.engine.counters import Counters
 from corolla.engine.drafts import verified
 from corolla.engine.executor import INVARIANT_ROWS, Executor
 from corolla.engine.furnishing import furnished
-from corolla.engine.inbox import Inbox
+from corolla.engine.inbox import TOKEN_BYTES, Inbox
 from corolla.engine.parts import EngineParts
-from corolla.engine.prompts import PromptStore
+from corolla.engine.prompts import PromptLimits, PromptStore
 from corolla.engine.replying import Replying, tell
 from corolla.engine.sampler import Sampled, SampleRequest
 from corolla.engine.scheduler import Scheduler
@@ -42,6 +43,9 @@ _LIGHT_ROWS = 32
 _LINGER = 0.1  # of the last forward's time, until sessions that are expected back are waited for no longer
 _LINGER_AT_MOST = 1e-3  # seconds
 _LOOK_AGAIN = 5.0  # seconds: sessions may wait for the pages of one whose next token never comes
+_SWEEP_EVERY = 60.0  # seconds
+# What a client may have waiting to be computed, in bytes; where that is more, as many rows as come at once, which may come in parts.
+_STEPS_PER_CLIENT, _STEP_ROWS = 32 * 2**20, 8192
 _TRIES = 3  # turns with an error outside of any session, one after another, or computations of the engine's own: then it ends
 
 
@@ -55,6 +59,8 @@ class EngineConfig:
     take_adapters: bool = True  # that clients send
     drafts: int = 3  # tokens that are guessed at most, to be computed in one step with the token before them; 0 guesses none
     batch_invariant: bool = False  # the same bits whatever shares the batch, at the cost that docs/performance.md shows
+    share_prefixes: bool = False  # computed pages between clients: quicker, and how quick an answer comes tells what others asked
+    client_memory: int = 4 * 2**30  # bytes of all that clients may make an engine hold beside the cache; see `budgets`
     stall_after: float = 120.0  # seconds of one turn: a forward of `step_rows` rows takes no longer
 
 
@@ -88,21 +94,33 @@ class Engine:
         pages = math.ceil(config.cache_tokens / config.page_size)
         self.pool = parts.pool(pages, config.page_size)
         self.cache = KVCache(model.arch, model.span, pages * config.page_size, config.page_size, model.dtype, model.device)
-        self.prompts = PromptStore(model)
-        self.adapters = AdapterStore(model, takes=config.take_adapters)
+        self.budgets = budgets = Budgets(config.client_memory)
+        self.prompts = PromptStore(model, PromptLimits(size=budgets.prompts, size_per_client=budgets.prompts // 2), convert=parts.convert)
+        self.adapters = AdapterStore(
+            model,
+            AdapterLimits(size=budgets.adapters, size_per_client=budgets.adapters // 2),
+            takes=config.take_adapters,
+            convert=parts.convert,
+        )
         self._executor = Executor(model, self.cache, batch_invariant=config.batch_invariant, attend=parts.attend)
         rows = INVARIANT_ROWS if config.batch_invariant else config.step_rows
         self._clock = AwakeClock()
         self._scheduler = Scheduler(self.pool, rows, self._clock)
         self.counters = Counters()
-        self._sessions = Sessions(model, self.pool, self.cache, self.counters, self._clock)
+        one_step = min(self.context_length, _STEP_ROWS) * (4 * model.arch.hidden + TOKEN_BYTES)
+        self._ledger = Ledger(budgets.steps, max(_STEPS_PER_CLIENT, one_step), config.retry_after)
+        self._sessions = Sessions(
+            model, self.pool, self.cache, self.counters, self._clock, self._ledger, share_prefixes=config.share_prefixes
+        )
         self._replying = Replying(self._sessions, self.pool, self.counters, self.context_length, parts.guess)
         self._beside = Beside(self.counters)
         self.after_turn: Callable[[], None] = lambda: None
         self.threads: int | None = None  # of the products, taken up between two steps; None: torch's
         self.forward_seconds = 0.0  # of the forward whose replies are being delivered
         self.failure: str | None = None  # why the engine is dead
-        self._inbox = Inbox()
+        self._inbox = Inbox(self._ledger)
+        self._computing = 0  # sessions that had rows to compute when the last turn began
+        self._swept = self._clock.now()  # when unused sessions were looked for
         self._awake = threading.Event()
         self._turned = self._clock.now()  # when the last turn began
         self._faulty_turns = 0  # that have followed one another
@@ -127,12 +145,8 @@ class Engine:
             "sessions_cached": len(sessions),
             "pages_held": sum(len(session.table.pages) for session in sessions),
             "messages_waiting": len(self._inbox),
+            "bytes_waiting": self._ledger.total,
         }
-
-    @property
-    def _computing(self) -> int:
-        """The same without those that wait for their next token."""
-        return sum(c.pending > 0 for c in self._sessions) + len(self._inbox)
 
     @property
     def alive(self) -> bool:
@@ -176,7 +190,7 @@ class Engine:
         once the engine has ended.
 
         Raises:
-            Busy: too many sessions have a step under way.
+            Busy: too many sessions have a step under way, or too many bytes of this client's, or of all, wait to be computed.
             EmptyPrompt, PromptTooLong, InvalidSetting: the step can never be computed.
             PromptNeeded, AdapterNeeded: the step's soft prompt or adapter has to be given first.
             NetworkError: its adapter is not here, and none are taken.
@@ -187,7 +201,7 @@ class Engine:
             self.prompts.check(message, span)
             self.adapters.check(message, span)
             known = self._sessions.get(message.session)
-            if (known is None or known.idle) and self._computing >= self.config.max_active:
+            if (known is None or known.idle) and self._computing + self._inbox.sessions >= self.config.max_active:
                 raise Busy(self.config.retry_after)
         elif isinstance(message, Give):
             self._keep(message.part)
@@ -202,12 +216,13 @@ class Engine:
         else:
             self.prompts.put("", part)
 
-    def call(self, job: Iterator[None], on_failure: OnFailure = lambda error: None) -> None:
+    def call(self, job: Iterator[None], on_failure: OnFailure = lambda error: None, client: str = "") -> None:
         """Work for the engine's thread beside the sessions, from any thread: one `next` after each step, so that nobody's
-        tokens wait for all of it. `on_failure` is told if the job raises, or if the engine ends before the job does.
+        tokens wait for all of it; jobs of several clients take turns. `on_failure` is told if the job raises, or if the engine ends
+        before the job does.
 
         Raises `ServerFault` where the engine is dead, or was stopped."""
-        self._beside.add(job, on_failure)
+        self._beside.add(job, on_failure, client)
         self._awake.set()
 
     # The loop.
@@ -232,6 +247,9 @@ class Engine:
     def _turn(self) -> bool:
         while (received := self._inbox.take()) is not None:
             self._take(*received)
+        if self._turned - self._swept > _SWEEP_EVERY:
+            self._swept = self._turned
+            self._sessions.forget_unused()
         scheduled = self._furnished(self._schedule())
         if scheduled:
             self.counters.steps += 1
@@ -263,6 +281,7 @@ class Engine:
 
     def _schedule(self) -> list[tuple[Conversation, Work]]:
         schedule = self._scheduler.schedule(self._sessions)
+        self._computing = schedule.running
         self.counters.reused += schedule.reused
         self.counters.evicted_idle += len(schedule.evicted)
         self.counters.evicted_running += len(schedule.set_back)

@@ -1,22 +1,43 @@
-"""Messages on their way to an engine's thread."""
+"""Messages on their way to an engine's thread, within the bytes that clients may have there."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 
+import torch
+
+from corolla.engine.budgets import Ledger
 from corolla.engine.sequence import Deliver
 from corolla.errors import CorollaError
 from corolla.types import Message, Step
 
+MESSAGE_BYTES, TOKEN_BYTES = 4096, 40  # what a message takes beside its rows, and a token id
+
+
+def size_of(step: Step) -> int:
+    """Bytes that a step takes until it is computed."""
+    rows, tokens = (step.payload.nbytes, len(step.tokens)) if isinstance(step.payload, torch.Tensor) else (0, len(step.payload))
+    return MESSAGE_BYTES + rows + TOKEN_BYTES * tokens
+
 
 class Inbox:
-    """Filled on any thread, emptied on the engine's. `None` beside a message that is not a step: it has no replies."""
+    """Filled on any thread, emptied on the engine's. `None` beside a message that is not a step: it has no replies.
 
-    def __init__(self) -> None:
+    What is in it is charged to the `ledger`; for a step that was taken out, whoever took it gives that back.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
         self._lock = threading.Lock()
         self._messages: deque[tuple[Message, Deliver | None]] = deque()
+        self._steps: Counter[str] = Counter()  # by session
         self._closed: CorollaError | None = None
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions have steps here."""
+        return len(self._steps)
 
     def __len__(self) -> int:
         return len(self._messages)
@@ -27,17 +48,27 @@ class Inbox:
             return sum(len(message.payload) for message, _ in self._messages if isinstance(message, Step) and message.session == session)
 
     def put(self, message: Message, deliver: Deliver | None) -> None:
-        """Raises the error that the inbox was closed with, for a step; nothing else is of use to a closed one."""
+        """Raises the error that the inbox was closed with, for a step (nothing else is of use to a closed one), and `Busy`."""
         with self._lock:
+            if isinstance(message, Step):
+                if self._closed is not None:
+                    raise self._closed
+                self._ledger.take(message.client, size_of(message))
+                self._steps[message.session] += 1
             if self._closed is None:
                 self._messages.append((message, deliver))
-            elif isinstance(message, Step):
-                raise self._closed
 
     def take(self) -> tuple[Message, Deliver | None] | None:
         """The oldest message, if there is one."""
         with self._lock:
-            return self._messages.popleft() if self._messages else None
+            if not self._messages:
+                return None
+            message, deliver = self._messages.popleft()
+            if isinstance(message, Step):
+                self._steps[message.session] -= 1
+                if not self._steps[message.session]:
+                    del self._steps[message.session]
+            return message, deliver
 
     def close(self, error: CorollaError) -> list[tuple[Message, Deliver | None]]:
         """Take nothing more; returns what nobody has taken yet."""
@@ -45,4 +76,8 @@ class Inbox:
             self._closed = self._closed or error
             left = list(self._messages)
             self._messages.clear()
-            return left
+            self._steps.clear()
+        for message, _ in left:
+            if isinstance(message, Step):
+                self._ledger.give_back(message.client, size_of(message))
+        return left

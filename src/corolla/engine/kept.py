@@ -22,6 +22,8 @@ from corolla.errors import ActivationsGone
 from corolla.models.block import Block
 from corolla.models.span import SpanModel
 
+_OVERHEAD = 4096  # bytes that a piece of a block takes beside its values
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptLimits:
@@ -99,7 +101,7 @@ def _recorded(block: Block, hidden_TxE: torch.Tensor, kept: Kept) -> Generator[N
             left = block(entered, piece.attention, piece.turns)
         out[piece.rows] = left.detach()
         passed.append((entered, left))
-        kept.size += entered.nbytes
+        kept.size += entered.nbytes + _OVERHEAD
         yield
     kept.blocks.append((block, passed))
     kept.size += sum(sizes.values())

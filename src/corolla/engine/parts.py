@@ -9,6 +9,7 @@ import torch
 
 from corolla.engine.attention import PagedAttention, Rows
 from corolla.engine.cache import KVCache
+from corolla.engine.converting import Convert, converted
 from corolla.engine.drafts import Guess, Sample, guess
 from corolla.engine.pages import PagePool
 from corolla.engine.sampler import sample
@@ -17,18 +18,12 @@ from corolla.models.block import Attention
 
 Attend = Callable[[Architecture, KVCache, Sequence[Rows], int, torch.device, bool], Attention]
 """A step's attention; the arguments are those of `PagedAttention.of`."""
-Convert = Callable[[torch.Tensor, torch.device, torch.dtype], torch.Tensor]
-"""What clients sent of a prompt or an adapter, as it is computed with."""
 
 
 def paged_attention(
     arch: Architecture, cache: KVCache, rows: Sequence[Rows], padded: int, device: torch.device, invariant: bool
 ) -> Attention:
     return PagedAttention.of(arch, cache, rows, padded, device, invariant=invariant)
-
-
-def converted(values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return values.to(device, dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,11 +16,14 @@ from itertools import accumulate, chain
 
 import torch
 
+from corolla.engine.arrays import stays_finite
+from corolla.engine.converting import Convert, converted
 from corolla.engine.work import PromptRows, Work
 from corolla.errors import InvalidSetting, PromptNeeded
 from corolla.models.span import SpanModel
 from corolla.types import PromptName, PromptPart, Span, Step
 
+OVERHEAD = 4096  # bytes that a prompt takes beside its values
 _Key = tuple[str, PromptName, Span, bool]
 
 
@@ -33,10 +36,10 @@ class PromptLimits:
 
 
 class PromptStore:
-    """For any thread."""
+    """For any thread, but for `find`, which converts what it finds: that is for the thread that computes."""
 
-    def __init__(self, model: SpanModel, limits: PromptLimits | None = None) -> None:
-        self._model, self._limits = model, limits or PromptLimits()
+    def __init__(self, model: SpanModel, limits: PromptLimits | None = None, *, convert: Convert = converted) -> None:
+        self._model, self._limits, self._convert = model, limits or PromptLimits(), convert
         self._lock = threading.Lock()
         self._parts: OrderedDict[_Key, PromptPart] = OrderedDict()  # the longest unused first
 
@@ -49,15 +52,10 @@ class PromptStore:
         Raises `InvalidSetting` for one that these blocks do not take, that is not finite, or that is larger than is kept.
         """
         self._check(part)
-        device, dtype = self._model.device, self._model.dtype
-        kept = replace(
-            part,
-            input=None if part.input is None else part.input.to(device, dtype),
-            deep=None if part.deep is None else part.deep.to(device, dtype),
-        )
-        if not all(bool(rows.isfinite().all()) for rows in (kept.input, kept.deep) if rows is not None):
+        dtype = self._model.dtype
+        if not all(stays_finite(rows, dtype) for rows in (part.input, part.deep) if rows is not None):
             raise InvalidSetting("prompt", f"some of its values are NaN, infinite, or too large for this server's {dtype}")
-        limits, size = self._limits, _size(kept)
+        limits, size = self._limits, _size(part)
         if size > limits.size_per_client:
             raise InvalidSetting("prompt", f"it takes {size} bytes here and a client has {limits.size_per_client}: use fewer soft tokens")
         with self._lock:
@@ -66,18 +64,40 @@ class PromptStore:
             self._make_room(size, limits.size)
             while len(self._parts) >= limits.count:
                 self._parts.popitem(last=False)
-            self._parts[client, part.name, part.span, part.input is not None] = kept
+            self._parts[client, part.name, part.span, part.input is not None] = part
 
     def find(self, client: str, name: PromptName, span: Span, *, with_input: bool) -> PromptPart | None:
-        """The prompt for the blocks `span`, or None where it has to be sent."""
+        """The prompt for the blocks `span`, in the model's dtype and on its device, or None where it has to be sent."""
+        key = self._key_of(client, name, span, with_input)
+        with self._lock:
+            part = None if key is None else self._parts.get(key)
+            if key is None or part is None:
+                return None
+            self._parts.move_to_end(key)
+        ready = replace(part, input=self._ready(part.input), deep=self._ready(part.deep))
+        with self._lock:
+            if self._parts.get(key) is part:
+                self._parts[key] = ready
+        deep = None if ready.deep is None else ready.deep[span.start - part.span.start : span.end - part.span.start]
+        return PromptPart(name, span, ready.input if with_input else None, deep)
+
+    def holds(self, client: str, name: PromptName, span: Span, *, with_input: bool) -> bool:
+        """Whether the prompt is here for the blocks `span`."""
+        return self._key_of(client, name, span, with_input) is not None
+
+    def _key_of(self, client: str, name: PromptName, span: Span, with_input: bool) -> _Key | None:
         with self._lock:
             for key, part in self._parts.items():
                 covers = not name.deep or (part.span.start <= span.start and span.end <= part.span.end)
                 if key[:2] == (client, name) and covers and (part.input is not None or not with_input):
-                    self._parts.move_to_end(key)
-                    deep = None if part.deep is None else part.deep[span.start - part.span.start : span.end - part.span.start]
-                    return PromptPart(name, span, part.input if with_input else None, deep)
+                    return key
         return None
+
+    def _ready(self, rows: torch.Tensor | None) -> torch.Tensor | None:
+        model = self._model
+        if rows is None or (rows.dtype == model.dtype and rows.device == model.device):
+            return rows
+        return self._convert(rows, model.device, model.dtype)
 
     def check(self, step: Step, span: Span) -> None:
         """Raises `PromptNeeded` where the step cannot be computed without a prompt that is not here."""
@@ -85,7 +105,7 @@ class PromptStore:
         if name is None or step.start >= name.tokens:
             return
         puts_in = span.start == 0 and not isinstance(step.payload, torch.Tensor)
-        if (name.deep or puts_in) and self.find(step.client, name, span, with_input=puts_in) is None:
+        if (name.deep or puts_in) and not self.holds(step.client, name, span, with_input=puts_in):
             raise PromptNeeded
 
     def lose(self, client: str) -> None:
@@ -116,10 +136,11 @@ class PromptStore:
             raise InvalidSetting("prompt", f"what it adds at the blocks has not the shape {list(shape)}, or is not named as deep")
 
 
-def page_seed(step: Step) -> str:
+def page_seed(step: Step, *, shared: bool) -> str:
     """What the step's pages are found by beside its tokens: whoever has another adapter or prompt, or a prompt of another client, must
-    not find them."""
-    return step.adapter if step.prompt is None else "\n".join((step.adapter, step.client, step.prompt.name))
+    not find them. Nor must another client, unless pages are `shared`: how soon an answer comes would tell what others asked."""
+    client = "" if shared and step.prompt is None else step.client
+    return repr((step.adapter, client, "" if step.prompt is None else step.prompt.name))
 
 
 def put_in(model: SpanModel, works: Sequence[Work], hidden_TxE: torch.Tensor) -> None:
@@ -163,4 +184,4 @@ def rows_of(part: PromptPart, start: int, count: int) -> PromptRows:
 
 
 def _size(part: PromptPart) -> int:
-    return sum(rows.nbytes for rows in (part.input, part.deep) if rows is not None)
+    return OVERHEAD + sum(rows.nbytes for rows in (part.input, part.deep) if rows is not None)

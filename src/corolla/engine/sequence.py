@@ -41,8 +41,9 @@ class Conversation:
     refuted: int = 0  # rows of the last step that were guesses, and wrong
     adapter: str = ""  # the digest of its adapter
     prompt: PromptName | None = None
-    client: str = ""  # whose prompt that is
+    client: str = ""  # whose session and prompt that is
     unscored: torch.Tensor | None = None  # the last row [1, hidden] whose next token was not known when prompt tokens were scored
+    charged: int = 0  # bytes of its client's budget, for what is still to be computed
     generation: int = 0
     sampled: int = 0  # tokens of the answer under way
     arrival: tuple[int, int] = (0, 0)  # when the answer was asked for, then the order of arrival: the earliest is served first

@@ -7,23 +7,39 @@ from collections.abc import Iterator
 
 import torch
 
+from corolla.engine.budgets import Ledger
 from corolla.engine.cache import KVCache
 from corolla.engine.clock import AwakeClock
 from corolla.engine.counters import Counters
+from corolla.engine.inbox import size_of
 from corolla.engine.pages import PagePool
 from corolla.engine.prompts import page_seed
 from corolla.engine.sequence import Conversation, Deliver
 from corolla.models.span import SpanModel
 from corolla.types import Cancel, Close, Gap, Message, Step
 
+_FEW = 64  # rows of a step that lengthen no history by much
+_TOKENS_PER_CLIENT = 2**19  # of all its sessions: 20 MB
+_UNUSED = 3600.0  # seconds
 _MOVED_WITHIN = 10_000  # milliseconds
 
 
 class Sessions:
     """Changed on the engine's thread alone; iterated, looked up and counted on any."""
 
-    def __init__(self, model: SpanModel, pool: PagePool, cache: KVCache, counters: Counters, clock: AwakeClock) -> None:
+    def __init__(
+        self,
+        model: SpanModel,
+        pool: PagePool,
+        cache: KVCache,
+        counters: Counters,
+        clock: AwakeClock,
+        ledger: Ledger,
+        *,
+        share_prefixes: bool,
+    ) -> None:
         self._model, self._pool, self._cache, self._counters, self._clock = model, pool, cache, counters, clock
+        self._ledger, self._share_prefixes = ledger, share_prefixes
         self._known: dict[str, Conversation] = {}
         self._arrivals = 0
 
@@ -44,7 +60,42 @@ class Sessions:
                 self.rest(known)
         elif isinstance(message, Step):
             assert deliver is not None, "a step needs somewhere to send its replies"
-            self._begin(message, deliver)
+            try:
+                self._begin(message, deliver)
+            finally:
+                self._charge(message, deliver)
+
+    def _charge(self, step: Step, deliver: Deliver) -> None:
+        """What the inbox has charged for a step stays so until its session has nothing to compute."""
+        known = self._known.get(step.session)
+        if known is not None and known.deliver is deliver:
+            known.charged += size_of(step)
+            if len(step.payload) > _FEW:
+                self._bound_histories(known.client)
+        else:
+            self._ledger.give_back(step.client, size_of(step))
+
+    def _settle(self, conversation: Conversation) -> None:
+        if conversation.charged:
+            self._ledger.give_back(conversation.client, conversation.charged)
+            conversation.charged = 0
+
+    def _bound_histories(self, client: str) -> None:
+        """A client's idle sessions are forgotten, the longest unused first, where it has more tokens here than are remembered of one."""
+        own = [c for c in self if c.client == client]
+        tokens = sum(len(c.tokens) for c in own)
+        for conversation in sorted((c for c in own if c.idle), key=lambda c: c.used):
+            if tokens <= _TOKENS_PER_CLIENT:
+                return
+            tokens -= len(conversation.tokens)
+            self.forget(conversation)
+
+    def forget_unused(self) -> None:
+        """Those that have been idle for an hour and hold no pages."""
+        since = self._clock.now() - _UNUSED
+        for conversation in self:
+            if conversation.idle and not conversation.table.pages and conversation.seen < since:
+                self.forget(conversation)
 
     def rest(self, conversation: Conversation) -> None:
         """Idle from here on: what is cached stays, what was pending is dropped."""
@@ -53,6 +104,7 @@ class Sessions:
 
     def wait(self, conversation: Conversation) -> None:
         """Nothing is left to compute, until something more comes."""
+        self._settle(conversation)
         conversation.hidden = None
         conversation.drafts = 0
         del conversation.tokens[conversation.position :]
@@ -61,6 +113,7 @@ class Sessions:
     def forget(self, conversation: Conversation) -> None:
         if self._known.get(conversation.session) is conversation:
             del self._known[conversation.session]
+        self._settle(conversation)
         self._pool.free(conversation.table)
 
     def check_integrity(self) -> None:
@@ -78,7 +131,7 @@ class Sessions:
             return
         span = step.span or self._model.span
         takes_hidden = isinstance(step.payload, torch.Tensor)
-        seed = page_seed(step)
+        seed = page_seed(step, shared=self._share_prefixes)
         kind = seed, span, takes_hidden
         if conversation is not None and (conversation.table.adapter, conversation.span, conversation.takes_hidden) != kind:
             self.forget(conversation)

@@ -11,7 +11,9 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 from corolla.engine.answering import Answering, CallCounters
+from corolla.engine.budgets import Ledger
 from corolla.engine.engine import Engine
+from corolla.engine.kept import KeptLimits
 from corolla.errors import Busy, CorollaError, InvalidSetting, NetworkError, PromptTooLong
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.convert import failed_of, to_call
@@ -19,13 +21,14 @@ from corolla.swarm.wire import Array, BackwardFrame, FailedFrame, ForwardFrame, 
 from corolla.types import Span
 
 _RECENTLY = 300.0  # seconds
+_OVERHEAD = 4096  # bytes of a call beside its rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallsConfig:
     rows: int = 8192  # of all sequences of one call; its backward holds as many for each block
     waiting_per_peer: int = 4  # calls, the one that is computed among them; one more is Busy
-    waiting: int = 16  # of all peers
+    waiting: int = 16  # of all peers; calls of a single row, by which servers are probed, have as many places of their own
     retry_after: float = 1.0  # seconds, told to who is turned away
 
 
@@ -35,6 +38,15 @@ class _Call:
     frame: ForwardFrame | BackwardFrame
     arrived: float = field(default_factory=time.perf_counter)
     dropped: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes while it waits."""
+        return _OVERHEAD + self.frame.hidden.nbytes
+
+    @property
+    def probes(self) -> bool:
+        return self.frame.rows == 1
 
 
 class Calls:
@@ -47,7 +59,9 @@ class Calls:
     def __init__(self, engine: Engine, send: Callable[[str, WireMessage], None], *, me: str, config: CallsConfig | None = None) -> None:
         self._engine, self._send, self._me = engine, send, me
         self.config = config or CallsConfig()
-        self._answering = Answering(engine.model, engine.prompts)
+        budgets = engine.budgets
+        self._answering = Answering(engine.model, engine.prompts, KeptLimits(size=budgets.activations))
+        self._ledger = Ledger(budgets.calls, budgets.calls // 4, self.config.retry_after)
         self._lock = threading.Lock()
         self._waiting: list[_Call] = []
         self._came: dict[str, float] = {}  # when a peer's last call did
@@ -78,7 +92,7 @@ class Calls:
     def receive(self, sender: str, frame: ForwardFrame | BackwardFrame) -> None:
         """Answered, now or later, by a `ResultFrame` or by a `FailedFrame` with one of
 
-        - `Busy`: too many calls wait, of this peer or of all.
+        - `Busy`: too many calls or bytes of them wait, of this peer or of all.
         - `InvalidSetting`, `PromptTooLong`: the call can never be computed here, or not with these values.
         - `ServerFault`: computing it failed. `NetworkError`: these blocks are not held here.
         - `PromptNeeded`, `ActivationsGone`: more has to be sent.
@@ -91,7 +105,7 @@ class Calls:
             self._send(sender, self._failed(call, error))
             return
         try:
-            self._engine.call(self._steps(call), lambda error: self._answer(call, self._failed(call, error)))
+            self._engine.call(self._steps(call), lambda error: self._answer(call, self._failed(call, error)), call.sender)
         except CorollaError as error:  # the engine has ended
             self._answer(call, self._failed(call, error))
 
@@ -101,7 +115,9 @@ class Calls:
         with self._lock:
             self._came.pop(peer, None)
             for call in self._waiting:
-                call.dropped |= call.sender == peer
+                if call.sender == peer:
+                    call.dropped = True
+                    self._ledger.give_back(peer, call.size)
             self._waiting = [call for call in self._waiting if not call.dropped]
 
     def _check(self, frame: ForwardFrame | BackwardFrame) -> None:
@@ -122,9 +138,11 @@ class Calls:
 
     def _admit(self, call: _Call) -> None:
         with self._lock:
-            of_sender = sum(other.sender == call.sender for other in self._waiting)
-            if of_sender >= self.config.waiting_per_peer or len(self._waiting) >= self.config.waiting:
+            alike = [other for other in self._waiting if other.probes == call.probes]
+            of_sender = sum(other.sender == call.sender for other in alike)
+            if of_sender >= self.config.waiting_per_peer or len(alike) >= self.config.waiting:
                 raise Busy(self.config.retry_after)
+            self._ledger.take(call.sender, call.size)
             self._waiting.append(call)
             self._came[call.sender] = time.monotonic()
 
@@ -160,6 +178,7 @@ class Calls:
             if call.dropped:
                 return
             self._waiting.remove(call)
+            self._ledger.give_back(call.sender, call.size)
         self._send(call.sender, answer)
 
     def _failed(self, call: _Call, error: CorollaError) -> FailedFrame:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 import msgspec
 
 from corolla.barrier import barrier
+from corolla.engine.counters import coarse
 from corolla.engine.engine import Engine
 from corolla.errors import CallerError, CorollaError, NetworkError, ServerFault
 from corolla.server.calls import Calls
@@ -146,7 +147,8 @@ class SpanServer:
             self._send(sender, Whereabouts(message.session, message.generation, cached, pending))
         elif isinstance(message, AskCounters):
             counts = asdict(self.counters) | asdict(self._calls.counters) | asdict(self._engine.counters) | dict(self._network.counts)
-            self._send(sender, Counters({name: int(count) for name, count in (counts | self.gauges).items()}))
+            counts = counts | self.gauges | {name: coarse(counts[name]) for name in ("rows", "reused")}
+            self._send(sender, Counters({name: int(count) for name, count in counts.items()}))
 
     def _lose(self, peer: str) -> None:
         """The sessions of a client that is gone are closed; of a server that is gone, its sessions' clients are told."""
