@@ -274,6 +274,7 @@ def main() -> int:
             checks.run(f"decoding of several sessions, {form}", lambda form=form: graphs(device, wide, form))  # type: ignore[misc]
         checks.run("a prompt's gradients", lambda: gradients(device, paths["llama"]))
         checks.run("recovery", lambda: recovery(device, paths["llama"]))
+    report(options.report, options, checks, tables)  # the table takes longest: what is known by now is kept whatever becomes of it
     if not options.quick:
         checks.run("BLOOM's 560m shape", lambda: bloom_table(options, tables))
     report(options.report, options, checks, tables)

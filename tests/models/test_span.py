@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,36 @@ def test_tensors_of_another_family(bloom: Path) -> None:
 def test_bad_settings_are_named(bloom: Path, settings: dict[str, Any], word: str) -> None:
     with pytest.raises(InvalidSetting, match=word):
         load_span(bloom, **settings)
+
+
+def changed(directory: Path, **tensors: torch.Tensor | None) -> Path:
+    """With other tensors in the file; None leaves one out. Names have `__` in place of dots."""
+    stored = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        stored.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            stored[name.replace("__", ".")] = tensor
+    save_file(stored, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def test_a_head_beside_a_tied_embedding_has_to_be_the_same(tmp_path: Path) -> None:
+    directory = tiny.save("llama-tied", tmp_path)
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    load_span(changed(directory, lm_head__weight=embedding.clone()), dtype="float32")
+    with pytest.raises(CheckpointError, match='"tie_word_embeddings": false'):
+        load_span(changed(directory, lm_head__weight=embedding + 1), dtype="float32")
+
+
+def test_biases_of_some_of_query_key_and_value_are_refused(tmp_path: Path) -> None:
+    directory = changed(tiny.save("llama-tied", tmp_path), model__layers__1__self_attn__q_proj__bias=None)
+    with pytest.raises(CheckpointError, match="some have a bias and others none"):
+        load_span(directory, dtype="float32")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_of_two_activations_the_one_that_transformers_computes_counts(family: str, tmp_path: Path) -> None:
+    directory = tiny.save(family, tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"hidden_act": "relu", "hidden_activation": "gelu_pytorch_tanh"}))
+    assert load_span(directory, Span(0, 1), dtype="float32").arch.activation == "gelu_tanh"

@@ -165,6 +165,21 @@ def load_span(
         )
 
 
+def check_head(checkpoint: Checkpoint, arch: Architecture, embedding: str) -> None:
+    """Raises `CheckpointError` where the configuration says that the head is the embedding, and the files hold another head."""
+    head = f"{arch.names.head}.weight"
+    if not arch.tied or not checkpoint.has(head) or not checkpoint.has(embedding):
+        return
+    read = checkpoint.bytes_read
+    same = torch.equal(checkpoint.tensor(head), checkpoint.tensor(embedding))
+    checkpoint.bytes_read = read
+    if not same:
+        raise CheckpointError(
+            f"{checkpoint.directory}: config.json says that the head is the embedding, and {head} is another matrix: "
+            'write "tie_word_embeddings": false into config.json'
+        )
+
+
 class _Reader:
     """Reads one family's tensors into our layout."""
 
@@ -212,6 +227,7 @@ class _Reader:
     def head(self) -> Linear:
         names = self.arch.names
         name = f"{self.root}{names.embedding}" if self.arch.tied else names.head
+        check_head(self.checkpoint, self.arch, f"{self.root}{names.embedding}.weight")
         weight = self.weight(name, self.arch.vocabulary, self.arch.hidden)
         lossless: WeightFormat = "packed" if self.device.type == "cpu" else "plain"
         # Measured on SmolLM2: with an int4 head the KL to bfloat16 is 0.062, with an int8 head 0.003. bitsandbytes leaves it out.
@@ -227,7 +243,10 @@ class _Reader:
             biases = [self.bias(f"{at}{name}", size) for name, size in zip(arch.names.qkv, rows, strict=True)]
             codes = [part for part in parts if isinstance(part, Codes)]
             weight: torch.Tensor | Codes = joined(codes) if codes else torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
-            bias = torch.cat([b for b in biases if b is not None]) if biases[0] is not None else None
+            present = [bias for bias in biases if bias is not None]
+            if 0 < len(present) < len(biases):
+                raise CheckpointError(f"{self.checkpoint.directory}: of query, key and value at {at} some have a bias and others none")
+            bias = torch.cat(present) if present else None
         else:
             name = f"{at}{arch.names.qkv[0]}"
             fused = self.weight(name, sum(rows), arch.hidden)

@@ -22,7 +22,7 @@ from corolla.models.checkpoint import Checkpoint, Progress
 from corolla.models.families import architecture
 from corolla.models.prompts import SoftPrompt, load_prompt, load_score, save_prompt
 from corolla.models.quantized_files import stored_values
-from corolla.models.span import DTYPES
+from corolla.models.span import DTYPES, check_head
 from corolla.remote.calls import Calls
 from corolla.remote.opening import open_blocks
 from corolla.remote.prompts import SoftPrompts, TuningMode, soft_prompts
@@ -174,10 +174,14 @@ class Distributed(PreTrainedModel):
         """Read what is on the meta device. A checkpoint's names may have the base model's prefix or not, whether ours do or not."""
         prefix = f"{self.base_model_prefix}."
         tensors = {}
+        arch = architecture(self.config)
+        if self.can_generate():
+            for root in arch.names.prefixes:
+                check_head(checkpoint, arch, f"{root}{arch.names.embedding}.weight")
         for name, parameter in self.named_parameters():
             spellings = [name, name.removeprefix(prefix), prefix + name]
             if name == "lm_head.weight":  # transformers' name for every family's
-                spellings.append(f"{architecture(self.config).names.head}.weight")
+                spellings.append(f"{arch.names.head}.weight")
             stored = next((spelling for spelling in spellings if checkpoint.has(spelling)), name)
             if name in self.made_here and not checkpoint.has(stored):
                 tensors[name] = torch.empty(parameter.shape, dtype=dtype).normal_(std=self.config.initializer_range)
