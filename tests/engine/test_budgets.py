@@ -120,6 +120,11 @@ def test_empty_adapters_are_counted_too(model: SpanModel) -> None:
         digests = (empty, hashlib.sha256(str(number).encode()).digest(), empty, empty)
         store.put("client", AdapterPart(joined_digest(digests), Span(0, 1), ({},), digests))
     assert 100 < len(store) < 130
+    few = AdapterStore(model, AdapterLimits(count=3))
+    for number in range(5):
+        digests = (empty, bytes([number]) * 32, empty, empty)
+        few.put(str(number), AdapterPart(joined_digest(digests), Span(0, 1), ({},), digests))
+    assert len(few) == 3
 
 
 def test_pages_are_shared_between_clients_only_where_that_is_asked_for(model: SpanModel) -> None:

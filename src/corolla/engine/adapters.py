@@ -32,6 +32,7 @@ OVERHEAD = 4096  # bytes that an adapter or a block of one takes beside its valu
 class AdapterLimits:
     size: int = 512 * 2**20  # bytes of all adapters that clients sent
     size_per_client: int = 256 * 2**20
+    count: int = 1024  # of those that clients sent
 
 
 @dataclass(slots=True, eq=False)
@@ -128,6 +129,9 @@ class AdapterStore:
                 self._make_room(size, limits.size, part.digest, lambda other: other.client is not None)
             self._add(self._kept.setdefault(part.digest, Kept(client)), blocks)
             self._kept.move_to_end(part.digest)
+            of_clients = [digest for digest, kept in self._kept.items() if kept.client is not None]
+            for digest in of_clients[: -limits.count]:
+                del self._kept[digest]
 
     def _add(self, kept: Kept, blocks: Mapping[int, Mapping[str, Factors]]) -> None:
         for index, block in blocks.items():

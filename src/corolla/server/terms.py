@@ -28,12 +28,14 @@ from corolla.swarm.records import ANNOUNCE_EVERY, LIFETIME, MAX_ADAPTERS, finger
 from corolla.swarm.wire import WireDtype
 from corolla.types import Span
 
+_CLIENTS_PART = 8  # one part of so many of the memory is what clients may make a server hold, at most
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     span: Span | None = None  # None: what the swarm lacks most, and another one when that changes
     capacity: int | None = None  # blocks, where the span is chosen; None: as many as the memory holds
-    memory: int | None = None  # bytes for weights and cache; None: most of what is available on the device
+    memory: int | None = None  # bytes for weights, cache and what clients send; None: most of what is available on the device
     name: str = ""
     device: str | None = None  # "cpu", "cuda", "cuda:1"; None: the CPU
     dtype: str | None = None
@@ -85,6 +87,8 @@ def settle_terms(directory: Path, config: ServeConfig) -> Terms:
         takes = replace(takes, block=takes.block + of_adapters)
         digest = checkpoint.digest()
     wire_dtype: WireDtype = config.wire_dtype or dtype  # type: ignore[assignment]
+    memory = available(device) if config.memory is None else config.memory
+    client_memory = min(config.engine.client_memory, memory // _CLIENTS_PART)
     offer = Offer(
         directory=directory,
         checkpoint=digest,
@@ -92,7 +96,7 @@ def settle_terms(directory: Path, config: ServeConfig) -> Terms:
         weights=weights,
         device=device,
         wire_dtype=wire_dtype,
-        engine=replace(config.engine, take_adapters=config.take_adapters),
+        engine=replace(config.engine, take_adapters=config.take_adapters, client_memory=client_memory),
         parts=config.parts,
         adapters=adapters,
     )
@@ -101,7 +105,7 @@ def settle_terms(directory: Path, config: ServeConfig) -> Terms:
         model_id=model_fingerprint(directory),
         blocks=arch.blocks,
         hidden=arch.hidden,
-        capacity=_capacity(takes, device, config),
+        capacity=_capacity(takes, memory - client_memory, config),
     )
 
 
@@ -124,13 +128,13 @@ def model_fingerprint(directory: Path) -> str:
     return fingerprint(json_object(directory / "config.json"))
 
 
-def _capacity(takes: Footprint, device: str, config: ServeConfig) -> int:
-    """Blocks that a span may have. What the user asks for is only held against the memory that they named too."""
+def _capacity(takes: Footprint, memory: int, config: ServeConfig) -> int:
+    """Blocks that a span may have in `memory` bytes. What the user asks for is only held against the memory that they named too."""
     if config.span is not None:
         if config.memory is not None:
-            takes.check(config.span, config.memory)
+            takes.check(config.span, memory)
         return len(config.span)
     if config.capacity is not None and config.memory is None:
         return config.capacity
-    holds = takes.capacity(available(device) if config.memory is None else config.memory)
+    holds = takes.capacity(memory)
     return holds if config.capacity is None else min(holds, config.capacity)
