@@ -111,7 +111,8 @@ def test_the_services_make_a_swarm_that_answers(tmp_path: Path) -> None:
             httpx2.Client(base_url=f"http://127.0.0.1:{ports['8000']}", timeout=DEADLINE) as client,
         ):
             wait_for(lambda: is_ready(client), others, tmp_path)
-            asked = {"messages": [{"role": "user", "content": "Which is the largest ocean of the Earth?"}], "temperature": 0, "max_tokens": 20}
+            question = {"role": "user", "content": "Which is the largest ocean of the Earth?"}
+            asked = {"messages": [question], "temperature": 0, "max_tokens": 20}
             assert client.post("/v1/chat/completions", json=asked).status_code == 401
             (key,) = re.findall(r"ck-\S+", (tmp_path / "gateway.log").read_text())
             answer = client.post("/v1/chat/completions", json=asked, headers={"Authorization": f"Bearer {key}"})
