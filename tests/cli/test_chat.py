@@ -176,8 +176,9 @@ def test_two_interruptions_at_the_prompt_leave(talk: Talk) -> None:
 
 
 def test_the_default_model_answers_in_context(smollm2: Path) -> None:
+    """In float32: bfloat16 makes a tie of the first token, which processors decide differently."""
     code = "from corolla.cli.main import app; app()"
-    command = [sys.executable, "-c", code, "chat", str(smollm2), "--temperature", "0", "--threads", "1"]
+    command = [sys.executable, "-c", code, "chat", str(smollm2), "--temperature", "0", "--threads", "1", "--dtype", "float32"]
     questions = "What is the capital of France?\nAnd of Italy?\n"
     first, second = subprocess.run(command, input=questions, check=True, capture_output=True, text=True, timeout=300).stdout.splitlines()
     assert "Paris" in first
