@@ -205,6 +205,7 @@ class Soak:
         able = [server for server in ready if of_span[server.blocks] > 1 and server is not self._elder]
         event = self._chance.choices(list(EVENTS), list(EVENTS.values()))[0]
         if event == "bootstrap restarted":
+            self._swarm.wait_ready()  # servers that join just now join through it
             self._swarm.restart_bootstrap(down=self._chance.uniform(1.0, 15.0))
         elif event == "member replaced":
             self._replace_member()
