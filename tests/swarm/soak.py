@@ -141,6 +141,9 @@ class Soak:
             self._wake(float("inf"))
             for chat in chats:
                 chat.result()
+            while self._robbed:  # a server that lost its daemon at last ends by itself, too, and is started again
+                self._manage(time.monotonic())
+                self._check_one(timeout=0.2)
         while self._check_one(timeout=0.0):
             pass
         self._end_member()
