@@ -92,7 +92,8 @@ class Server:
     def kill_daemon(self, name: str) -> None:
         """End one process below it: "p2pd", libp2p's daemon, or "dht", hivemind's."""
         below = psutil.Process(self.process.pid).children(recursive=True)
-        victim = next(child for child in below if ("p2pd" in child.name()) == (name == "p2pd"))
+        others = [child for child in below if not child.name().startswith("torch_shm")]  # torch's manager of shared memory
+        victim = next(child for child in others if ("p2pd" in child.name()) == (name == "p2pd"))
         victim.kill()
 
     def kill(self) -> None:

@@ -343,3 +343,23 @@ def test_a_node_that_has_ended_is_a_network_error(tmp_path: Path) -> None:
                 await directory.servers()
 
     asyncio.run(scenario())
+
+
+class Unaskable:
+    """A node that lives, and cannot be asked."""
+
+    def is_alive(self) -> bool:
+        return True
+
+    def add_validators(self, validators: object) -> None:
+        pass
+
+    def get(self, *key: object, **options: object) -> None:
+        raise RuntimeError("Broken pipe")
+
+
+def test_an_error_that_nobody_expects_counts_as_no_answer() -> None:
+    directory = HivemindDirectory(Unaskable(), SignedEntries())  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError):
+        asyncio.run(directory.servers("abc"))
+    assert directory.silent_for > 0

@@ -245,15 +245,16 @@ class HivemindDirectory:
 
     async def _within_deadline(self, what: str, start: Callable[[], list[Future[Any]]]) -> list[Any]:
         self._check_alive()
-        began = time.monotonic()
+        began, answered = time.monotonic(), False
         try:
             async with asyncio.timeout(self._config.deadline):
                 found = await asyncio.gather(*(asyncio.wrap_future(future) for future in start()))
-            self._silent_since = None
+            answered = True
             return found
         except TimeoutError as error:
-            self._silent_since = self._silent_since or began
             raise DeadlineExceeded(f"{what}: the swarm's DHT did not answer within {self._config.deadline:g} s") from error
+        finally:  # after an error that nobody expects too: without torch's manager of shared memory nothing can be asked any more
+            self._silent_since = None if answered else self._silent_since or began
 
     def _check_alive(self) -> None:
         if not self._dht.is_alive():
