@@ -78,6 +78,8 @@ class Report:
     def growth(self, name: str, since: float) -> tuple[int, int]:
         """By how many bytes and descriptors a process grew after `since` seconds: the medians of the last and first looks."""
         looks = [usage for usage in self.usage[name] if usage.seconds >= since]
+        if not looks:
+            return 0, 0  # it was started again at the end
         third = max(1, len(looks) // 3)
         first, last = looks[:third], looks[-third:]
         return (
@@ -210,6 +212,7 @@ class Soak:
         if event == "bootstrap restarted":
             self._swarm.wait_ready()  # servers that join just now join through it
             self._swarm.restart_bootstrap(down=self._chance.uniform(1.0, 15.0))
+            self.report.usage.pop("bootstrap", None)  # another process, which grows from nothing
         elif event == "member replaced":
             self._replace_member()
         elif not able:
@@ -278,6 +281,8 @@ class Soak:
 
     def _look(self, now: float) -> None:
         roots = {"client": os.getpid(), "server": self._elder.process.pid, "bootstrap": self._swarm.bootstrap.process.pid}
+        if not self._swarm.bootstrap.ready_file.exists():
+            del roots["bootstrap"]  # it has just been started again
         for name, pid in roots.items():
             root = psutil.Process(pid)
             # The swarm's processes are children of the client's only because it started them.
