@@ -171,9 +171,12 @@ class Engine:
 
     @property
     def free_tokens(self) -> int:
-        """Positions that a newcomer could have: in free pages, and in those of idle sessions."""
-        idle = sum(len(c.table.pages) for c in self._sessions if c.idle)
-        return min(self.pool.free_pages + idle, self.pool.num_pages) * self.pool.page_size
+        """Positions that a newcomer could have: in free pages and in those of idle sessions, and at least an equal share of all pages
+        beside the clients that have sessions under way, however many of the pages these hold."""
+        sessions = list(self._sessions)
+        idle = sum(len(c.table.pages) for c in sessions if c.idle)
+        share = self.pool.num_pages // (1 + len({c.client for c in sessions if not c.idle}))
+        return min(max(self.pool.free_pages + idle, share), self.pool.num_pages) * self.pool.page_size
 
     def whereabouts(self, session: str, generation: int) -> tuple[int, int]:
         """Tokens of a session's generation that are cached here, and rows that are still to be computed."""
