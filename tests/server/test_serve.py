@@ -167,9 +167,9 @@ def test_memory_bounds_the_span(directory: Path) -> None:
     assert capacity(memory=2**20, capacity=1) == 1
     assert capacity(memory=2**20, capacity=4) == 2
     assert capacity(capacity=3) == 3
-    for memory in (2**30, 2**20):  # an eighth of it is for what clients send
+    for memory in (2**30, 2**20):  # an eighth of it is for what clients send, and a 32nd for frames on their way
         terms = settle_terms(directory, ServeConfig(**{**QUICK, "memory": memory}))
-        assert terms.offer.engine.client_memory == memory // 8
+        assert (terms.offer.engine.client_memory, terms.frames_memory) == (memory // 8, memory // 32)
     with pytest.raises(InvalidSetting, match="memory"):
         capacity(memory=2**16)
     with pytest.raises(InvalidSetting, match="memory"):

@@ -7,7 +7,7 @@ import logging
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -423,19 +423,30 @@ def test_what_waits_for_all_peers_is_bounded_and_the_slowest_is_lost(tmp_path: P
 
 
 def test_what_arrives_is_bounded_too(tmp_path: Path) -> None:
-    config = P2PConfig(frame_limit=8 * MEBIBYTE, unfinished_limit=MEBIBYTE)
-    target = Peer(tmp_path / "key", config)
+    target = Peer(tmp_path / "key", P2PConfig(frame_limit=8 * MEBIBYTE))
+    target.network.bound(6 * MEBIBYTE)  # a third of it for what comes in, half of that for one peer
+    part = struct.pack("<I", MEBIBYTE) + bytes(MEBIBYTE - 1)
+    large = bytes_of(HiddenFrame("s", 0, 0, Array("float32", (1024, 1024), memoryview(bytes(4 * MEBIBYTE)))))
 
     async def scenario() -> None:
-        async with Hostile(tmp_path / "hostile", target.me, target.addresses, None) as hostile:
-            stream = await hostile.enter()
+        async with AsyncExitStack() as stack:
+            peers = [
+                await stack.enter_async_context(Hostile(tmp_path / name, target.me, target.addresses, None)) for name in ("one", "two", "three")
+            ]
+            first, second, third = [await peer.enter() for peer in peers]
+            for stream in (first, second):
+                await stream.write(part)
+            await until(lambda: target.network.unfinished == 2 * (MEBIBYTE - 1))
             with suppress(ConnectionError):  # it may be closed while we write
-                await stream.write(struct.pack("<I", 8 * MEBIBYTE) + bytes(2 * MEBIBYTE))
-            await stream.until_closed()
-            assert not target.network.bans.left(hostile.me)  # there was no room, and that is no fault of its own
+                await third.write(part)
+            await third.until_closed()
+            assert not target.network.bans.left(peers[2].me)  # there was no room, and that is no fault of its own
+            again = await peers[2].enter()
+            await again.write(large)  # more than there is room for: beside the others, and alone of its kind
+            await until(lambda: len(target.came) == 1)
 
     asyncio.run(scenario())
-    target.wait(lambda: len(target.lost) == 1)
+    assert target.lost
     with pytest.raises(CallerError, match="fewer tokens"):
         target.network.send("QmA", HiddenFrame("s", 0, 0, Array("float32", (1024, 4096), memoryview(bytes(2**24)))))
     target.network.close()

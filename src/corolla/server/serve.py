@@ -285,7 +285,9 @@ def serving(model: str, peer: PeerConfig, config: ServeConfig, progress: Progres
         try:
             torch.set_num_threads(cores.share)
             report = None if progress is None else lambda done, total: progress("loading", done, total)
-            running = RunningServer(joined, settle_terms(directory, config), config, report, cores)
+            terms = settle_terms(directory, config)
+            joined.network.bound(terms.frames_memory)
+            running = RunningServer(joined, terms, config, report, cores)
         except BaseException:
             joined.close()
             raise

@@ -28,7 +28,9 @@ from corolla.swarm.records import ANNOUNCE_EVERY, LIFETIME, MAX_ADAPTERS, finger
 from corolla.swarm.wire import WireDtype
 from corolla.types import Span
 
-_CLIENTS_PART = 8  # one part of so many of the memory is what clients may make a server hold, at most
+# One part of so many of the memory is what clients may make a server's engine hold, at most, and what frames on their way may take.
+_CLIENTS_PART, _FRAMES_PART = 8, 32
+_MOST_FRAMES = 3 * 2**29  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,7 @@ class Terms:
     blocks: int
     hidden: int  # values of a row
     capacity: int  # blocks
+    frames_memory: int  # bytes of frames on their way in and out
 
 
 def settle_terms(directory: Path, config: ServeConfig) -> Terms:
@@ -89,6 +92,7 @@ def settle_terms(directory: Path, config: ServeConfig) -> Terms:
     wire_dtype: WireDtype = config.wire_dtype or dtype  # type: ignore[assignment]
     memory = available(device) if config.memory is None else config.memory
     client_memory = min(config.engine.client_memory, memory // _CLIENTS_PART)
+    frames_memory = min(_MOST_FRAMES, memory // _FRAMES_PART)
     offer = Offer(
         directory=directory,
         checkpoint=digest,
@@ -105,7 +109,8 @@ def settle_terms(directory: Path, config: ServeConfig) -> Terms:
         model_id=model_fingerprint(directory),
         blocks=arch.blocks,
         hidden=arch.hidden,
-        capacity=_capacity(takes, memory - client_memory, config),
+        capacity=_capacity(takes, memory - client_memory - frames_memory, config),
+        frames_memory=frames_memory,
     )
 
 

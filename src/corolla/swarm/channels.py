@@ -42,6 +42,7 @@ class Channels:
         counts: what happened to peers, by name.
         on_lost: told of peers that are lost, until `closed`.
         waiting: bytes in the outboxes of all of them.
+        queues_limit: how many there may be.
     """
 
     def __init__(self, config: P2PConfig, loop: asyncio.AbstractEventLoop, bans: Bans) -> None:
@@ -50,6 +51,7 @@ class Channels:
         self.on_lost: OnLost | None = None
         self.closed = False
         self.waiting = 0
+        self.queues_limit = config.queues_limit
         self._config, self._loop = config, loop
         self._open: dict[str, Channel] = {}
         self._rates: dict[str, Rate] = {}  # of those connected last, so that a new connection is no new start
@@ -91,8 +93,10 @@ class Channels:
         """So many bytes more wait in a channel's outbox, or fewer. Where that is too much in all, the peer that most waits for is lost."""
         channel.waiting += size
         self.waiting += size
-        if size > 0 and self.waiting > self._config.queues_limit:
+        if size > 0 and self.waiting > self.queues_limit:
             peer, slowest = max(self._open.items(), key=lambda entry: entry[1].waiting)
+            if slowest.waiting == size == self.waiting:
+                return  # one message, and nothing else waits: it may be larger
             self.lose(peer, slowest, "it takes its messages too slowly, and those of all peers wait in too much memory")
 
     def ban(self, peer: str, reason: str) -> None:

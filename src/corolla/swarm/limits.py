@@ -48,6 +48,15 @@ class Room:
         """Bytes that are held now, for all peers."""
         return self._sum
 
+    @property
+    def each(self) -> int:
+        """Bytes that one peer may have here."""
+        return self._each
+
+    def resize(self, *, each: int, total: int) -> None:
+        """Other limits from here on; what is held stays."""
+        self._each, self._total = each, total
+
     def take(self, peer: str, count: int) -> None:
         """Hold `count` more bytes for `peer`. Raises `NetworkError`, and holds no more, where that is above a limit."""
         if self._held[peer] + count > self._each:

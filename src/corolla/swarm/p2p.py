@@ -55,12 +55,12 @@ class P2PConfig:
     frame_timeout: float = 20.0  # seconds for the rest of a frame once it began; `slowest` adds to it
     slowest: int = 128 * 2**10  # bytes a second that every link between peers carries
     frame_limit: int = 256 * 2**20  # bytes of one frame
-    unfinished_limit: int = 512 * 2**20  # bytes of frames that came in part, of all peers; of one of them `frame_limit`
+    unfinished_limit: int = 512 * 2**20  # bytes of frames that came in part, of all peers; of one of them `frame_limit`. See `bound`
     newcomers_limit: int = 32 * 2**20  # of them, of all peers together that have shown nothing yet; larger frames come one at a time
-    newcomer_slowest: int = 2**20  # bytes a second of such a larger frame
+    large_slowest: int = 2**20  # bytes a second of such a larger frame
     queue: int = 1024  # frames waiting to be sent to one peer
     queue_limit: int = 256 * 2**20  # bytes of them; of a peer that has shown nothing yet, `newcomers_limit`
-    queues_limit: int = 2**30  # bytes waiting to be sent to all peers
+    queues_limit: int = 2**30  # bytes waiting to be sent to all peers. See `bound`
     frames_per_second: float = 10_000.0  # of one peer; one that sends more is read more slowly
     peers: int = 1024  # connected at once
     dials: int = 128  # under way at once
@@ -138,6 +138,12 @@ class P2PNetwork:
         older = {peer: known for peer, known in self._addresses.items() if peer not in addresses}
         newer = {peer: tuple(given) for peer, given in addresses.items()}
         self._addresses = dict(list((older | newer).items())[-_KNOWN:])
+
+    def bound(self, size: int) -> None:
+        """Frames that came in part, and frames that wait to be sent, take `size` bytes at most from here on: a third and two thirds of
+        it. One frame at a time may be larger, of each kind. For any thread."""
+        self._reading.bound(size // 3)
+        self._channels.queues_limit = size // 3 * 2
 
     def listen(self, on_message: OnMessage, on_lost: OnLost) -> None:
         """See `Network.listen`."""
@@ -220,6 +226,7 @@ class P2PNetwork:
             channel.dialled = True
             self._channels.start(channel, self._dial(peer, channel))
         limit = self._config.queue_limit if channel.shown else self._config.newcomers_limit
+        limit = min(limit, self._channels.queues_limit)
         if channel.outbox.full() or (channel.waiting and channel.waiting + size > limit):
             self._channels.lose(peer, channel, "it takes nothing any more")
             return

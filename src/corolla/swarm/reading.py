@@ -22,22 +22,29 @@ _SMALL = 8 * 2**10  # bytes of a frame for which there is always room
 class Reading:
     """Hands each frame of a peer to `handle`, on the network's event loop.
 
-    A peer that has shown nothing yet is a newcomer. All newcomers share `newcomers_limit`; a larger frame of one waits until no
-    other newcomer sends such, and then has to come quickly. `known` tells who is announced, and so no newcomer.
+    A peer that has shown nothing yet is a newcomer, and all newcomers share `newcomers_limit`. A frame that is larger than its peer
+    may have room for waits until no other such frame comes, and then has to come quickly. `known` tells who is announced, and so no
+    newcomer.
     """
 
     def __init__(
         self, config: P2PConfig, channels: Channels, handle: Callable[[str, memoryview], None], *, known: Callable[[str], bool]
     ) -> None:
         self._config, self._channels, self._handle, self._known = config, channels, handle, known
-        self._unfinished = Room(each=config.frame_limit, total=config.unfinished_limit)
+        self._unfinished = Room(each=min(config.frame_limit, config.unfinished_limit), total=config.unfinished_limit)
         self._newcomers = Room(each=config.newcomers_limit, total=config.newcomers_limit)
-        self._large = asyncio.Lock()  # held by the newcomer that sends more than all may have
+        self._large = asyncio.Lock()  # held by the peer that sends more than it may have room for
+        self._large_held = Room(each=config.frame_limit, total=config.frame_limit)
 
     @property
     def unfinished(self) -> int:
         """Bytes held now of frames that came in part."""
-        return self._unfinished.held
+        return self._unfinished.held + self._large_held.held
+
+    def bound(self, size: int) -> None:
+        """All frames that came in part take `size` bytes at most from here on, those of one peer half of it; one larger frame at a time
+        comes beside them."""
+        self._unfinished.resize(each=min(self._config.frame_limit, size // 2), total=size)
 
     async def read(self, peer: str, channel: Channel, reader: asyncio.StreamReader) -> None:
         """Handle a peer's frames until the stream ends; the peer is lost then, or banned."""
@@ -64,14 +71,13 @@ class Reading:
 
     async def _body(self, peer: str, channel: Channel, reader: asyncio.StreamReader, length: int) -> memoryview:
         channel.shown = channel.shown or self._known(peer)
-        slowest = self._config.slowest
-        if channel.shown or length <= _SMALL:
-            body = await self._within(peer, reader, length, slowest, self._unfinished)
-        elif length <= self._config.newcomers_limit:
-            body = await self._within(peer, reader, length, slowest, self._unfinished, self._newcomers)
+        rooms = (self._unfinished,) if channel.shown or length <= _SMALL else (self._unfinished, self._newcomers)
+        if length <= min(room.each for room in rooms):
+            body = await self._within(peer, reader, length, self._config.slowest, *rooms)
         else:
+            slowest = max(self._config.slowest, self._config.large_slowest)
             async with self._large:
-                body = await self._within(peer, reader, length, max(slowest, self._config.newcomer_slowest), self._unfinished)
+                body = await self._within(peer, reader, length, slowest, self._large_held)
         channel.shown = channel.shown or length >= _SHOWN
         return body
 
