@@ -84,6 +84,37 @@ def test_rows_that_wait_are_counted_in_bytes_and_given_back(directory: Path) -> 
     assert driver.replies["other"] == [Cached("other", 0, 500)]
 
 
+@pytest.mark.parametrize("computed", [False, True])
+def test_places_are_shared_by_client(model: SpanModel, *, computed: bool) -> None:
+    """Whether those of the client that takes all of them wait in the inbox or are under way."""
+    driver = Driver(model, max_active=4)
+    for number in range(4):
+        driver.send(f"greedy{number}", prompt(number, 20), client="greedy")
+    if computed:
+        driver.run(1)
+    for number in range(2):
+        driver.send(f"other{number}", prompt(number, 20), client="other")
+    for client in ("greedy", "other"):
+        with pytest.raises(Busy):
+            driver.send("more", prompt(5, 20), client=client)
+    driver.run()
+    assert driver.tokens("other0") == alone(model, prompt(0, 20))
+
+
+def test_a_client_that_holds_all_pages_leaves_room_for_a_newcomer(model: SpanModel) -> None:
+    """By what its record says the server is offered to a newcomer, or nobody sends it anything."""
+    driver = Driver(model, cache_tokens=256)
+    assert driver.engine.free_tokens == 256
+    for number in range(4):
+        driver.send(f"greedy{number}", prompt(number, 100), client="greedy")
+    driver.run(3)
+    assert driver.engine.pool.free_pages < 4
+    assert driver.engine.free_tokens == 128
+    driver.send("other", prompt(7, 80), client="other")
+    driver.run()
+    assert driver.tokens("other") == alone(model, prompt(7, 80))
+
+
 def test_a_client_that_shares_its_pages_with_itself_is_remembered_within_bounds(model: SpanModel) -> None:
     driver = Driver(model)
     for number in range(200):

@@ -33,9 +33,14 @@ class Driver:
         self.replies: dict[str, list[Reply]] = defaultdict(list)
 
     def send(
-        self, session: str, tokens: Sequence[int] | torch.Tensor, start: int = 0, settings: GenerationSettings | None = GREEDY
+        self,
+        session: str,
+        tokens: Sequence[int] | torch.Tensor,
+        start: int = 0,
+        settings: GenerationSettings | None = GREEDY,
+        client: str = "",
     ) -> None:
-        self.engine.receive(Step(session, start, tokens, settings=settings), self.replies[session].append)
+        self.engine.receive(Step(session, start, tokens, settings=settings, client=client), self.replies[session].append)
 
     def run(self, turns: int = 10_000) -> None:
         for _ in range(turns):

@@ -430,9 +430,8 @@ def test_what_arrives_is_bounded_too(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         async with AsyncExitStack() as stack:
-            peers = [
-                await stack.enter_async_context(Hostile(tmp_path / name, target.me, target.addresses, None)) for name in ("one", "two", "three")
-            ]
+            hostile = [Hostile(tmp_path / name, target.me, target.addresses, None) for name in ("one", "two", "three")]
+            peers = [await stack.enter_async_context(peer) for peer in hostile]
             first, second, third = [await peer.enter() for peer in peers]
             for stream in (first, second):
                 await stream.write(part)

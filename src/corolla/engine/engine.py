@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class EngineConfig:
     cache_tokens: int = 32768  # positions in the pool; memory is taken as they are first used
     page_size: int = 32
     step_rows: int = 256  # rows of one forward: larger prefills faster, smaller lets others decode in between
-    max_active: int = 256  # sessions with a step under way; one more is Busy
+    max_active: int = 256  # sessions with a step under way; one more is Busy, unless its client has less than an equal share of them
     retry_after: float = 1.0  # seconds, told to who is turned away
     take_adapters: bool = True  # that clients send
     drafts: int = 3  # tokens that are guessed at most, to be computed in one step with the token before them; 0 guesses none
@@ -119,7 +120,7 @@ class Engine:
         self.forward_seconds = 0.0  # of the forward whose replies are being delivered
         self.failure: str | None = None  # why the engine is dead
         self._inbox = Inbox(self._ledger)
-        self._computing = 0  # sessions that had rows to compute when the last turn began
+        self._computing: Counter[str] = Counter()  # sessions that had rows to compute when the last turn began, by client
         self._swept = self._clock.now()  # when unused sessions were looked for
         self._awake = threading.Event()
         self._turned = self._clock.now()  # when the last turn began
@@ -204,13 +205,21 @@ class Engine:
             self.prompts.check(message, span)
             self.adapters.check(message, span)
             known = self._sessions.get(message.session)
-            if (known is None or known.idle) and self._computing + self._inbox.sessions >= self.config.max_active:
+            if (known is None or known.idle) and self._full_for(message.client):
                 raise Busy(self.config.retry_after)
         elif isinstance(message, Give):
             self._keep(message.part)
             return
         self._inbox.put(message, deliver)
         self._awake.set()
+
+    def _full_for(self, client: str) -> bool:
+        """Whether a client may have no further session under way: all places are taken, and it has its equal share of them."""
+        computing, inbox, places = self._computing, self._inbox, self.config.max_active
+        if computing.total() + inbox.sessions < places:
+            return False
+        clients = computing.keys() | inbox.clients | {client}
+        return computing[client] + inbox.sessions_of(client) >= places // len(clients)
 
     def _keep(self, part: PromptPart | AdapterPart) -> None:
         """What somebody in this process gives: an adapter for good, as its memory is theirs, too."""

@@ -31,13 +31,24 @@ class Inbox:
         self._ledger = ledger
         self._lock = threading.Lock()
         self._messages: deque[tuple[Message, Deliver | None]] = deque()
-        self._steps: Counter[str] = Counter()  # by session
+        self._steps: Counter[tuple[str, str]] = Counter()  # by client and session
+        self._sessions: Counter[str] = Counter()  # that have steps here, by client
         self._closed: CorollaError | None = None
 
     @property
     def sessions(self) -> int:
         """How many sessions have steps here."""
         return len(self._steps)
+
+    def sessions_of(self, client: str) -> int:
+        """How many sessions of one client have steps here."""
+        return self._sessions[client]
+
+    @property
+    def clients(self) -> set[str]:
+        """Who has steps here."""
+        with self._lock:
+            return set(self._sessions)
 
     def __len__(self) -> int:
         return len(self._messages)
@@ -54,7 +65,8 @@ class Inbox:
                 if self._closed is not None:
                     raise self._closed
                 self._ledger.take(message.client, size_of(message))
-                self._steps[message.session] += 1
+                self._sessions[message.client] += (message.client, message.session) not in self._steps
+                self._steps[message.client, message.session] += 1
             if self._closed is None:
                 self._messages.append((message, deliver))
 
@@ -65,9 +77,12 @@ class Inbox:
                 return None
             message, deliver = self._messages.popleft()
             if isinstance(message, Step):
-                self._steps[message.session] -= 1
-                if not self._steps[message.session]:
-                    del self._steps[message.session]
+                self._steps[message.client, message.session] -= 1
+                if not self._steps[message.client, message.session]:
+                    del self._steps[message.client, message.session]
+                    self._sessions[message.client] -= 1
+                    if not self._sessions[message.client]:
+                        del self._sessions[message.client]
             return message, deliver
 
     def close(self, error: CorollaError) -> list[tuple[Message, Deliver | None]]:
@@ -77,6 +92,7 @@ class Inbox:
             left = list(self._messages)
             self._messages.clear()
             self._steps.clear()
+            self._sessions.clear()
         for message, _ in left:
             if isinstance(message, Step):
                 self._ledger.give_back(message.client, size_of(message))

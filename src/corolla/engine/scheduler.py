@@ -47,7 +47,7 @@ class Schedule:
     evicted: list[Conversation] = field(default_factory=list)  # were idle
     set_back: list[Conversation] = field(default_factory=list)  # are under way, and begin anew
     failed: list[tuple[Conversation, Exception]] = field(default_factory=list)  # could not be scheduled, for a reason nobody expected
-    running: int = 0  # sessions that had rows to compute
+    running: Counter[str] = field(default_factory=Counter)  # sessions that had rows to compute, by client
     reused: int = 0  # tokens whose pages were found in the cache
 
 
@@ -91,7 +91,7 @@ class Scheduler:
             for conversation, count in taken.items():
                 self._owed[conversation.client] += count
         work = [(c, self._work(c, count)) for c, count in taken.items()]
-        return replace(schedule, work=work, running=len(running), reused=reused)
+        return replace(schedule, work=work, running=Counter(c.client for c in running), reused=reused)
 
     def _rows_of_clients(self, everyone: list[Conversation], running: list[Conversation]) -> Counter[str]:
         """How many rows of a step each client may have; nothing where there is one client only.
