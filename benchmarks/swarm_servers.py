@@ -124,7 +124,7 @@ def even_spans(blocks: int, servers: int) -> list[tuple[int, int]]:
 class CorollaSwarm:
     """`corolla serve` processes of one model, one a span, joined through the first.
 
-    The head guesses `drafts` tokens. With `proxied` every server is dialled through a proxy of `proxies`: two peers talk through
+    The head guesses `drafts` tokens; `more` are further options of all servers. With `proxied` every server is dialled through a proxy of `proxies`: two peers talk through
     whichever of theirs was dialled.
     """
 
@@ -138,9 +138,10 @@ class CorollaSwarm:
         dtype: str | None = None,
         drafts: int = 0,
         proxied: bool = False,
+        more: Sequence[str] = (),
     ) -> None:
         self.processes, self.directory = processes, directory
-        self._machine = ["--threads", str(threads), "--drafts", str(drafts), *(["--dtype", dtype] if dtype else [])]
+        self._machine = ["--threads", str(threads), "--drafts", str(drafts), *(["--dtype", dtype] if dtype else []), *more]
         self._proxied = proxied
         self.proxies: list[ChaosProxy] = []
         self.servers: dict[str, Server] = {}  # by peer
