@@ -11,6 +11,8 @@ written to a file that can be replayed.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import os
 import random
 import sys
@@ -56,7 +58,7 @@ ROUND = 1000  # messages, after which the hostile peers are gone
 DEADLINE = 60.0  # seconds for anything that should happen, on a loaded machine
 LONGEST = 300  # tokens of an honest chat; then a new one is begun
 MB = 2**20
-GROWTH = 160 * MB  # of this process since the end of its second round: what may be kept, and what the allocator keeps
+GROWTH = 160 * MB  # of this process since the end of its second round
 
 
 class Honest:
@@ -222,6 +224,14 @@ class Report:
         )
 
 
+def _held() -> int:
+    """Bytes of this process, without those that its allocator keeps of what is free again: a peak of a round is no leak."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    return int(psutil.Process().memory_info().rss)
+
+
 def eventually(happened: Callable[[], bool], otherwise: Callable[[], str]) -> None:
     deadline = time.monotonic() + DEADLINE
     while not happened():
@@ -266,7 +276,7 @@ class Run:
             report.messages.update(type(sent.message).__name__ for sent in batch)
         self._arena.end_round()
         report.seconds = time.monotonic() - self._began
-        report.memory.append(psutil.Process().memory_info().rss)
+        report.memory.append(_held())
         report.verdict = Verdict()
         for chat in honest:
             report.verdict.add(chat.verdict)
