@@ -84,6 +84,7 @@ HONEST = [
     scores(11, 9, (3, -0.5)),
     GapFrame("s", 1, 10),
     GapFrame("s", 1, 0),
+    GapFrame("s", 1, 23),  # a chunk, or a token of the ring, may have been lost
 ]
 
 
@@ -107,7 +108,7 @@ LIES = [
     scores(11, 10),
     scores(11, 0),
     scores(11, 1, (2**40, -0.5)),
-    GapFrame("s", 1, 11),
+    GapFrame("s", 1, 24),
 ]
 
 

@@ -107,12 +107,12 @@ def rows(step: StepFrame, **changes: object) -> HiddenFrame:
         lambda step: rows(step, hidden=to_array(torch.zeros(54, 63), "float32")),
         lambda step: rows(step, start=step.start + 1),
         lambda step: ResultFrame(1, step.hidden),  # of a call that there is not
-        lambda step: GapFrame(step.session, step.generation, step.start + 1),
+        lambda step: GapFrame(step.session, step.generation, step.start + 54),
         lambda step: GapFrame(step.session, step.generation, step.start),
         lambda step: None,
         lambda step: Whereabouts(step.session, step.generation, 0, 54),  # it works, it says
     ],
-    ids=["not finite", "more rows", "narrower", "elsewhere", "a call's", "has more than it was asked", "always lost", "silent", "pending"],
+    ids=["not finite", "more rows", "narrower", "elsewhere", "a call's", "has all that it was asked", "always lost", "silent", "pending"],
 )
 def test_a_server_that_answers_what_cannot_be_is_left(
     make_swarm: MakeSwarm, llama: Path, answer: Callable[[StepFrame], WireMessage | None]

@@ -68,6 +68,27 @@ def test_marks_of_guesses_that_were_stripped_are_their_senders_fault(swarm: Swar
     assert swarm.transport.bans.banned() == {"b"}
 
 
+def test_a_lost_part_of_a_prompt_bans_nobody(swarm: Swarm, tmp_path: Path) -> None:
+    """The server behind tells of a gap, in the middle of the step: it is honest."""
+    parts: list[StepFrame] = []
+
+    def lose(sender: str, receiver: str, message: WireMessage) -> list[tuple[float, WireMessage]]:
+        if (sender, receiver) == ("b", "c") and isinstance(message, StepFrame):
+            parts.append(message)
+            if len(parts) == 2:
+                return []
+        return [(0.0, message)]
+
+    prompt = PROMPT * 2
+    swarm.hub.intercept = lose
+    with Session(swarm.transport, "") as session:
+        tokens = [token.token_id for token in session.generate(prompt, SETTINGS, timeout=TIMEOUT)]
+    assert tokens == Reference(tmp_path).greedy(prompt, 30)
+    assert parts[1].start > 0
+    assert swarm.transport.counters.faults == 0
+    assert swarm.transport.bans.banned() == set()
+
+
 def test_a_generation_keeps_the_beginning_that_its_first_step_names(swarm: Swarm, tmp_path: Path) -> None:
     """A client that names another with its second step ends no engine."""
     route = (Hop("a", 0, 1), Hop("nobody", 1, 4))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from corolla.client.suspicion import MOST_GAPS, Asked, problem_of
 from corolla.swarm.wire import GapFrame, ScoresFrame, TokenFrame
 
@@ -37,6 +39,11 @@ class Answers:
     def keeps_back(self, frame: ContentFrame) -> bool:
         """Whether a gap is one too many: the server before the one that tells of it may keep back what it lacks."""
         return isinstance(frame, GapFrame) and self.gaps > MOST_GAPS
+
+    def within_step(self, gap: GapFrame) -> GapFrame:
+        """The gap, from where the step begins where it is behind that."""
+        assert self.asked is not None, "a gap is looked at that no step met"
+        return msgspec.structs.replace(gap, have=min(gap.have, self.asked.start))
 
     def is_repeated(self, frame: ContentFrame) -> bool:
         if isinstance(frame, TokenFrame):

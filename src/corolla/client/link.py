@@ -129,6 +129,8 @@ class SwarmLink:
                 self._set_back([sender], doubt=False)
                 return
             if isinstance(frame, GapFrame):
+                # A later chunk of the step, or the answer's next token, got lost: the whole step is sent again.
+                frame = answers.within_step(frame)
                 self._transport.counters.replays += frame.have == 0
             else:
                 answers.get_on(frame)

@@ -90,6 +90,11 @@ class Asked:
     vocabulary: int | None
     timed: Collection[str] = ()
 
+    @property
+    def most(self) -> int:
+        """Positions that the history and the whole answer take."""
+        return self.end + (0 if self.settings is None else self.settings.max_tokens_to_generate)
+
 
 def problem_of(frame: ReplyFrame, asked: Asked, *, from_head: bool, position: int, gaps: float) -> str | None:
     """What no honest server answers in this frame, if anything.
@@ -100,8 +105,8 @@ def problem_of(frame: ReplyFrame, asked: Asked, *, from_head: bool, position: in
         gaps: answered lately, this one among them.
     """
     if isinstance(frame, GapFrame):
-        if frame.have > asked.start:
-            return f"it lacks what comes before {asked.start}, and yet says that it has {frame.have}"
+        if frame.have >= asked.most:
+            return f"it lacks rows, and yet says that it has {frame.have}, of {asked.most} that there can be"
         return f"it lost the session again and again, {MOST_GAPS} times with hardly a token between" if gaps > MOST_GAPS else None
     if isinstance(frame, (FailedFrame, CachedFrame)):
         return None
@@ -116,7 +121,7 @@ def problem_of(frame: ReplyFrame, asked: Asked, *, from_head: bool, position: in
         return next(filter(None, (_problem_of_logprobs(*score, settings, asked.vocabulary) for score in frame.scores)), None)
     if settings is None:
         return "it answered a token that nobody asked for"
-    last = asked.end + settings.max_tokens_to_generate - 1
+    last = asked.most - 1
     if frame.position > last or (frame.position == last and frame.finish is None):
         return f"it goes on after {settings.max_tokens_to_generate} tokens, which were all that was asked for"
     if frame.token_id >= (asked.vocabulary or _MOST_TOKENS):

@@ -308,10 +308,10 @@ class _Turn:
             peers = [hop.peer for hop in sequence.hops]
             sender, answer = self._mailbox.wait(peers, sequence.generation, sequence.name, self._end)
             if isinstance(answer, GapFrame):
-                if answer.have > self._start:
-                    raise Fault(sender, ProtocolError(f"it lacks what comes before {self._start}, and yet says that it has {answer.have}"))
+                if answer.have >= self._end:
+                    raise Fault(sender, ProtocolError(f"it lacks rows, and yet says that it has {answer.have} of {self._end}"))
                 self._bear_gap(sender)
-                sequence.cached = answer.have
+                sequence.cached = min(answer.have, self._start)  # behind that a later chunk got lost: all of them are sent again
                 self._servers.network.send_all(self.messages())
                 at, came = self._start, []
             elif isinstance(answer, HiddenFrame) and sender == peers[-1] and answer.start == at:
