@@ -124,8 +124,8 @@ def even_spans(blocks: int, servers: int) -> list[tuple[int, int]]:
 class CorollaSwarm:
     """`corolla serve` processes of one model, one a span, joined through the first.
 
-    The head guesses `drafts` tokens; `more` are further options of all servers. With `proxied` every server is dialled through a proxy of `proxies`: two peers talk through
-    whichever of theirs was dialled.
+    The head guesses `drafts` tokens; `more` are further options of all servers. With `proxied` every server is dialled through a proxy of
+    `proxies`: two peers talk through whichever of theirs was dialled.
     """
 
     def __init__(
