@@ -23,10 +23,10 @@ import transformers
 from common import Table, resident_bytes, rounds
 from corolla.client.tokenizer import TextTokenizer
 from corolla.engine.attention import Rows
-from corolla.engine.cache import KVCache
-from corolla.engine.executor import Executor
-from corolla.engine.pages import PagePool
-from corolla.engine.work import Work
+from corolla.engine.batch import Work
+from corolla.engine.kv_cache import KVCache
+from corolla.engine.model_runner import Executor
+from corolla.engine.page_pool import PagePool
 from corolla.models import catalog, smollm2
 from corolla.models.linear import WeightFormat
 from corolla.models.span import SpanModel, load_span

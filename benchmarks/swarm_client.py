@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from corolla.client.joined import Joined, join_swarm
+from corolla.client.discovery import Joined, join_swarm
 from corolla.client.link import SwarmLink
 from corolla.client.session import Session
 from corolla.client.swarm import SwarmTransport

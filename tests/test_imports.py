@@ -47,7 +47,7 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def room(name: str) -> str:
-    """`corolla.engine.pages` is in the room `engine`; the package itself (`corolla.__version__`) is in none."""
+    """`corolla.engine.page_pool` is in the room `engine`; the package itself (`corolla.__version__`) is in none."""
     return next((part for part in name.split(".")[1:2] if part in FLOOR_OF), "")
 
 

@@ -8,8 +8,8 @@ import pytest
 from playwright.sync_api import expect
 
 from corolla.gateway.database import Database
-from corolla.gateway.guard import GuardConfig
 from corolla.gateway.keys import Keys
+from corolla.gateway.middleware import GuardConfig
 from corolla.gateway.service import GatewayConfig
 from tests.browser.looking import DESKTOP, PHONE, Look, answers, ask, questions, violations, wait_done
 from tests.gateway.running import Running, TinySwarm, running

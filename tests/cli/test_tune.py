@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import toy
 
-from corolla.tuning.record import read_record
+from corolla.tuning.run_record import read_record
 from tests.models import tiny
 
 DEADLINE = 180.0  # seconds for a process on a loaded machine

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from data.prepared import SLOW_START, command, contents, pairs, quiet, run, tokenizer
 
-from corolla.data.claim import claimed
 from corolla.data.dataset import PackedDataset
 from corolla.data.description import tokenizer_sums
 from corolla.data.layout import UNFINISHED
+from corolla.data.output_lock import claimed
 from corolla.data.prepare import PrepareSettings
 from corolla.data.saving import SUMS
 from corolla.data.sources import sources_of

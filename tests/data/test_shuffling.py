@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corolla.data.blocks import Articles, chained
+from corolla.data.chunks import numbered_keys
 from corolla.data.shuffling import Keyed, in_order, shuffle_keys
-from corolla.data.spool import numbered_keys
+from corolla.data.vector_packing import Articles, chained
 from corolla.errors import StorageError
 
 COUNT = 500

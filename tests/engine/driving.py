@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from corolla.engine.attention import Rows
-from corolla.engine.cache import KVCache
-from corolla.engine.executor import Executor
-from corolla.engine.pages import PagePool, PageTable
-from corolla.engine.work import Work
+from corolla.engine.batch import Work
+from corolla.engine.kv_cache import KVCache
+from corolla.engine.model_runner import Executor
+from corolla.engine.page_pool import PagePool, PageTable
 from corolla.models.linear import WeightFormat
 from corolla.models.span import SpanModel, load_span
 from corolla.types import Span

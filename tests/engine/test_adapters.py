@@ -14,11 +14,11 @@ import torch
 from corolla.client.session import Session
 from corolla.engine.adapters import OVERHEAD, AdapterLimits, AdapterStore, Kept
 from corolla.engine.attention import Rows
-from corolla.engine.cache import KVCache
+from corolla.engine.batch import Work
 from corolla.engine.engine import Engine, EngineConfig
-from corolla.engine.executor import Executor
-from corolla.engine.pages import PagePool
-from corolla.engine.work import Work
+from corolla.engine.kv_cache import KVCache
+from corolla.engine.model_runner import Executor
+from corolla.engine.page_pool import PagePool
 from corolla.errors import AdapterError, AdapterNeeded, InvalidSetting, NetworkError
 from corolla.models.adapters import Adapter, load_adapter
 from corolla.models.linear import PlainLinear, WeightFormat

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from corolla.engine.drafts import Guess, guess
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.parts import EngineParts
+from corolla.engine.speculation import Guess, guess
 from corolla.errors import Busy, CorollaError, EmptyPrompt, InvalidSetting, PromptTooLong, ServerFault
 from corolla.models.reference import Reference
 from corolla.models.span import SpanModel, load_span

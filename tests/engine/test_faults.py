@@ -14,7 +14,7 @@ import torch
 from corolla.barrier import unexpected
 from corolla.engine.attention import PagedAttention
 from corolla.engine.engine import Engine, EngineConfig
-from corolla.engine.pages import PagePool, PageTable
+from corolla.engine.page_pool import PagePool, PageTable
 from corolla.engine.parts import EngineParts
 from corolla.errors import CorollaError, ServerFault
 from corolla.models.adapters import digest_of, joined_digest

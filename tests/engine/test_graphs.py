@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from corolla.engine.attention import Rows
+from corolla.engine.batch import Work
 from corolla.engine.graphs import DecodeGraphs, FixedDecode
-from corolla.engine.work import Work
 from tests.engine.driving import Chain
 from tests.models import tiny
 

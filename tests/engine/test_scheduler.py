@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from corolla.engine.clock import AwakeClock
-from corolla.engine.pages import PagePool
+from corolla.engine.page_pool import PagePool
 from corolla.engine.scheduler import Scheduler
 from corolla.engine.sequence import Conversation
 from corolla.models.span import SpanModel

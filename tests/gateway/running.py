@@ -19,8 +19,8 @@ import uvicorn
 from corolla.client.swarm import SwarmTransport
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.gateway.database import Database
+from corolla.gateway.model_registry import Models, served_model
 from corolla.gateway.serve import server_config
-from corolla.gateway.served import Models, served_model
 from corolla.gateway.service import Gateway, GatewayConfig
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig

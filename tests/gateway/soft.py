@@ -9,7 +9,7 @@ import torch
 from corolla.models.checkpoint import read_config
 from corolla.models.families import architecture
 from corolla.models.prompts import SoftPrompt, save_prompt
-from corolla.tuning.record import RECORD, Record, Status
+from corolla.tuning.run_record import RECORD, Record, Status
 
 
 def make_prompt(directory: Path, model: Path, tokens: int, *, deep: bool = False) -> None:

@@ -14,8 +14,8 @@ from websockets.sync.client import connect
 
 from corolla.errors import InvalidSetting
 from corolla.gateway.database import Database
-from corolla.gateway.guard import GuardConfig, checked_url
 from corolla.gateway.keys import Keys
+from corolla.gateway.middleware import GuardConfig, checked_url
 from corolla.gateway.protocol import ConnectionLimits
 from corolla.gateway.serve import check_access
 from corolla.gateway.service import GatewayConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from corolla.gateway.guard import GuardConfig
+from corolla.gateway.middleware import GuardConfig
 from corolla.gateway.protocol import ConnectionLimits
 from corolla.gateway.service import GatewayConfig
 from tests.gateway.running import DEADLINE, Running, TinySwarm, running

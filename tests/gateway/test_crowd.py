@@ -12,8 +12,8 @@ import httpx2
 import pytest
 from websockets.sync.client import connect
 
-from corolla.gateway.admission import AdmissionConfig
-from corolla.gateway.guard import GuardConfig
+from corolla.gateway.fair_queue import AdmissionConfig
+from corolla.gateway.middleware import GuardConfig
 from corolla.gateway.pool import PoolConfig
 from corolla.gateway.service import GatewayConfig
 from tests.gateway.running import DEADLINE, Running, TinySwarm, all_of, running

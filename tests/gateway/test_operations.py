@@ -13,8 +13,8 @@ import pytest
 from corolla.barrier import barrier, unexpected
 from corolla.errors import InvalidSetting, NetworkError, StorageError
 from corolla.gateway.database import Database
+from corolla.gateway.model_registry import Models, served_model
 from corolla.gateway.serve import run
-from corolla.gateway.served import Models, served_model
 from corolla.gateway.service import GatewayConfig
 from corolla.swarm.records import ServerRecord
 from tests.gateway.running import CONTEXT, Running, TinySwarm, running

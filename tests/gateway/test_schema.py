@@ -13,7 +13,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import status_code_conformance
 
-from corolla.gateway.admission import AdmissionConfig
+from corolla.gateway.fair_queue import AdmissionConfig
 from corolla.gateway.service import GatewayConfig
 from tests.gateway.running import Running, TinySwarm, running
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from corolla.errors import AdapterError
 from corolla.models.adapters import Adapter, digest_of, joined_digest, load_adapter
-from corolla.models.architecture import Architecture
 from corolla.models.checkpoint import read_config
+from corolla.models.config import Architecture
 from corolla.models.families import architecture
 from corolla.types import Span
 from tests.models import lora, tiny

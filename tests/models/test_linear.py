@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from corolla.errors import InvalidSetting
-from corolla.models.architecture import Activation
+from corolla.models.config import Activation
 from corolla.models.linear import Differentiable, HalfLinear, Int8Linear, PlainLinear, can_pack, make_linear
-from corolla.models.quantized import quantize
+from corolla.models.quantized_tensor import quantize
 
 SHAPE = 64, 96  # out, in
 

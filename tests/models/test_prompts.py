@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from corolla.errors import PromptError, StorageError
-from corolla.models.architecture import Architecture
 from corolla.models.checkpoint import Checkpoint
+from corolla.models.config import Architecture
 from corolla.models.families import architecture
 from corolla.models.peft_files import CONFIG, WEIGHTS
 from corolla.models.prompts import DEEP, SoftPrompt, load_prompt, load_score, save_prompt

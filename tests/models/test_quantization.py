@@ -14,8 +14,8 @@ from corolla.errors import Conflict, InvalidSetting, StorageError, UnsupportedMo
 from corolla.models.checkpoint import Checkpoint
 from corolla.models.nf4 import NF4
 from corolla.models.quantization import quantize_model
-from corolla.models.quantized import QuantizedFormat, joined, quantize
 from corolla.models.quantized_files import stored_codes
+from corolla.models.quantized_tensor import QuantizedFormat, joined, quantize
 from corolla.models.span import load_span
 from corolla.types import Span
 from tests.engine.driving import Chain, greedy

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from corolla.errors import CheckpointError
 from corolla.models.quantization import quantize_model
-from corolla.models.quantized import QuantizedFormat, quantize
 from corolla.models.quantized_files import tensors_of
+from corolla.models.quantized_tensor import QuantizedFormat, quantize
 from corolla.models.span import load_span
 from corolla.remote.models import AutoDistributedModelForCausalLM
 from tests.models import tiny

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from corolla.client.session import Session
 from corolla.client.swarm import Patience, SwarmTransport
-from corolla.engine.drafts import Guess, guess
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.parts import EngineParts
+from corolla.engine.speculation import Guess, guess
 from corolla.errors import NoRoute
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig

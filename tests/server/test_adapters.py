@@ -192,7 +192,7 @@ def test_who_is_being_sent_one_is_waited_for_until_it_is_there(swarm: Swarm, ada
 
 
 def test_a_name_stands_for_one_digest(adapters: list[Adapter]) -> None:
-    from corolla.client.joined import adapter_named
+    from corolla.client.discovery import adapter_named
     from tests.swarm.simulation import make_record
 
     one, two = (adapter.digest for adapter in adapters)

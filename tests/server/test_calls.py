@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from corolla.engine.beside import Beside
+from corolla.engine.background_jobs import Beside
 from corolla.engine.budgets import Budgets
 from corolla.engine.calls import backward, forward
 from corolla.engine.counters import Counters

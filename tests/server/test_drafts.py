@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from corolla.client.session import Session
-from corolla.engine.drafts import Guess
+from corolla.engine.speculation import Guess
 from tests.models import tiny
 from tests.server.ring import PROMPT, SAMPLED, TIMEOUT, Swarm, answer
 

@@ -22,7 +22,7 @@ from corolla.engine.parts import EngineParts
 from corolla.errors import InvalidSetting
 from corolla.models.reference import Reference
 from corolla.server.serve import RunningServer
-from corolla.server.terms import ServeConfig, settle_terms
+from corolla.server.settings import ServeConfig, settle_terms
 from corolla.swarm.directory import LocalDirectory
 from corolla.swarm.network import LocalHub
 from corolla.swarm.placement import MovePolicy

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from corolla.client.joined import join_swarm
+from corolla.client.discovery import join_swarm
 from corolla.client.session import Session
 from corolla.swarm.peer import PeerConfig
 from corolla.types import GenerationSettings

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from corolla.client.counters import ask_counters
-from corolla.client.joined import join_swarm
+from corolla.client.discovery import join_swarm
 from corolla.client.link import SwarmLink
 from corolla.client.session import Session
 from corolla.client.swarm import SwarmTransport

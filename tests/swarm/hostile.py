@@ -14,8 +14,8 @@ import torch
 
 from corolla.client.session import Session
 from corolla.client.swarm import Patience, SwarmTransport
-from corolla.engine.drafts import Guess, guess
 from corolla.engine.engine import Engine, EngineConfig, EngineParts
+from corolla.engine.speculation import Guess, guess
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.arrays import to_array

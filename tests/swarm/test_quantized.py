@@ -8,7 +8,7 @@ import pytest
 
 from corolla.errors import NoRoute
 from corolla.models.quantization import quantize_model
-from corolla.models.quantized import QuantizedFormat
+from corolla.models.quantized_tensor import QuantizedFormat
 from corolla.types import GenerationSettings
 from tests.engine.driving import Chain, greedy
 from tests.models import tiny

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from corolla.tuning.dialogues import DataSettings
 from corolla.tuning.prompt_tuning import TuneSettings, tune
-from corolla.tuning.record import Record
+from corolla.tuning.run_record import Record
 from tests.models import tiny
 
 Tune = Callable[..., Record]

@@ -16,7 +16,7 @@ from corolla.errors import TrainingError
 from corolla.tuning.checkpoints import last_checkpoint
 from corolla.tuning.divergence import Divergence
 from corolla.tuning.evaluation import check_loss
-from corolla.tuning.record import read_record
+from corolla.tuning.run_record import read_record
 from tests.tuning.conftest import Tune
 
 

@@ -25,7 +25,7 @@ from corolla.errors import CallerError, CheckpointError, DataError, InvalidSetti
 from corolla.tuning.finetune import FinetuneSettings, finetune
 from corolla.tuning.finetune_run import TRAINING
 from corolla.tuning.recipe import Phase, Recipe
-from corolla.tuning.record import Record
+from corolla.tuning.run_record import Record
 
 RECIPE: dict[str, Any] = {
     "name": "test",

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from corolla.chat.templates import TEMPLATES
 from corolla.data.problems import Problems
 from corolla.data.tokens import Tokens, TrainingTokenizer
-from corolla.models.architecture import Architecture
+from corolla.models.config import Architecture
 from corolla.models.families import architecture
 from corolla.models.prompts import load_prompt
 from corolla.remote.models import AutoDistributedConfig, AutoDistributedModelForCausalLM

@@ -17,7 +17,7 @@ from corolla.models.families import architecture
 from corolla.models.prompts import load_prompt
 from corolla.remote.models import AutoDistributedConfig
 from corolla.tuning.checkpoints import last_checkpoint
-from corolla.tuning.record import Record, read_record
+from corolla.tuning.run_record import Record, read_record
 from tests.tuning.conftest import Tune
 
 NO_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle")

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from corolla.tuning.dialogues import DataSettings
 from corolla.tuning.prompt_tuning import TuneSettings, tune
-from corolla.tuning.record import Record, read_record
+from corolla.tuning.run_record import Record, read_record
 from corolla.types import Span
 from tests.swarm.forked import ForkedSwarm
 from tests.swarm.harness import COROLLA, DEADLINE, OVER_HIVEMIND, Swarm

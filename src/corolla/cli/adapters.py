@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from corolla.errors import AdapterError, InvalidSetting
 
 if TYPE_CHECKING:
-    from corolla.client.joined import Joined
+    from corolla.client.discovery import Joined
     from corolla.models.adapters import Adapter
     from corolla.server.embedded import Embedded
 
@@ -40,7 +40,7 @@ def chosen_adapter(given: str | None, opened: Embedded | Joined) -> Adapter | st
         from corolla.models.families import architecture
 
         return load_adapter(Path(given), architecture(read_config(opened.directory)))
-    from corolla.client.joined import Joined
+    from corolla.client.discovery import Joined
 
     if isinstance(opened, Joined):
         return opened.adapter(given)

@@ -19,7 +19,7 @@ from corolla.errors import DataError, InvalidSetting
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from corolla.client.joined import Joined
+    from corolla.client.discovery import Joined
     from corolla.client.session import Session
     from corolla.data.tokens import Tokens, TrainingTokenizer
     from corolla.server.embedded import Embedded

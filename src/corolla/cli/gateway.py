@@ -80,14 +80,14 @@ def gateway(
     logs.set_up(log_level, swarm=True)
     joined = check_addresses(peers)
 
-    from corolla.gateway.admission import AdmissionConfig
     from corolla.gateway.database import Database, default_url
-    from corolla.gateway.guard import GuardConfig, checked_url
-    from corolla.gateway.joining import joined_models
+    from corolla.gateway.fair_queue import AdmissionConfig
     from corolla.gateway.keys import Keys
+    from corolla.gateway.middleware import GuardConfig, checked_url
     from corolla.gateway.protocol import ConnectionLimits
     from corolla.gateway.serve import check_access, is_loopback, run
     from corolla.gateway.service import GatewayConfig
+    from corolla.gateway.swarm_models import joined_models
     from corolla.models.catalog import resolve
     from corolla.swarm.peer import PeerConfig
 

@@ -97,7 +97,7 @@ def generate(
     if not top_logprobs:
         del fields["top_logprobs"]
     if timings:
-        from corolla.client.joined import Joined
+        from corolla.client.discovery import Joined
 
         assert isinstance(embedded, Joined), "timings are asked of a swarm only"
         fields["hops"] = hops.means()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from corolla.cli.progress import showing_progress
 
 if TYPE_CHECKING:
-    from corolla.client.joined import Joined
+    from corolla.client.discovery import Joined
     from corolla.models.prompts import SoftPrompt
     from corolla.server.embedded import Embedded
 
@@ -30,7 +30,7 @@ def opened(
         with showing_progress() as progress:
             if peers:
                 from corolla.cli.addresses import check_addresses
-                from corolla.client.joined import join_swarm
+                from corolla.client.discovery import join_swarm
                 from corolla.models.catalog import resolve
                 from corolla.swarm.peer import PeerConfig
 

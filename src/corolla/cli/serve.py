@@ -149,7 +149,7 @@ def serve(
 
     from corolla.engine.engine import EngineConfig
     from corolla.server.serve import serving
-    from corolla.server.terms import ServeConfig
+    from corolla.server.settings import ServeConfig
     from corolla.swarm.peer import PeerConfig
 
     peer = PeerConfig(initial_peers=joined, host=host, port=port, announce=announce or (), identity=identity, secret=key)

@@ -15,7 +15,7 @@ from corolla.cli import logs, options
 from corolla.cli.logs import LogLevel
 
 if TYPE_CHECKING:
-    from corolla.tuning.record import Record
+    from corolla.tuning.run_record import Record
 
 _DATA, _TRAINING, _RUN = "Data", "Training", "The run"
 

@@ -12,9 +12,9 @@ import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from corolla.client.answers import Answers
 from corolla.client.progress import Progress, Standstill
-from corolla.client.suspicion import Asked, ReplyFrame, believed, suspects
+from corolla.client.reply_progress import Answers
+from corolla.client.reply_validation import Asked, ReplyFrame, believed, suspects
 from corolla.errors import (
     AdapterNeeded,
     CallerError,

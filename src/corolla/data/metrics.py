@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from corolla.data.blocks import Rows
+from corolla.data.chunks import Summary
 from corolla.data.layout import PARTS, Part
 from corolla.data.render import RenderCounts
-from corolla.data.spool import Summary
 from corolla.data.tokens import Kind
+from corolla.data.vector_packing import Rows
 
 
 @dataclass(slots=True)

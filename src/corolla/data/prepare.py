@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import corolla
 from corolla.chat.templates import template_named
-from corolla.data.claim import Claim, claimed
+from corolla.data.chunks import Summary
 from corolla.data.deduplication import Deduplication, Duplicates
 from corolla.data.description import config_class, read_metrics, tokenizer_sums, write_description
 from corolla.data.examples import Example
 from corolla.data.layout import PARTS, Part
 from corolla.data.metrics import Metrics
+from corolla.data.output_lock import Claim, claimed
 from corolla.data.packing import Packing, PackingSettings
 from corolla.data.problems import Problems
 from corolla.data.readers.read import read
 from corolla.data.render import Renderer, RenderSettings
 from corolla.data.shuffling import in_order
 from corolla.data.sources import Source, sources_of, total_lines, watched
-from corolla.data.spool import Summary
 from corolla.data.tokenizing import Rendering, tokenize
 from corolla.data.tokens import TrainingTokenizer
 from corolla.data.writing import Chunks, packed, part_writer, with_training

@@ -10,9 +10,9 @@ import numpy as np
 
 from corolla.chat.templates import Template, Turn, stop_ids
 from corolla.data.examples import Example
-from corolla.data.locating import Text
+from corolla.data.offsets import Text
 from corolla.data.problems import Problems
-from corolla.data.spelling import COMPLETION, PROMPT, Plan, Spelled, Spelling, carried_out, spelling_of
+from corolla.data.rendering import COMPLETION, PROMPT, Plan, Spelled, Spelling, carried_out, spelling_of
 from corolla.data.tokens import Kind, Tokens, TrainingTokenizer
 from corolla.errors import CallerError, InvalidSetting
 

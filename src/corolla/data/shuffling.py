@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from corolla.data.blocks import EMPTY, Articles, chained
-from corolla.data.spool import save
+from corolla.data.chunks import save
+from corolla.data.vector_packing import EMPTY, Articles, chained
 from corolla.errors import StorageError
 
 Keys = npt.NDArray[np.uint64]

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from corolla.chat.templates import TEMPLATES
-from corolla.data.blocks import Articles
+from corolla.data.chunks import Summary, chunk_path, read_summary, write_chunk
 from corolla.data.examples import Example
 from corolla.data.layout import PARTS
 from corolla.data.render import Renderer, RenderSettings
+from corolla.data.rendering import Spelled
 from corolla.data.sampling import drawn
-from corolla.data.spelling import Spelled
-from corolla.data.spool import Summary, chunk_path, read_summary, write_chunk
 from corolla.data.tokens import TrainingTokenizer
+from corolla.data.vector_packing import Articles
 from corolla.errors import CallerError, StorageError
 
 _CHUNK_CHARACTERS = 2**20  # about 250,000 tokens: half a second of work

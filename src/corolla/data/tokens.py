@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corolla.client.tokenizer import TextTokenizer
-from corolla.data.locating import Located, Locator, Text
+from corolla.data.offsets import Located, Locator, Text
 from corolla.errors import CallerError
 
 Ids = npt.NDArray[np.int32]

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from corolla.data.blocks import Articles, BlockPacker, Rows
+from corolla.data.chunks import chunk_path, numbered_keys, read_chunk
 from corolla.data.hdf5 import FIELDS, SequenceWriter, writing
 from corolla.data.layout import PARTS, Part, file_names
 from corolla.data.packing import PackingSettings
 from corolla.data.shuffling import Keyed, shuffle_keys
-from corolla.data.spool import chunk_path, numbered_keys, read_chunk
 from corolla.data.tokens import Kind
+from corolla.data.vector_packing import Articles, BlockPacker, Rows
 
 _AT_ONCE = 2**21  # tokens that are packed at once
 _BUFFERS = 2**24  # bytes of the chunks that all files gather

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from corolla.engine.arrays import stays_finite
+from corolla.engine.batch import Work
 from corolla.engine.converting import Convert, converted
-from corolla.engine.work import Work
 from corolla.errors import AdapterNeeded, CorollaError, InvalidSetting, NetworkError
 from corolla.models.adapted import Adapting, Blocks, Run
 from corolla.models.adapters import digest_of, joined_digest

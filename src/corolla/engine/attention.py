@@ -18,9 +18,9 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from corolla.engine.cache import KVCache
-from corolla.engine.pages import PageTable
-from corolla.models.architecture import Architecture
+from corolla.engine.kv_cache import KVCache
+from corolla.engine.page_pool import PageTable
+from corolla.models.config import Architecture
 
 # In the batch-invariant mode keys are padded to this many positions: the size of the blocks in which torch's CPU kernel reduces.
 INVARIANT_KEYS = 512

@@ -17,8 +17,8 @@ from itertools import groupby
 import torch
 
 from corolla.engine.attention import alibi, attend
-from corolla.models.architecture import Architecture
 from corolla.models.block import Block, Rotation, rotations
+from corolla.models.config import Architecture
 from corolla.models.span import SpanModel
 from corolla.types import Span
 

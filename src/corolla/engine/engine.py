@@ -17,25 +17,25 @@ import torch
 from corolla.barrier import barrier
 from corolla.engine.adapters import AdapterLimits, AdapterStore
 from corolla.engine.attention import Rows
-from corolla.engine.beside import Beside, OnFailure
+from corolla.engine.background_jobs import Beside, OnFailure
+from corolla.engine.batch import Work
 from corolla.engine.budgets import Budgets, Ledger
-from corolla.engine.cache import KVCache
 from corolla.engine.clock import AwakeClock
 from corolla.engine.counters import Counters
-from corolla.engine.drafts import verified
-from corolla.engine.executor import INVARIANT_ROWS, Executor
 from corolla.engine.furnishing import furnished
 from corolla.engine.inbox import TOKEN_BYTES, Inbox
+from corolla.engine.kv_cache import KVCache
+from corolla.engine.model_runner import INVARIANT_ROWS, Executor
+from corolla.engine.outputs import Replying, tell
 from corolla.engine.parts import EngineParts
 from corolla.engine.prompts import PromptLimits, PromptStore
-from corolla.engine.replying import Replying, tell
 from corolla.engine.sampler import Sampled, SampleRequest
 from corolla.engine.scheduler import Scheduler
 from corolla.engine.scores import scores_of
 from corolla.engine.sequence import Conversation, Deliver
 from corolla.engine.sessions import Sessions
+from corolla.engine.speculation import verified
 from corolla.engine.validation import validated_span
-from corolla.engine.work import Work
 from corolla.errors import AdapterNeeded, Busy, CapacityError, CorollaError, PromptNeeded, ServerFault
 from corolla.models.span import SpanModel
 from corolla.types import AdapterPart, Failed, Gap, GenerationSettings, Give, Message, PromptPart, Scores, Span, Step

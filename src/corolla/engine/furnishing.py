@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from corolla.engine.adapters import AdapterStore
+from corolla.engine.batch import Work
 from corolla.engine.prompts import PromptStore, rows_of
 from corolla.engine.sequence import Conversation
-from corolla.engine.work import Work
 from corolla.errors import AdapterNeeded, PromptNeeded
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from corolla.engine.attention import Gathered, PagedAttention
-from corolla.engine.cache import KVCache
-from corolla.engine.work import Computed, Work
+from corolla.engine.batch import Computed, Work
+from corolla.engine.kv_cache import KVCache
 from corolla.models.span import SpanModel
 
 MOST_ROWS = 64

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from corolla.engine.attention import PagedAttention, Rows
-from corolla.engine.cache import KVCache
 from corolla.engine.converting import Convert, converted
-from corolla.engine.drafts import Guess, Sample, guess
-from corolla.engine.pages import PagePool
+from corolla.engine.kv_cache import KVCache
+from corolla.engine.page_pool import PagePool
 from corolla.engine.sampler import sample
-from corolla.models.architecture import Architecture
+from corolla.engine.speculation import Guess, Sample, guess
 from corolla.models.block import Attention
+from corolla.models.config import Architecture
 
 Attend = Callable[[Architecture, KVCache, Sequence[Rows], int, torch.device, bool], Attention]
 """A step's attention; the arguments are those of `PagedAttention.of`."""

@@ -17,8 +17,8 @@ from itertools import accumulate, chain
 import torch
 
 from corolla.engine.arrays import stays_finite
+from corolla.engine.batch import PromptRows, Work
 from corolla.engine.converting import Convert, converted
-from corolla.engine.work import PromptRows, Work
 from corolla.errors import InvalidSetting, PromptNeeded
 from corolla.models.span import SpanModel
 from corolla.types import PromptName, PromptPart, Span, Step

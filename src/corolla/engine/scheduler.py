@@ -25,10 +25,10 @@ from dataclasses import dataclass, field, replace
 
 from corolla.barrier import barrier
 from corolla.engine.attention import Rows
+from corolla.engine.batch import Work
 from corolla.engine.clock import AwakeClock
-from corolla.engine.pages import PagePool
+from corolla.engine.page_pool import PagePool
 from corolla.engine.sequence import Conversation
-from corolla.engine.work import Work
 
 _PART, _PARTS = 64, 8  # rows of a part of a prompt that goes on, about, and how many parts are made of what is left of it at most
 _LOST_AFTER = 30.0  # seconds without the next token: whoever should send it is gone

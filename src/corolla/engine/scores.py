@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from corolla.engine.executor import Executor
+from corolla.engine.batch import Work
+from corolla.engine.model_runner import Executor
 from corolla.engine.sampler import score
 from corolla.engine.sequence import Conversation
-from corolla.engine.work import Work
 from corolla.types import Scores
 
 _AT_ONCE = 64  # tokens of one reply: with 20 alternatives each they fit a frame

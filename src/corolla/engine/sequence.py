@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from corolla.engine.pages import PageTable
+from corolla.engine.page_pool import PageTable
 from corolla.types import GenerationSettings, PromptName, Reply, Span
 
 if TYPE_CHECKING:

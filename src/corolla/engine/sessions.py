@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 
 from corolla.engine.budgets import Ledger
-from corolla.engine.cache import KVCache
 from corolla.engine.clock import AwakeClock
 from corolla.engine.counters import Counters
 from corolla.engine.inbox import size_of
-from corolla.engine.pages import PagePool
+from corolla.engine.kv_cache import KVCache
+from corolla.engine.page_pool import PagePool
 from corolla.engine.prompts import page_seed
 from corolla.engine.sequence import Conversation, Deliver
 from corolla.models.span import SpanModel

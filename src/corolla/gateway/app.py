@@ -22,11 +22,11 @@ import corolla
 from corolla.barrier import barrier
 from corolla.errors import CorollaError, InvalidSetting
 from corolla.gateway import openai_chat, openai_completions, petals, petals_socket, playground, ui, ui_looks
-from corolla.gateway.guard import Guard
+from corolla.gateway.error_responses import BadRequest, documented, fault, kind_of, response
+from corolla.gateway.message_runs import Writings
+from corolla.gateway.middleware import Guard
 from corolla.gateway.openai import router as openai
-from corolla.gateway.problems import BadRequest, documented, fault, kind_of, response
 from corolla.gateway.service import Gateway, TheGateway
-from corolla.gateway.writing import Writings
 
 STATIC = Path(__file__).parent / "static"
 _NO_PAGE = (

@@ -12,8 +12,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, insert, or_, select, update
 
 from corolla.errors import CallerError, Conflict
-from corolla.gateway.admission import AdmissionConfig, Gate
 from corolla.gateway.database import Database, conversations, gateways, messages
+from corolla.gateway.fair_queue import AdmissionConfig, Gate
 
 SETTABLE = ("title", "model", "system", "template", "prompt", "settings", "leaf")
 ENDED = ("done", "stopped", "interrupted", "failed")

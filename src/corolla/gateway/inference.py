@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from corolla.gateway.writing import CHAT_DEFAULTS
+from corolla.gateway.message_runs import CHAT_DEFAULTS
 from corolla.types import GenerationSettings
 
 _DEFAULTS = GenerationSettings()

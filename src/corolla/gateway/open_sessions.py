@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from corolla.errors import PromptTooLong
 from corolla.gateway.conversations import NotFound
+from corolla.gateway.model_registry import ServedModel
 from corolla.gateway.pool import Kept, open_session
-from corolla.gateway.served import ServedModel
 
 _MOST_OF_ONE = 256  # sessions of one caller; the one that was idle longest ends for a new one
 

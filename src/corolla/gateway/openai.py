@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from corolla.errors import InvalidSetting, ModelNotFound
 from corolla.gateway.bodies import StrictRoute
-from corolla.gateway.problems import ANSWERING, documented
+from corolla.gateway.error_responses import ANSWERING, documented
 from corolla.gateway.service import TheGateway
 from corolla.types import GenerationSettings
 

@@ -14,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 from corolla.barrier import barrier
 from corolla.client.completion import CompletionResult, Piece
 from corolla.errors import CorollaError, Interrupted
-from corolla.gateway.answers import Answer, Request
-from corolla.gateway.problems import openai_shown
+from corolla.gateway.error_responses import openai_shown
+from corolla.gateway.generation_tasks import Answer, Request
 from corolla.gateway.service import Gateway, unless_gone
 from corolla.gateway.sse import KEEP_ALIVE, EventStream, data
 

@@ -14,7 +14,7 @@ from corolla.chat.templates import Turn, encode
 from corolla.client.completion import CompletionResult, Piece
 from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import EmptyPrompt, InvalidSetting
-from corolla.gateway.answers import Answer, Request
+from corolla.gateway.generation_tasks import Answer, Request
 from corolla.gateway.openai import Sampling, router
 from corolla.gateway.openai_answers import respond
 from corolla.gateway.service import TheCaller, TheGateway

@@ -14,11 +14,11 @@ from starlette.responses import Response
 from corolla.client.completion import CompletionResult, Piece
 from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import EmptyPrompt, InvalidSetting
-from corolla.gateway.answers import Answer, Request
+from corolla.gateway.generation_tasks import Answer, Request
+from corolla.gateway.model_registry import ServedModel
 from corolla.gateway.openai import Sampling, router
 from corolla.gateway.openai_answers import respond
 from corolla.gateway.openai_chat import EVENTS, text_tokens
-from corolla.gateway.served import ServedModel
 from corolla.gateway.service import Gateway, TheCaller, TheGateway
 from corolla.types import FinishReason
 

@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request as HttpRequest
 
 from corolla.errors import CallerError, EmptyPrompt, InvalidSetting, PromptTooLong
-from corolla.gateway.answers import Request
 from corolla.gateway.bodies import StrictRoute
+from corolla.gateway.error_responses import ANSWERING, BadRequest
+from corolla.gateway.generation_tasks import Request
+from corolla.gateway.model_registry import ServedModel
 from corolla.gateway.pool import Kept
-from corolla.gateway.problems import ANSWERING, BadRequest
-from corolla.gateway.served import ServedModel
 from corolla.gateway.service import Gateway, TheCaller, TheGateway, unless_gone
 from corolla.types import GenerationSettings
 

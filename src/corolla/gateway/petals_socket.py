@@ -18,11 +18,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from corolla.barrier import barrier
 from corolla.client.completion import Piece
 from corolla.errors import CallerError, CorollaError, InvalidSetting
-from corolla.gateway.answers import Answer, Request
 from corolla.gateway.bodies import decoded
+from corolla.gateway.error_responses import fault, kind_of, petals_text
+from corolla.gateway.generation_tasks import Answer, Request
 from corolla.gateway.open_sessions import OpenSession
 from corolla.gateway.petals import Inference, tokens_of
-from corolla.gateway.problems import fault, kind_of, petals_text
 from corolla.gateway.service import Gateway, caller_of, gateway_of
 from corolla.types import FinishReason
 

@@ -13,12 +13,12 @@ from starlette.responses import Response
 
 from corolla.client.completion import Piece
 from corolla.errors import CorollaError, EmptyPrompt, InvalidSetting
-from corolla.gateway.answers import Answer, Notice, Request
 from corolla.gateway.bodies import StrictRoute
-from corolla.gateway.problems import ANSWERING, kind_of, shown
+from corolla.gateway.error_responses import ANSWERING, kind_of, shown
+from corolla.gateway.generation_tasks import Answer, Notice, Request
+from corolla.gateway.message_runs import Stats
 from corolla.gateway.service import Gateway, TheCaller, TheGateway, unless_gone
 from corolla.gateway.sse import KEEP_ALIVE, EventStream, event
-from corolla.gateway.writing import Stats
 from corolla.types import GenerationSettings
 
 router = APIRouter(prefix="/api/ui", tags=["The page"], responses=ANSWERING, route_class=StrictRoute)

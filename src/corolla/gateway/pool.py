@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from corolla.client.session import Session
+from corolla.gateway.model_registry import ServedModel
 from corolla.gateway.seam import Seam
-from corolla.gateway.served import ServedModel
 
 if TYPE_CHECKING:
     from corolla.models.prompts import SoftPrompt

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from corolla.errors import CapacityError
-from corolla.gateway.problems import response
+from corolla.gateway.error_responses import response
 
 _VITAL = (b"/healthz", b"/readyz")
 

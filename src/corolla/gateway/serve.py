@@ -17,8 +17,8 @@ from corolla.errors import InvalidSetting, NetworkError
 from corolla.gateway.app import gateway_app
 from corolla.gateway.database import Database
 from corolla.gateway.keys import Keys
+from corolla.gateway.model_registry import Models
 from corolla.gateway.protocol import BoundedHTTP
-from corolla.gateway.served import Models
 from corolla.gateway.service import Gateway, GatewayConfig
 
 _FILES = 4096  # that may be open, where the system's hard limit lets so many: each connection is one
@@ -82,7 +82,7 @@ def server_config(gateway: Gateway) -> uvicorn.Config:
         ws="websockets-sansio",
         log_config=None,
         log_level="error",  # what clients do wrong is no warning, and strangers could fill the disk with them
-        access_log=False,  # guard.py writes a better one
+        access_log=False,  # middleware.py writes a better one
         server_header=False,
         timeout_keep_alive=limits.idle,
         timeout_graceful_shutdown=round(gateway.config.drain) + _FAREWELL,

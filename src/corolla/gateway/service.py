@@ -15,23 +15,23 @@ from starlette.requests import HTTPConnection, Request
 from starlette.types import Receive
 
 from corolla.errors import Interrupted
-from corolla.gateway.admission import AdmissionConfig, Gate, Rates
-from corolla.gateway.answers import Answer, Writers
 from corolla.gateway.conversations import Conversations
 from corolla.gateway.database import Database
-from corolla.gateway.guard import GuardConfig
+from corolla.gateway.fair_queue import AdmissionConfig, Gate, Rates
+from corolla.gateway.generation_tasks import Answer, Writers
 from corolla.gateway.keeping import Keeper
 from corolla.gateway.keys import Caller, Keys
 from corolla.gateway.metrics import Metrics
+from corolla.gateway.middleware import GuardConfig
+from corolla.gateway.model_registry import Models, ServedModel
 from corolla.gateway.open_sessions import OpenSessions
 from corolla.gateway.pool import PoolConfig, SessionPool
 from corolla.gateway.protocol import ConnectionLimits
-from corolla.gateway.served import Models, ServedModel
 from corolla.gateway.sse import KEEP_ALIVE_SECONDS
 from corolla.gateway.tuned import SoftPrompts
 
 if TYPE_CHECKING:
-    from corolla.gateway.writing import Writings
+    from corolla.gateway.message_runs import Writings
     from corolla.models.prompts import SoftPrompt
 
 Result = TypeVar("Result")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corolla.errors import CorollaError, InvalidSetting, PromptError
-from corolla.gateway.served import Models, ServedModel
+from corolla.gateway.model_registry import Models, ServedModel
 
 if TYPE_CHECKING:
     from corolla.models.prompts import SoftPrompt

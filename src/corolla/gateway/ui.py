@@ -18,15 +18,15 @@ import corolla
 from corolla.chat.templates import TEMPLATES
 from corolla.errors import CorollaError, EmptyPrompt
 from corolla.gateway.bodies import StrictRoute
-from corolla.gateway.guard import COOKIE, cookie_of
+from corolla.gateway.error_responses import ANSWERING
 from corolla.gateway.inference import SETTINGS
 from corolla.gateway.keeping import EVERY
 from corolla.gateway.keys import LOGIN_SECONDS
-from corolla.gateway.problems import ANSWERING
-from corolla.gateway.served import ServedModel
+from corolla.gateway.message_runs import chat_settings
+from corolla.gateway.middleware import COOKIE, cookie_of
+from corolla.gateway.model_registry import ServedModel
 from corolla.gateway.service import Gateway, TheCaller, TheGateway
 from corolla.gateway.sse import KEEP_ALIVE, EventStream, event
-from corolla.gateway.writing import chat_settings
 
 router = APIRouter(prefix="/api/ui", tags=["The page"], responses=ANSWERING, route_class=StrictRoute)
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}}

@@ -12,8 +12,8 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from corolla.gateway.bodies import StrictRoute
-from corolla.gateway.problems import ANSWERING
-from corolla.gateway.served import ServedModel
+from corolla.gateway.error_responses import ANSWERING
+from corolla.gateway.model_registry import ServedModel
 from corolla.gateway.service import Gateway, TheGateway
 from corolla.gateway.sse import EventStream, event
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from corolla.models.adapters import PRODUCTS
-from corolla.models.architecture import Activation
 from corolla.models.block import Block
+from corolla.models.config import Activation
 from corolla.models.linear import ACTIVATE, Linear, Unfused
 from corolla.types import Factors
 

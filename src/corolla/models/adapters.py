@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from corolla.errors import AdapterError
-from corolla.models.architecture import Architecture
+from corolla.models.config import Architecture
 from corolla.models.peft_files import CONFIG, WEIGHTS, read_config, read_tensors
 from corolla.types import AdapterPart, Factors, Span
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from corolla.models.architecture import Architecture
+from corolla.models.config import Architecture
 from corolla.models.linear import Differentiable, Linear
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from corolla.errors import UnsupportedModel
-from corolla.models.architecture import Activation, Architecture, Rope, TensorNames
+from corolla.models.config import Activation, Architecture, Rope, TensorNames
 
 Config = Any  # a transformers PreTrainedConfig; transformers is slow to import and untyped
 

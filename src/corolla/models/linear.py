@@ -17,9 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from corolla.errors import InvalidSetting
-from corolla.models.architecture import Activation
+from corolla.models.config import Activation
 from corolla.models.nf4 import NF4
-from corolla.models.quantized import INT4_GROUP, Codes, quantize
+from corolla.models.quantized_tensor import INT4_GROUP, Codes, quantize
 
 WeightFormat = Literal["plain", "packed", "int8", "int4", "nf4"]
 _BOUNDARY = 64  # bytes: torch allocates at its multiples; what lies in a mapped file, or is cut from another tensor, need not begin at one

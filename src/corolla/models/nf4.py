@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from corolla.models.quantized import NF4_BLOCK, Codes, nf4_values, quantize
+from corolla.models.quantized_tensor import NF4_BLOCK, Codes, nf4_values, quantize
 
 _MOST_ROWS = 32  # of bitsandbytes' CPU product; above them widening the weight once is quicker
 _BAND = 32  # rows that its layout puts side by side

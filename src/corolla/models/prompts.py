@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 
 from corolla.errors import PromptError
-from corolla.models.architecture import Architecture
+from corolla.models.config import Architecture
 from corolla.models.json_files import parse_json
 from corolla.models.peft_files import CONFIG, WEIGHTS, read_config, read_tensors
 from corolla.models.saving import replacing

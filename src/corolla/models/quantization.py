@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from corolla.errors import Conflict, InvalidSetting, StorageError, UnsupportedModel
-from corolla.models.architecture import Architecture
 from corolla.models.checkpoint import CHECKSUMS, INDEX, SINGLE, Checkpoint, json_object, write_checksums
+from corolla.models.config import Architecture
 from corolla.models.families import architecture
-from corolla.models.quantized import NF4_BLOCK, QuantizedFormat, fits, quantize
 from corolla.models.quantized_files import quantization_config, stored_format, tensors_of
+from corolla.models.quantized_tensor import NF4_BLOCK, QuantizedFormat, fits, quantize
 from corolla.models.saving import replacing, save_tensors
 
 _SHARD = "model-{number:05}-of-{count:05}.safetensors"

@@ -16,7 +16,7 @@ from corolla.errors import CheckpointError, InvalidSetting, UnsupportedModel
 from corolla.models.checkpoint import Checkpoint
 from corolla.models.json_files import parse_json
 from corolla.models.linear import WeightFormat
-from corolla.models.quantized import INT4_GROUP, NF4_BLOCK, NF4_VALUES, Codes, QuantizedFormat
+from corolla.models.quantized_tensor import INT4_GROUP, NF4_BLOCK, NF4_VALUES, Codes, QuantizedFormat
 
 METHOD = "corolla"
 _STATE = "quant_state.bitsandbytes__nf4"

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from corolla.errors import CheckpointError, InvalidSetting
-from corolla.models.architecture import Architecture
 from corolla.models.block import Attention, Block, Norm, rotations
 from corolla.models.checkpoint import Checkpoint
+from corolla.models.config import Architecture
 from corolla.models.families import architecture
 from corolla.models.linear import Linear, PackedLinear, WeightFormat, make_linear
-from corolla.models.quantized import Codes, joined
 from corolla.models.quantized_files import settled_weights, stored_codes
+from corolla.models.quantized_tensor import Codes, joined
 from corolla.types import Span
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -17,8 +17,8 @@ from typing import TypeVar
 import torch
 
 from corolla.errors import InvalidSetting, PromptNeeded, ProtocolError, ServerFault
-from corolla.remote.given import DeepPrompt
 from corolla.remote.mailbox import Declined, Fault, Forgot
+from corolla.remote.prompt_upload import DeepPrompt
 from corolla.remote.servers import Servers
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.routing import Quality

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from corolla.engine.answering import Answering
+from corolla.engine.call_handler import Answering
 from corolla.engine.engine import Engine
 from corolla.errors import CorollaError, InvalidSetting, NetworkError, ServerFault
 from corolla.swarm.arrays import from_array, to_array

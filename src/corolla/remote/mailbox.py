@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from corolla.client.deadline import LOOK, Pauses
 from corolla.client.progress import Progress
-from corolla.client.suspicion import believed
+from corolla.client.reply_validation import believed
 from corolla.errors import CallerError, CapacityError, CorollaError, DeadlineExceeded, Forgotten, NetworkError, ProtocolError
 from corolla.swarm.convert import error_of
 from corolla.swarm.wire import Ask, FailedFrame, GapFrame, HiddenFrame, ResultFrame, Whereabouts

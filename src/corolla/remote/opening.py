@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from corolla.client.joined import KnownServers
+from corolla.client.discovery import KnownServers
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.models.checkpoint import json_object
 from corolla.models.devices import settled_device

@@ -14,8 +14,8 @@ from typing import Protocol
 from corolla.barrier import barrier
 from corolla.client.peers import PeerBook
 from corolla.errors import InvalidSetting, NetworkError, NoRoute, ServerFault
-from corolla.remote.given import GivenPrompts
 from corolla.remote.mailbox import Incoming, Lost, Mailbox
+from corolla.remote.prompt_upload import GivenPrompts
 from corolla.remote.retries import Retries
 from corolla.swarm.bans import Bans
 from corolla.swarm.network import Network

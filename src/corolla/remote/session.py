@@ -18,8 +18,8 @@ import torch
 
 from corolla.errors import InvalidSetting, NetworkError, PromptTooLong, ProtocolError
 from corolla.remote.calls import Calls, checked, room_of, wire_dtype_of
-from corolla.remote.given import DeepPrompt
 from corolla.remote.mailbox import Declined, Fault, Forgot, Mailbox, StandsStill
+from corolla.remote.prompt_upload import DeepPrompt
 from corolla.remote.servers import Servers
 from corolla.swarm.arrays import to_array
 from corolla.swarm.wire import MAX_STEP_TOKENS, CloseFrame, GapFrame, HiddenFrame, Hop, StepFrame

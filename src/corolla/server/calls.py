@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
-from corolla.engine.answering import Answering, CallCounters
+from corolla.engine.activations import KeptLimits
 from corolla.engine.budgets import Ledger
+from corolla.engine.call_handler import Answering, CallCounters
 from corolla.engine.engine import Engine
-from corolla.engine.kept import KeptLimits
 from corolla.errors import Busy, CorollaError, InvalidSetting, NetworkError, PromptTooLong
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.convert import failed_of, to_call

@@ -11,11 +11,11 @@ import psutil
 import torch
 
 from corolla.errors import InvalidSetting
-from corolla.models.architecture import Architecture
 from corolla.models.checkpoint import Checkpoint
+from corolla.models.config import Architecture
 from corolla.models.linear import WeightFormat
-from corolla.models.quantized import INT4_GROUP, NF4_BLOCK
 from corolla.models.quantized_files import stored_format
+from corolla.models.quantized_tensor import INT4_GROUP, NF4_BLOCK
 from corolla.types import Span
 
 _CPU_SHARE, _CUDA_SHARE = 0.8, 0.9  # of what is available; the rest is for activations, and for a tensor while it is converted

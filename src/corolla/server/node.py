@@ -19,9 +19,9 @@ from corolla.engine.counters import coarse
 from corolla.engine.engine import Engine
 from corolla.errors import CallerError, CorollaError, NetworkError, ServerFault
 from corolla.server.calls import Calls
-from corolla.server.checking import check_rows, check_shape
-from corolla.server.onward import NodeCounters, Onward, UnderWay
-from corolla.server.ways import Way, Ways
+from corolla.server.replies import NodeCounters, Onward, UnderWay
+from corolla.server.session_table import Way, Ways
+from corolla.server.validation import check_rows, check_shape
 from corolla.swarm.convert import failed_of, to_adapter_part, to_message, to_prompt_part, to_step, to_timings
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips

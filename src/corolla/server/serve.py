@@ -21,8 +21,8 @@ from corolla.models.checkpoint import Progress
 from corolla.server.announcing import Announcer, Peer, nearest, next_servers, to_ask
 from corolla.server.cores import SharedCores
 from corolla.server.health import HealthWatch
-from corolla.server.holding import Held, Holder, Report
-from corolla.server.terms import ServeConfig, Terms, settle_terms
+from corolla.server.settings import ServeConfig, Terms, settle_terms
+from corolla.server.span_manager import Held, Holder, Report
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.placement import Mover, choose_span
 from corolla.swarm.probing import Probes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 from corolla.chat.templates import Template
-from corolla.data.spelling import closing_length
+from corolla.data.rendering import closing_length
 
 
 def jinja_of(template: Template) -> str:

@@ -18,9 +18,9 @@ from corolla.chat.templates import Template, default_template, template_named
 from corolla.data.problems import Problems
 from corolla.data.tokens import TrainingTokenizer
 from corolla.errors import CorollaError, InvalidSetting, StorageError, TrainingError
-from corolla.models.architecture import Architecture
 from corolla.models.catalog import resolve
 from corolla.models.checkpoint import Checkpoint, Progress, json_object
+from corolla.models.config import Architecture
 from corolla.models.devices import settled_device
 from corolla.models.families import architecture
 from corolla.swarm.records import fingerprint
@@ -28,8 +28,8 @@ from corolla.tuning.finetune_data import Loader, PhaseData, parse_source
 from corolla.tuning.finetune_run import Run, load_model
 from corolla.tuning.memory import Need, available, check_fits
 from corolla.tuning.recipe import Recipe
-from corolla.tuning.record import Record, begun_in
 from corolla.tuning.reporting import check_reporter
+from corolla.tuning.run_record import Record, begun_in
 
 RECORD = "finetuning.json"
 

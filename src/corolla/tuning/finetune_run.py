@@ -25,16 +25,16 @@ from corolla.data.tokens import TrainingTokenizer
 from corolla.errors import CheckpointError, StorageError, TrainingError
 from corolla.models.saving import disk_error, replacing, save_tensors
 from corolla.tuning.batches import Collator, Sequences, wants_mask
-from corolla.tuning.card import CARD, model_card
 from corolla.tuning.chat_template import jinja_of
 from corolla.tuning.checkpoints import last_checkpoint
 from corolla.tuning.divergence import Divergence
 from corolla.tuning.evaluation import check_loss
 from corolla.tuning.finetune_data import PhaseData
 from corolla.tuning.finetune_trainer import FinetuneTrainer
+from corolla.tuning.model_card import CARD, model_card
 from corolla.tuning.recipe import Recipe
-from corolla.tuning.record import Record
 from corolla.tuning.reporting import Interruption, TrainingBar
+from corolla.tuning.run_record import Record
 
 if TYPE_CHECKING:
     from rich.console import Console

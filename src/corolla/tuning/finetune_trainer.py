@@ -23,7 +23,7 @@ from corolla.tuning.bloom import quicken
 from corolla.tuning.checkpoints import CheckpointingTrainer
 from corolla.tuning.logits_loss import trained_loss
 from corolla.tuning.recipe import Recipe
-from corolla.tuning.record import HeldOut
+from corolla.tuning.run_record import HeldOut
 
 BEST = "best.safetensors"
 

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from corolla.errors import TrainingError
-from corolla.models.architecture import Architecture
+from corolla.models.config import Architecture
 
 _BASE = 0.5e9  # the process with its libraries, in bytes
 _MARGIN = 1.1

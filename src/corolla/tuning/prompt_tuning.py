@@ -33,10 +33,10 @@ from corolla.tuning.checkpoints import last_checkpoint, remove_checkpoints
 from corolla.tuning.dialogues import DataSettings, Dialogues, in_order, load_dialogues
 from corolla.tuning.divergence import Divergence
 from corolla.tuning.evaluation import check_loss
-from corolla.tuning.record import RECORD, HeldOut, Record, begun_in
+from corolla.tuning.prompt_trainer import Keeping, PromptTrainer, TunedModel
 from corolla.tuning.replies import conversations, reply, without_prompt
 from corolla.tuning.reporting import Interruption, TrainingBar, check_reporter
-from corolla.tuning.tuned import Keeping, PromptTrainer, TunedModel
+from corolla.tuning.run_record import RECORD, HeldOut, Record, begun_in
 
 if TYPE_CHECKING:
     from rich.console import Console
