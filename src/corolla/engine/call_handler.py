@@ -74,7 +74,7 @@ class Answering:
             return (yield from calls.backward(self._model, self._sequences(call, came), came[sum(call.lengths) :][: sum(call.lengths)]))
         try:
             saved = self.kept.take(call.client, call.kept)
-            if activations.lengths != call.lengths or len(activations.blocks) != len(call.span):
+            if saved.lengths != call.lengths or len(saved.blocks) != len(call.span):
                 raise ActivationsGone  # of another call than the client thinks
         except ActivationsGone:
             self.counters.activations_gone += 1
