@@ -22,10 +22,10 @@ import transformers
 
 from common import Table, resident_bytes, rounds
 from corolla.client.tokenizer import TextTokenizer
-from corolla.engine.attention import Rows
-from corolla.engine.batch import Work
+from corolla.engine.attention import SequenceRows
+from corolla.engine.batch import ScheduledSequence
 from corolla.engine.kv_cache import KVCache
-from corolla.engine.model_runner import Executor
+from corolla.engine.model_runner import ModelRunner
 from corolla.engine.page_pool import PagePool
 from corolla.models import catalog, smollm2
 from corolla.models.linear import WeightFormat
@@ -202,7 +202,7 @@ def logits(model: SpanModel, token_ids: list[int]) -> torch.Tensor:
     pool = PagePool(1, len(token_ids))
     table = pool.open()
     pool.reserve(table, len(token_ids))
-    computed = Executor(model, cache).forward([Work(Rows(table, 0, len(token_ids)), token_ids, logits=0)])
+    computed = ModelRunner(model, cache).forward([ScheduledSequence(SequenceRows(table, 0, len(token_ids)), token_ids, logits=0)])
     with torch.inference_mode():
         return model.logits(computed.hidden).float()
 

@@ -24,7 +24,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from common import Table, rounds
 from corolla.data.tokens import Kind, Tokens
-from corolla.tuning.batches import Collator, Sequences, wants_mask
+from corolla.tuning.batches import Collator, SequenceDataset, wants_mask
 from corolla.tuning.bloom import quicken
 from corolla.tuning.finetune_trainer import FinetuneTrainer
 from corolla.tuning.recipe import Recipe
@@ -79,7 +79,7 @@ def corolla(options: argparse.Namespace, rows: list[Tokens], _round: int) -> Map
         mask_dtype = getattr(torch, options.dtype)
         collator = Collator(2, wants_mask=wants_mask(model), mask_dtype=mask_dtype)
         recipe = Recipe(name="benchmark", dtype=options.dtype, batch=options.batch)
-        trainer = FinetuneTrainer(model, recipe, arguments, Sequences(rows), None, collator, [clock])
+        trainer = FinetuneTrainer(model, recipe, arguments, SequenceDataset(rows), None, collator, [clock])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return {"corolla": options.steps * options.batch * options.length / (clock.ended - clock.begun)}

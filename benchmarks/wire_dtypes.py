@@ -17,7 +17,7 @@ import torch
 
 from common import Table
 from corolla.client.tokenizer import TextTokenizer
-from corolla.engine.calls import Sequences, forward
+from corolla.engine.calls import CallSequences, forward
 from corolla.models import catalog
 from corolla.models.span import SpanModel, load_span
 from corolla.swarm.arrays import from_array, to_array
@@ -40,7 +40,7 @@ def through(model: SpanModel, cuts: list[int], tokens: list[int], dtype: WireDty
     hidden = model.embed(torch.tensor(tokens))
     crossing = 0
     for start, end in pairwise(cuts):
-        hidden = run(forward(model, Sequences(Span(start, end), (len(tokens),), hidden)))
+        hidden = run(forward(model, CallSequences(Span(start, end), (len(tokens),), hidden)))
         if dtype is not None and end != cuts[-1]:
             array = to_array(hidden, dtype)
             crossing, hidden = array.nbytes, from_array(array).to(model.dtype)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from corolla.client.reply_progress import Answers
+from corolla.client.reply_progress import ReplyProgress
 from corolla.client.reply_validation import MOST_GAPS, Asked
 from corolla.swarm.wire import GapFrame, ScoresFrame, TokenFrame
 from corolla.types import GenerationSettings
@@ -20,13 +20,13 @@ def scores(start: int, count: int) -> ScoresFrame:
 
 
 @pytest.fixture
-def answers() -> Answers:
-    answers = Answers()
+def answers() -> ReplyProgress:
+    answers = ReplyProgress()
     answers.begin(Asked(10, 20, SCORED, None))
     return answers
 
 
-def test_scores_come_in_order_and_before_the_answer(answers: Answers) -> None:
+def test_scores_come_in_order_and_before_the_answer(answers: ReplyProgress) -> None:
     assert answers.is_ahead(scores(12, 4))
     assert answers.is_ahead(token(20))
     answers.get_on(scores(11, 5))
@@ -37,7 +37,7 @@ def test_scores_come_in_order_and_before_the_answer(answers: Answers) -> None:
     assert not answers.is_ahead(token(20))
 
 
-def test_tokens_come_in_order(answers: Answers) -> None:
+def test_tokens_come_in_order(answers: ReplyProgress) -> None:
     answers.get_on(scores(11, 9))
     answers.get_on(token(20))
     assert answers.is_repeated(token(20))
@@ -45,7 +45,7 @@ def test_tokens_come_in_order(answers: Answers) -> None:
     assert answers.is_ahead(token(22))
 
 
-def test_gaps_are_made_up_for_by_tokens(answers: Answers) -> None:
+def test_gaps_are_made_up_for_by_tokens(answers: ReplyProgress) -> None:
     for _ in range(MOST_GAPS):
         assert answers.problem_of(GAP, from_head=True) is None
     for position in range(20, 24):
@@ -56,7 +56,7 @@ def test_gaps_are_made_up_for_by_tokens(answers: Answers) -> None:
     assert answers.keeps_back(GAP)
 
 
-def test_a_setback_is_forgotten_after_many_tokens(answers: Answers) -> None:
+def test_a_setback_is_forgotten_after_many_tokens(answers: ReplyProgress) -> None:
     assert answers.set_back() == 1
     for position in range(20, 30):
         answers.get_on(token(position))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from corolla.data.packing import Packing, PackingSettings, pack
 from corolla.data.tokens import Kind, Tokens
-from corolla.data.vector_packing import EMPTY, Articles, BlockPacker, Rows, chained
+from corolla.data.vector_packing import EMPTY, Articles, BlockPacker, PackedRows, chained
 
 LENGTH, PAD = 8, 99
 
@@ -33,7 +33,7 @@ def block(articles: Sequence[Tokens]) -> Articles:
     )
 
 
-def listed(rows: Sequence[Rows]) -> list[list[list[int]]]:
+def listed(rows: Sequence[PackedRows]) -> list[list[list[int]]]:
     return [[column[row].tolist() for column in each] for each in rows for row in range(len(each.ids))]
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from corolla.engine.attention import Rows
-from corolla.engine.batch import Work
+from corolla.engine.attention import SequenceRows
+from corolla.engine.batch import ScheduledSequence
 from corolla.engine.kv_cache import KVCache
-from corolla.engine.model_runner import Executor
+from corolla.engine.model_runner import ModelRunner
 from corolla.engine.page_pool import PagePool, PageTable
 from corolla.models.linear import WeightFormat
 from corolla.models.span import SpanModel, load_span
@@ -24,7 +24,7 @@ PAGES, PAGE_SIZE = 160, 16
 class Stage:
     model: SpanModel
     pool: PagePool
-    executor: Executor
+    executor: ModelRunner
 
 
 class Chain:
@@ -34,7 +34,7 @@ class Chain:
         self.stages = []
         for model in models:
             cache = KVCache(model.arch, model.span, PAGES * PAGE_SIZE, PAGE_SIZE, model.dtype, model.device)
-            self.stages.append(Stage(model, PagePool(PAGES, PAGE_SIZE), Executor(model, cache, batch_invariant=batch_invariant)))
+            self.stages.append(Stage(model, PagePool(PAGES, PAGE_SIZE), ModelRunner(model, cache, batch_invariant=batch_invariant)))
         self.tables: dict[int, list[PageTable]] = {}
 
     @classmethod
@@ -61,7 +61,7 @@ class Chain:
                 tables = self.tables.setdefault(session, [s.pool.open() for s in self.stages])
                 table = tables[index]
                 assert stage.pool.reserve(table, table.length + len(payload))
-                works.append(Work(Rows(table, table.length, len(payload)), payload, logits=1))
+                works.append(ScheduledSequence(SequenceRows(table, table.length, len(payload)), payload, logits=1))
             computed = stage.executor.forward(works)
             for work in works:
                 stage.pool.advance(work.rows.table, work.rows.count)
@@ -78,7 +78,7 @@ class Chain:
         for stage in self.stages:
             table = stage.pool.open()
             assert stage.pool.reserve(table, len(tokens))
-            payload = stage.executor.forward([Work(Rows(table, 0, len(tokens)), payload, logits=0)]).hidden
+            payload = stage.executor.forward([ScheduledSequence(SequenceRows(table, 0, len(tokens)), payload, logits=0)]).hidden
         assert isinstance(payload, torch.Tensor)
         with torch.inference_mode():
             return self.stages[-1].model.logits(payload)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM
 
-from corolla.engine.calls import Gradients, Sequences
+from corolla.engine.calls import CallSequences, Gradients
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -24,18 +24,18 @@ class StockBlocks:
         base = self.model.base_model
         self.layers = base.layers if hasattr(base, "layers") else base.h
 
-    def run(self, sequences: Sequences) -> torch.Tensor:
+    def run(self, sequences: CallSequences) -> torch.Tensor:
         """Rows [T, E] that leave the last block; one sequence after another, differentiable."""
         return torch.cat([self._one(sequences, rows) for rows in sequences.hidden.split(sequences.lengths)])
 
-    def gradients(self, sequences: Sequences, gradient: torch.Tensor) -> Gradients:
+    def gradients(self, sequences: CallSequences, gradient: torch.Tensor) -> Gradients:
         hidden = sequences.hidden.clone().requires_grad_()
         prompts = None if sequences.prompts is None else sequences.prompts.clone().requires_grad_()
-        left = self.run(Sequences(sequences.span, sequences.lengths, hidden, prompts))
+        left = self.run(CallSequences(sequences.span, sequences.lengths, hidden, prompts))
         of = torch.autograd.grad(left, [hidden] if prompts is None else [hidden, prompts], gradient)
         return Gradients(of[0], of[1] if prompts is not None else None)
 
-    def _one(self, sequences: Sequences, rows: torch.Tensor) -> torch.Tensor:
+    def _one(self, sequences: CallSequences, rows: torch.Tensor) -> torch.Tensor:
         span, prompts, left = sequences.span, sequences.prompts, []
 
         def enter(index: int) -> Callable[..., Any]:
@@ -60,12 +60,14 @@ class StockBlocks:
         return left[0].reshape(rows.shape)
 
 
-def example(span: Any, lengths: Sequence[int], hidden: int, prompts: int = 0, *, dtype: str = "float32") -> tuple[Sequences, torch.Tensor]:
+def example(
+    span: Any, lengths: Sequence[int], hidden: int, prompts: int = 0, *, dtype: str = "float32"
+) -> tuple[CallSequences, torch.Tensor]:
     """Random rows, prompts and gradients."""
     generator = torch.Generator().manual_seed(3)
     rows, gradient = (torch.randn(sum(lengths), hidden, generator=generator).to(DTYPES[dtype]) for _ in range(2))
     soft = torch.randn(len(span), prompts, hidden, generator=generator).to(DTYPES[dtype]) if prompts else None
-    return Sequences(span, tuple(lengths), rows, soft), gradient
+    return CallSequences(span, tuple(lengths), rows, soft), gradient
 
 
 def finish(call: Generator[None, None, T]) -> T:

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from corolla.client.session import Session
-from corolla.engine.adapters import OVERHEAD, AdapterLimits, AdapterStore, Kept
-from corolla.engine.attention import Rows
-from corolla.engine.batch import Work
+from corolla.engine.adapters import OVERHEAD, AdapterLimits, AdapterStore, StoredAdapter
+from corolla.engine.attention import SequenceRows
+from corolla.engine.batch import ScheduledSequence
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.kv_cache import KVCache
-from corolla.engine.model_runner import Executor
+from corolla.engine.model_runner import ModelRunner
 from corolla.engine.page_pool import PagePool
 from corolla.errors import AdapterError, AdapterNeeded, InvalidSetting, NetworkError
 from corolla.models.adapters import Adapter, load_adapter
@@ -54,7 +54,7 @@ def adapters(model: SpanModel, saved: list[Path]) -> list[Adapter]:
     return [load_adapter(path, model.arch) for path in saved]
 
 
-def kept(model: SpanModel, adapter: Adapter | None) -> Kept | None:
+def kept(model: SpanModel, adapter: Adapter | None) -> StoredAdapter | None:
     if adapter is None:
         return None
     store = AdapterStore(model)
@@ -62,15 +62,17 @@ def kept(model: SpanModel, adapter: Adapter | None) -> Kept | None:
     return store.find(adapter.digest, model.span)
 
 
-def logits_of(model: SpanModel, sessions: Sequence[tuple[list[int], Kept | None]], *, batch_invariant: bool = False) -> list[torch.Tensor]:
+def logits_of(
+    model: SpanModel, sessions: Sequence[tuple[list[int], StoredAdapter | None]], *, batch_invariant: bool = False
+) -> list[torch.Tensor]:
     """The logits after each session's tokens, of one forward of all of them."""
     cache = KVCache(model.arch, model.span, 64 * 16, 16, model.dtype, model.device)
-    executor, pool = Executor(model, cache, batch_invariant=batch_invariant), PagePool(64, 16)
+    executor, pool = ModelRunner(model, cache, batch_invariant=batch_invariant), PagePool(64, 16)
     works = []
     for tokens, adapter in sessions:
         table = pool.open()
         assert pool.reserve(table, len(tokens))
-        works.append(Work(Rows(table, 0, len(tokens)), tokens, logits=1, adapter=adapter))
+        works.append(ScheduledSequence(SequenceRows(table, 0, len(tokens)), tokens, logits=1, adapter=adapter))
     logits = executor.forward(works).logits
     assert logits is not None
     return list(logits)

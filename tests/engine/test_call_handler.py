@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla.engine.activations import KeptForwards, KeptLimits
-from corolla.engine.call_handler import Answering
+from corolla.engine.activations import ActivationLimits, ActivationStore
+from corolla.engine.call_handler import CallHandler
 from corolla.engine.calls import backward
 from corolla.engine.prompts import PromptStore
 from corolla.errors import ActivationsGone, InvalidSetting, PromptNeeded
@@ -37,7 +37,7 @@ def test_a_kept_forward_gives_the_gradients_of_a_second_one(model: SpanModel, pr
     sequences, gradient = example(WHOLE, LENGTHS, 64, prompts)
     expected = finish(backward(model, sequences, gradient))
     store = PromptStore(model)
-    answering, name = Answering(model, store), NAME if prompts else None
+    answering, name = CallHandler(model, store), NAME if prompts else None
     if sequences.prompts is not None:
         store.put("c", PromptPart(NAME, WHOLE, deep=sequences.prompts))
     out = finish(answering.answer(call(1, keep=True, prompt=name), sequences.hidden))
@@ -54,8 +54,8 @@ def test_a_kept_forward_gives_the_gradients_of_a_second_one(model: SpanModel, pr
 
 
 def test_without_room_nothing_is_kept(model: SpanModel) -> None:
-    answering = Answering(model, PromptStore(model))
-    answering.kept = KeptForwards(KeptLimits(size=1000))
+    answering = CallHandler(model, PromptStore(model))
+    answering.kept = ActivationStore(ActivationLimits(size=1000))
     sequences, gradient = example(WHOLE, LENGTHS, 64, 0)
     out = finish(answering.answer(call(1, keep=True), sequences.hidden))
     torch.testing.assert_close(out, finish(answering.answer(call(2), sequences.hidden)), rtol=1e-5, atol=1e-5)
@@ -66,9 +66,9 @@ def test_without_room_nothing_is_kept(model: SpanModel) -> None:
 
 def test_what_is_kept_is_forgotten_in_time_and_with_its_client(model: SpanModel) -> None:
     sequences, _ = example(WHOLE, LENGTHS, 64, 0)
-    for limits in (KeptLimits(seconds=0.0), KeptLimits()):
-        answering = Answering(model, PromptStore(model))
-        answering.kept = KeptForwards(limits)
+    for limits in (ActivationLimits(seconds=0.0), ActivationLimits()):
+        answering = CallHandler(model, PromptStore(model))
+        answering.kept = ActivationStore(limits)
         finish(answering.answer(call(1, keep=True), sequences.hidden))
         answering.kept.lose("another")
         assert len(answering.kept) == 1
@@ -80,7 +80,7 @@ def test_what_is_kept_is_forgotten_in_time_and_with_its_client(model: SpanModel)
 
 def test_what_is_forgotten_takes_no_memory(model: SpanModel) -> None:
     """A graph that holds what holds the graph is freed by nobody."""
-    answering = Answering(model, PromptStore(model))
+    answering = CallHandler(model, PromptStore(model))
     sequences, _ = example(WHOLE, LENGTHS, 64, 0)
     finish(answering.answer(call(1, keep=True), sequences.hidden))
     activations = answering.kept.take("c", 1)
@@ -93,7 +93,7 @@ def test_what_is_forgotten_takes_no_memory(model: SpanModel) -> None:
 
 
 def test_another_calls_lengths_are_refused(model: SpanModel) -> None:
-    answering = Answering(model, PromptStore(model))
+    answering = CallHandler(model, PromptStore(model))
     sequences, gradient = example(WHOLE, LENGTHS, 64, 0)
     finish(answering.answer(call(1, keep=True), sequences.hidden))
     other = Call(client="c", number=2, span=WHOLE, lengths=(313,), back=True, kept=1)
@@ -102,7 +102,7 @@ def test_another_calls_lengths_are_refused(model: SpanModel) -> None:
 
 
 def test_prompts_that_did_not_come_and_values_that_are_none(model: SpanModel) -> None:
-    answering = Answering(model, PromptStore(model))
+    answering = CallHandler(model, PromptStore(model))
     sequences, _ = example(WHOLE, LENGTHS, 64, 0)
     with pytest.raises(PromptNeeded):
         finish(answering.answer(call(1, prompt=NAME), sequences.hidden))
@@ -112,7 +112,7 @@ def test_prompts_that_did_not_come_and_values_that_are_none(model: SpanModel) ->
 
 def test_widened_weights_are_not_kept(tmp_path: Path) -> None:
     model = load_span(tiny.save("llama", tmp_path), dtype="float32")
-    answering = Answering(model, PromptStore(model))
+    answering = CallHandler(model, PromptStore(model))
     sequences, _ = example(WHOLE, LENGTHS, 64, 0)
     finish(answering.answer(call(1, keep=True), sequences.hidden))
     blocks = [block for block, _ in answering.kept.take("c", 1).blocks]
@@ -121,20 +121,20 @@ def test_widened_weights_are_not_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("room", [True, False])
 def test_widened_weights_stay_while_backwards_are_to_come_and_there_is_room(model: SpanModel, room: bool) -> None:
-    answering = Answering(model, PromptStore(model))
+    answering = CallHandler(model, PromptStore(model))
     sequences, gradient = example(WHOLE, LENGTHS, 64, 0)
     expected = finish(backward(model, sequences, gradient))
     for number in (1, 2, 3):
         finish(answering.answer(call(number, keep=True), sequences.hidden))
     if not room:
-        answering.kept.limits = KeptLimits(size=1)
+        answering.kept.limits = ActivationLimits(size=1)
     held = []
     for number in (1, 2, 3):
         rows = finish(answering.answer(call(9, back=True, kept=number), gradient))
         torch.testing.assert_close(rows, expected.hidden, rtol=1e-5, atol=1e-5)
         held.append(answering.kept.widened > 0)
     assert held == [room, room, False]
-    answering.kept.limits = KeptLimits()
+    answering.kept.limits = ActivationLimits()
     for number in (4, 5):
         finish(answering.answer(call(number, keep=True), sequences.hidden))
     finish(answering.answer(call(9, back=True, kept=4), gradient))
@@ -145,7 +145,7 @@ def test_widened_weights_stay_while_backwards_are_to_come_and_there_is_room(mode
 @pytest.mark.parametrize("pieces", [1, 2, 5])
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_backward_that_is_dropped_leaves_no_weights_widened(model: SpanModel, pieces: int, others: int) -> None:
-    answering = Answering(model, PromptStore(model))
+    answering = CallHandler(model, PromptStore(model))
     sequences, gradient = example(WHOLE, LENGTHS, 64, 0)
     for number in range(1 + others):
         finish(answering.answer(call(number + 1, keep=True), sequences.hidden))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from corolla.engine.attention import Rows
-from corolla.engine.batch import Work
+from corolla.engine.attention import SequenceRows
+from corolla.engine.batch import ScheduledSequence
 from corolla.engine.graphs import DecodeGraphs, FixedDecode
 from tests.engine.driving import Chain
 from tests.models import tiny
@@ -28,7 +28,7 @@ def test_fixed_shapes_equal_the_executor(family: str, tmp_path: Path) -> None:
     for session, token in enumerate((7, 8, 9)):
         table = chain.tables[session][0]
         assert stage.pool.reserve(table, table.length + 1)
-        works.append(Work(Rows(table, table.length, 1), [token], logits=1))
+        works.append(ScheduledSequence(SequenceRows(table, table.length, 1), [token], logits=1))
     program.fill(works)
     with torch.inference_mode():
         _, logits = program.run()
@@ -91,6 +91,6 @@ def test_a_graph_is_captured_on_the_models_device_and_copies_nothing_to_it(famil
     graphs = DecodeGraphs(stage.model, stage.executor.cache, cuda)
     with torch.inference_mode():
         for _ in range(2):
-            graphs.run([Work(Rows(table, table.length, 1), [7], logits=1)])
+            graphs.run([ScheduledSequence(SequenceRows(table, table.length, 1), [7], logits=1)])
     assert set(cuda.used) == {stage.model.device}
     assert cuda.modes == ["thread_local"]

@@ -11,14 +11,14 @@ import pytest
 
 from corolla.errors import Busy
 from corolla.gateway.fair_queue import AdmissionConfig, Gate
-from corolla.gateway.generation_tasks import Request, Writers
+from corolla.gateway.generation_tasks import GenerationRequest, TaskRunner
 from corolla.gateway.metrics import Metrics
 from corolla.gateway.model_registry import ServedModel, served_model
 from corolla.gateway.pool import SessionPool
 from corolla.types import FinishReason, GenerationSettings
 from tests.gateway.running import CONTEXT, DEADLINE, TinySwarm
 
-Work = Callable[[Writers], Coroutine[Any, Any, None]]
+Work = Callable[[TaskRunner], Coroutine[Any, Any, None]]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def model(swarm: TinySwarm) -> ServedModel:
 
 
 @asynccontextmanager
-async def opened(**admission: int) -> AsyncIterator[Writers]:
-    writers = Writers(Gate(AdmissionConfig(**admission)), SessionPool(), Metrics())
+async def opened(**admission: int) -> AsyncIterator[TaskRunner]:
+    writers = TaskRunner(Gate(AdmissionConfig(**admission)), SessionPool(), Metrics())
     try:
         yield writers
     finally:
@@ -43,8 +43,8 @@ def run(work: Work, **admission: int) -> None:
     asyncio.run(whole())
 
 
-def request(model: ServedModel, tokens: int) -> Request:
-    return Request(
+def request(model: ServedModel, tokens: int) -> GenerationRequest:
+    return GenerationRequest(
         model=model, owner="a", prompt=model.tokenizer.encode("hello there"), settings=GenerationSettings(max_tokens_to_generate=tokens)
     )
 
@@ -52,7 +52,7 @@ def request(model: ServedModel, tokens: int) -> Request:
 def test_to_stop_what_has_ended_ends_nothing_else(model: ServedModel) -> None:
     """The session of an answer goes to the next one at once, while a slow reader is still at the first."""
 
-    async def work(writers: Writers) -> None:
+    async def work(writers: TaskRunner) -> None:
         first = writers.begin(request(model, 3))
         known = await first.whole()
         second = writers.begin(request(model, 200))
@@ -66,7 +66,7 @@ def test_to_stop_what_has_ended_ends_nothing_else(model: ServedModel) -> None:
 
 
 def test_one_that_is_stopped_before_anything_was_done_ends(model: ServedModel) -> None:
-    async def work(writers: Writers) -> None:
+    async def work(writers: TaskRunner) -> None:
         answer = writers.begin(request(model, 3))
         answer.stop()
         await answer.ended.wait()
@@ -77,7 +77,7 @@ def test_one_that_is_stopped_before_anything_was_done_ends(model: ServedModel) -
 
 
 def test_one_that_is_stopped_while_it_waits_leaves_the_queue(model: ServedModel) -> None:
-    async def work(writers: Writers) -> None:
+    async def work(writers: TaskRunner) -> None:
         first = writers.begin(request(model, 300))
         await first.begun(DEADLINE)
         second = writers.begin(request(model, 3))

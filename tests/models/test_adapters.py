@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from corolla.errors import AdapterError
 from corolla.models.adapters import Adapter, digest_of, joined_digest, load_adapter
 from corolla.models.checkpoint import read_config
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.families import architecture
 from corolla.types import Span
 from tests.models import lora, tiny
@@ -21,7 +21,7 @@ from tests.models import lora, tiny
 WEIGHTS = "adapter_model.safetensors"
 
 
-def arch_of(directory: Path) -> Architecture:
+def arch_of(directory: Path) -> ModelConfig:
     return architecture(read_config(directory))
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from corolla.errors import PromptError, StorageError
 from corolla.models.checkpoint import Checkpoint
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.families import architecture
 from corolla.models.peft_files import CONFIG, WEIGHTS
 from corolla.models.prompts import DEEP, SoftPrompt, load_prompt, load_score, save_prompt
@@ -31,7 +31,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return tiny.save(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def arch_of(directory: Path) -> Architecture:
+def arch_of(directory: Path) -> ModelConfig:
     with Checkpoint(directory) as checkpoint:
         return architecture(checkpoint.config)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.models.span import load_span
-from corolla.remote.calls import Calls
+from corolla.remote.calls import RemoteCalls
 from corolla.remote.servers import RemoteConfig, Servers
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.bans import BanPolicy, Bans
@@ -43,7 +43,7 @@ class Local:
         settings = RemoteConfig(**{"request_timeout": 30.0, "silence": 0.5, "answer": 10.0, **config})
         bans = Bans(policy=BanPolicy(shortest=60.0))
         self.servers = Servers(_Watched(self, self.hub.join("client")), self, BLOCKS, bans=bans, config=settings)
-        self.calls = Calls(self.servers)
+        self.calls = RemoteCalls(self.servers)
 
     def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
         return find_route(self.records, blocks=BLOCKS, now=time.time(), banned=avoid, needed_tokens=needed_tokens, like=like)

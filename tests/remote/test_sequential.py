@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla.engine.calls import Sequences
+from corolla.engine.calls import CallSequences
 from corolla.errors import InvalidSetting
 from corolla.remote.sequential import RemoteSequential
 from corolla.swarm.wire import BackwardFrame, ForwardFrame, WireMessage
@@ -42,7 +42,7 @@ def test_values_and_gradients_are_the_stock_blocks(make_swarm: MakeSwarm, direct
     out.backward(gradient)
 
     stock = StockBlocks(directory)
-    sequences = Sequences(Span(0, 4), tuple(kept.sum(1).tolist()), hidden.detach()[kept], soft)
+    sequences = CallSequences(Span(0, 4), tuple(kept.sum(1).tolist()), hidden.detach()[kept], soft)
     torch.testing.assert_close(out[kept], stock.run(sequences), rtol=1e-5, atol=1e-5)
     assert not out[~kept].any()
     expected = stock.gradients(sequences, gradient[kept])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla.engine.calls import Sequences, forward
+from corolla.engine.calls import CallSequences, forward
 from corolla.errors import Busy, InvalidSetting, NoRoute, PromptTooLong
 from corolla.models.span import load_span
 from corolla.remote.sequential import RemoteSequential
@@ -35,7 +35,7 @@ def inputs(sequences: int = 2, columns: int = sum(TURNS)) -> torch.Tensor:
 def whole(directory: Path, hidden: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
     """All columns at once, in one process."""
     lengths = (hidden.shape[1],) * len(hidden)
-    out = finish(forward(load_span(directory, dtype="float32"), Sequences(WHOLE, lengths, hidden.flatten(0, 1), prompts)))
+    out = finish(forward(load_span(directory, dtype="float32"), CallSequences(WHOLE, lengths, hidden.flatten(0, 1), prompts)))
     return out.view_as(hidden)
 
 

@@ -13,15 +13,15 @@ from typing import Any, cast
 import pytest
 import torch
 
-from corolla.engine.background_jobs import Beside
+from corolla.engine.background_jobs import BackgroundJobs
 from corolla.engine.budgets import Budgets
 from corolla.engine.calls import backward, forward
-from corolla.engine.counters import Counters
+from corolla.engine.counters import EngineCounters
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.prompts import PromptStore
 from corolla.models.linear import PlainLinear
 from corolla.models.span import SpanModel, load_span
-from corolla.server.calls import Calls, CallsConfig
+from corolla.server.calls import CallsConfig, CallService
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.network import LocalHub
@@ -46,8 +46,8 @@ class Loop:
         self.model = model
         self.prompts = PromptStore(model)
         self.budgets = Budgets(budget)
-        self.counters = Counters()
-        self.beside = Beside(self.counters)
+        self.counters = EngineCounters()
+        self.beside = BackgroundJobs(self.counters)
         self.call = self.beside.add
 
     def run(self) -> None:
@@ -63,7 +63,7 @@ class Server:
         if soft is not None:
             self.loop.prompts.put("client", PromptPart(PromptName("p", soft.shape[1], deep=True), SPAN, deep=soft))
         self.sent: list[tuple[str, WireMessage]] = []
-        self.calls = Calls(
+        self.calls = CallService(
             cast(Engine, self.loop), lambda peer, message: self.sent.append((peer, message)), me="s", config=CallsConfig(**config)
         )
 
@@ -187,7 +187,7 @@ def test_calls_of_a_lost_peer_are_dropped(model: SpanModel) -> None:
 def test_a_session_decodes_while_a_call_is_computed(model: SpanModel) -> None:
     engine = Engine(model, EngineConfig(cache_tokens=512, page_size=16))
     sent: list[WireMessage] = []
-    Calls(engine, lambda peer, message: sent.append(message), me="s").receive("client", forward_frame(lengths=(200,) * 3))
+    CallService(engine, lambda peer, message: sent.append(message), me="s").receive("client", forward_frame(lengths=(200,) * 3))
     replies: list[Reply] = []
     engine.receive(Step("s", 0, [5, 6, 7]), replies.append)
     engine.run_once()
@@ -226,7 +226,7 @@ def test_a_training_step_along_two_servers(model: SpanModel) -> None:
 def test_calls_that_an_engine_leaves_undone_are_answered(model: SpanModel) -> None:
     engine = Engine(model, EngineConfig(cache_tokens=512, page_size=16))
     sent: list[WireMessage] = []
-    calls = Calls(engine, lambda peer, message: sent.append(message), me="s")
+    calls = CallService(engine, lambda peer, message: sent.append(message), me="s")
     for call in (1, 2):
         calls.receive("client", forward_frame(call))
     engine.start()

@@ -6,18 +6,18 @@ import pytest
 
 from corolla.errors import Busy
 from corolla.server.node import SpanServerConfig
-from corolla.server.session_table import Way, Ways
+from corolla.server.session_table import SessionRoute, SessionTable
 from corolla.swarm.wire import CancelFrame, CloseFrame, Hop, StepFrame
 from corolla.types import Span
 
 ROUTE = (Hop("a", 0, 2), Hop("b", 2, 4))
 
 
-def ways() -> Ways:
-    return Ways("b", Span(2, 4), 4, SpanServerConfig(wire_dtype="float32"))
+def ways() -> SessionTable:
+    return SessionTable("b", Span(2, 4), 4, SpanServerConfig(wire_dtype="float32"))
 
 
-def step(ways: Ways, generation: int, session: str = "s") -> Way | None:
+def step(ways: SessionTable, generation: int, session: str = "s") -> SessionRoute | None:
     """The first step of a generation of a client's session, as the server before sends it. None where it is dropped."""
     return ways.of_step("a", StepFrame(session, generation, 0, (5,), route=ROUTE, hop=1, client="client"), lambda way: None)
 
@@ -79,7 +79,7 @@ def test_a_refused_step_ends_its_generation() -> None:
 
 
 def test_the_first_server_stamps_when_an_answer_was_asked_for() -> None:
-    first = Ways("a", Span(0, 2), 4, SpanServerConfig(wire_dtype="float32"), wall_clock=iter((1000.0, 1001.0, 1002.0)).__next__)
+    first = SessionTable("a", Span(0, 2), 4, SpanServerConfig(wire_dtype="float32"), wall_clock=iter((1000.0, 1001.0, 1002.0)).__next__)
 
     def asked(generation: int, claimed: int) -> int:
         way = first.of_step("client", StepFrame("s", generation, 0, (5,), route=ROUTE, client="client", asked=claimed), lambda way: None)
@@ -92,7 +92,7 @@ def test_the_first_server_stamps_when_an_answer_was_asked_for() -> None:
 
 
 def test_a_later_server_believes_a_stamp_of_the_last_minutes() -> None:
-    later = Ways("b", Span(2, 4), 4, SpanServerConfig(wire_dtype="float32"), wall_clock=lambda: 1000.0)
+    later = SessionTable("b", Span(2, 4), 4, SpanServerConfig(wire_dtype="float32"), wall_clock=lambda: 1000.0)
     for session, claimed, believed in (("s", 1, 880_000), ("t", 990_000, 990_000)):
         way = later.of_step("a", StepFrame(session, 1, 0, (5,), route=ROUTE, hop=1, client="client", asked=claimed), lambda way: None)
         assert way is not None
@@ -100,7 +100,7 @@ def test_a_later_server_believes_a_stamp_of_the_last_minutes() -> None:
 
 
 def test_places_are_counted_by_client_and_given_back() -> None:
-    known = Ways("b", Span(2, 4), 4, SpanServerConfig(wire_dtype="float32", sessions_per_client=2))
+    known = SessionTable("b", Span(2, 4), 4, SpanServerConfig(wire_dtype="float32", sessions_per_client=2))
     step(known, 1, "s")
     step(known, 1, "t")
     with pytest.raises(Busy):
@@ -124,7 +124,7 @@ def test_sessions_of_a_lost_server_before_are_forgotten_whoever_it_named_as_thei
 
 def test_sessions_that_were_not_used_for_long_are_found() -> None:
     now = [0.0]
-    known = Ways("b", Span(2, 4), 4, SpanServerConfig(wire_dtype="float32", idle=600.0), clock=lambda: now[0])
+    known = SessionTable("b", Span(2, 4), 4, SpanServerConfig(wire_dtype="float32", idle=600.0), clock=lambda: now[0])
     step(known, 1, "s")
     now[0] = 500.0
     step(known, 1, "t")

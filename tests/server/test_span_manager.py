@@ -14,7 +14,7 @@ from corolla.errors import AdapterError, InvalidSetting, NetworkError
 from corolla.models.adapters import load_adapter
 from corolla.models.checkpoint import read_config
 from corolla.models.families import architecture
-from corolla.server.span_manager import Holder, Offer, OfferedAdapter
+from corolla.server.span_manager import Offer, OfferedAdapter, SpanManager
 from corolla.swarm.network import LocalHub
 from corolla.swarm.probing import Probes
 from corolla.swarm.wire import (
@@ -69,7 +69,7 @@ def client() -> Client:
 
 
 @pytest.fixture
-def holder(client: Client, directory: Path) -> Iterator[Holder]:
+def holder(client: Client, directory: Path) -> Iterator[SpanManager]:
     offer = Offer(
         directory=directory,
         checkpoint="c",
@@ -80,12 +80,12 @@ def holder(client: Client, directory: Path) -> Iterator[Holder]:
         engine=EngineConfig(cache_tokens=256),
     )
     network = client.hub.join("server")
-    holder = Holder(network, offer, Probes(network.send))
+    holder = SpanManager(network, offer, Probes(network.send))
     yield holder
     holder.let_go()
 
 
-def test_before_a_span_is_loaded_it_answers_that_there_is_none(client: Client, holder: Holder) -> None:
+def test_before_a_span_is_loaded_it_answers_that_there_is_none(client: Client, holder: SpanManager) -> None:
     assert holder.held is None
     assert client.ask(Ping(7)) == Pong(7)
     assert client.ask(AskCounters()) == Counters({})
@@ -97,7 +97,7 @@ def test_before_a_span_is_loaded_it_answers_that_there_is_none(client: Client, h
     assert call.session == "3"
 
 
-def test_one_span_after_the_other_is_served(client: Client, holder: Holder) -> None:
+def test_one_span_after_the_other_is_served(client: Client, holder: SpanManager) -> None:
     told: list[tuple[int, int]] = []
     held = holder.load(Span(0, 2), lambda done, total: told.append((done, total)))
     assert told == [(1, 2), (2, 2)]
@@ -110,12 +110,12 @@ def test_one_span_after_the_other_is_served(client: Client, holder: Holder) -> N
 
 
 def test_adapters_come_along_to_every_span_while_they_are_what_they_were(
-    client: Client, holder: Holder, directory: Path, tmp_path: Path
+    client: Client, holder: SpanManager, directory: Path, tmp_path: Path
 ) -> None:
     arch = architecture(read_config(directory))
     offered = OfferedAdapter("poet", lora.save(directory, tmp_path), load_adapter(tmp_path, arch).digest)
     network = client.hub.join("another")
-    taking = Holder(network, dataclasses.replace(holder._offer, adapters=(offered,)), Probes(network.send))
+    taking = SpanManager(network, dataclasses.replace(holder._offer, adapters=(offered,)), Probes(network.send))
     for span in (Span(0, 2), Span(2, 4)):
         assert taking.load(span).engine.adapters.find(offered.digest, span) is not None
         taking.let_go()
@@ -125,20 +125,20 @@ def test_adapters_come_along_to_every_span_while_they_are_what_they_were(
     assert taking.held is None
 
 
-def test_what_is_let_go_of_is_freed(holder: Holder) -> None:
+def test_what_is_let_go_of_is_freed(holder: SpanManager) -> None:
     model = weakref.ref(holder.load(Span(0, 2)).engine.model)
     holder.let_go()
     assert model() is None
 
 
-def test_a_span_that_cannot_be_loaded_leaves_nothing_held(client: Client, holder: Holder) -> None:
+def test_a_span_that_cannot_be_loaded_leaves_nothing_held(client: Client, holder: SpanManager) -> None:
     with pytest.raises(InvalidSetting, match="blocks"):
         holder.load(Span(3, 9))
     assert holder.held is None
     assert client.ask(Ping(7)) == Pong(7)
 
 
-def test_sessions_are_asked_to_leave_and_may_stay(client: Client, holder: Holder) -> None:
+def test_sessions_are_asked_to_leave_and_may_stay(client: Client, holder: SpanManager) -> None:
     holder.drain(draining=True)  # nothing is held, so nobody is asked
     holder.load(Span(0, 2))
     assert isinstance(client.ask(step(0, 2)), HiddenFrame)
@@ -149,7 +149,7 @@ def test_sessions_are_asked_to_leave_and_may_stay(client: Client, holder: Holder
     assert isinstance(client.ask(replace(step(0, 2), session="new")), HiddenFrame)
 
 
-def test_a_server_that_leaves_loads_nothing_more(holder: Holder) -> None:
+def test_a_server_that_leaves_loads_nothing_more(holder: SpanManager) -> None:
     def leave(done: int, total: int) -> None:
         assert done == 1, "it went on loading"
         holder.leave_for_good()

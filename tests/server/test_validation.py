@@ -12,9 +12,9 @@ import torch
 
 from corolla.errors import InvalidSetting, ServerFault
 from corolla.models.checkpoint import read_config
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.families import architecture
-from corolla.server.session_table import Way
+from corolla.server.session_table import SessionRoute
 from corolla.server.validation import check_rows
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.wire import Hop, StepFrame, WireDtype
@@ -26,15 +26,15 @@ ROUTE = (Hop("a", 0, 2), Hop("b", 2, 4))
 
 
 @pytest.fixture(scope="module")
-def arch(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+def arch(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return architecture(read_config(tiny.save("llama", tmp_path_factory.mktemp("llama"))))
 
 
-def check(arch: Architecture, rows: torch.Tensor, hop: int = 1) -> None:
+def check(arch: ModelConfig, rows: torch.Tensor, hop: int = 1) -> None:
     """Of a server's rows, or (at hop 0) of a client's."""
     sender = "client" if hop == 0 else "a"
     frame = StepFrame("s", 0, 0, (5,), route=ROUTE, hop=hop, client="client")
-    check_rows(arch, sender, frame, Step("s", 0, rows, tokens=(5,)), Way.of(sender, frame))
+    check_rows(arch, sender, frame, Step("s", 0, rows, tokens=(5,)), SessionRoute.of(sender, frame))
 
 
 def rows_with(value: float, dtype: torch.dtype) -> torch.Tensor:
@@ -44,7 +44,7 @@ def rows_with(value: float, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_finite_rows_pass_up_to_the_largest_magnitude(arch: Architecture, dtype: torch.dtype) -> None:
+def test_finite_rows_pass_up_to_the_largest_magnitude(arch: ModelConfig, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     for value in (largest, -largest, 0.0, -0.0, torch.finfo(dtype).tiny):
         check(arch, rows_with(value, dtype))
@@ -53,7 +53,7 @@ def test_finite_rows_pass_up_to_the_largest_magnitude(arch: Architecture, dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_a_servers_fault_and_a_clients_mistake(arch: Architecture, dtype: torch.dtype, value: float) -> None:
+def test_what_is_not_finite_is_a_servers_fault_and_a_clients_mistake(arch: ModelConfig, dtype: torch.dtype, value: float) -> None:
     with pytest.raises(ServerFault, match="NaN or infinite"):
         check(arch, rows_with(value, dtype))
     with pytest.raises(InvalidSetting, match="NaN or infinite"):
@@ -70,7 +70,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16", "q8"])
-def test_a_long_prompts_rows_start_no_team_on_the_networks_thread(arch: Architecture, wire_dtype: WireDtype) -> None:
+def test_a_long_prompts_rows_start_no_team_on_the_networks_thread(arch: ModelConfig, wire_dtype: WireDtype) -> None:
     """See `engine.threads`. `torch.ones(...).sum()`, so large, would."""
     array = to_array(torch.randn(1000, 1024), wire_dtype)
     counts: list[int] = []

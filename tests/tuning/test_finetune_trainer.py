@@ -15,7 +15,7 @@ from tuning.finetuning import make_model, sequence
 
 from corolla.data.tokens import IGNORED
 from corolla.errors import TrainingError
-from corolla.tuning.batches import Collator, Numbered, Sequences, wants_mask
+from corolla.tuning.batches import Collator, Numbered, SequenceDataset, wants_mask
 from corolla.tuning.finetune_trainer import FinetuneTrainer, schedule_for
 from corolla.tuning.logits_loss import trained_loss
 from corolla.tuning.recipe import Recipe, load_recipe
@@ -90,7 +90,7 @@ def trainer(model: Any, recipe: Recipe, directory: Path, rows: Any = ROWS, micro
         disable_tqdm=True,
         **{"max_steps": 1, "save_strategy": "no", "logging_steps": 1, **options},
     )
-    return FinetuneTrainer(model, recipe, arguments, Sequences(rows), None, Collator(2, wants_mask=wants_mask(model)))
+    return FinetuneTrainer(model, recipe, arguments, SequenceDataset(rows), None, Collator(2, wants_mask=wants_mask(model)))
 
 
 def test_a_step_is_that_of_plain_pytorch(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_held_out_loss_is_the_mean_over_trained_tokens_without_smoothing(tmp_pat
     model = make_model("bloom")
     collator = Collator(2, wants_mask=wants_mask(model))
     evaluating = trainer(model, SFT_CHAT, tmp_path, micro_batch=1)
-    evaluating.eval_dataset = Sequences(ROWS)
+    evaluating.eval_dataset = SequenceDataset(ROWS)
     found = evaluating.held_out_loss()
     total, tokens = 0.0, 0
     for row in ROWS:

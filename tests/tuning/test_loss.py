@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from corolla.chat.templates import TEMPLATES
 from corolla.data.problems import Problems
 from corolla.data.tokens import Tokens, TrainingTokenizer
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.families import architecture
 from corolla.models.prompts import load_prompt
 from corolla.remote.models import AutoDistributedConfig, AutoDistributedModelForCausalLM
@@ -47,7 +47,7 @@ def first_prompt(directory: Path, seed: int = 0) -> torch.Tensor:
     return soft_prompts("ptune", P, embedding, 4).tokens.detach()
 
 
-def arch(directory: Path) -> Architecture:
+def arch(directory: Path) -> ModelConfig:
     return architecture(AutoDistributedConfig.from_pretrained(directory))
 
 

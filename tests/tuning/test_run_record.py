@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from corolla.errors import TrainingError
-from corolla.tuning.run_record import HeldOut, Record, read_record
+from corolla.tuning.run_record import HeldOut, RunRecord, read_record
 
 
-def record(directory: Path) -> Record:
-    made = Record(directory / "tuning.json", {"batch": 8})
+def record(directory: Path) -> RunRecord:
+    made = RunRecord(directory / "tuning.json", {"batch": 8})
     for step in (1, 2, 3):
         made.point(step=step, loss=3.0 - step, learning_rate=0.01, seconds=0.5, tokens=100)
     made.update(evaluations=[HeldOut(2, 2.0, 50).fields, HeldOut(3, 1.0, 50).fields], base={"loss": 3.0, "perplexity": 20.0, "tokens": 50})

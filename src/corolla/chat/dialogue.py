@@ -8,7 +8,7 @@ from typing import Any
 
 from corolla.chat.conversation import Conversation
 from corolla.chat.templates import stop_ids
-from corolla.client.completion import Completion, CompletionResult, Piece
+from corolla.client.completion import Completion, CompletionDelta, CompletionResult
 from corolla.client.session import Session
 from corolla.types import GenerationSettings
 
@@ -41,7 +41,7 @@ class Dialogue:
         GenerationSettings.parse(**changed)
         self._options = changed
 
-    def ask(self, question: str) -> Generator[Piece, None, None]:
+    def ask(self, question: str) -> Generator[CompletionDelta, None, None]:
         """Stream the answer to `question`; both become turns.
 
         An answer that is interrupted (the iterator closed, an exception) is kept as far as it came; if nothing came, the
@@ -51,14 +51,14 @@ class Dialogue:
         self._retries = 0
         return self._answer()
 
-    def retry(self) -> Generator[Piece, None, None] | None:
+    def retry(self) -> Generator[CompletionDelta, None, None] | None:
         """Stream another answer to the last question; `None` if there is no question. A fixed seed moves on by one."""
         if not self.conversation.retry():
             return None
         self._retries += 1
         return self._answer()
 
-    def _answer(self) -> Generator[Piece, None, None]:
+    def _answer(self) -> Generator[CompletionDelta, None, None]:
         self.result = None
         completion = None
         try:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from corolla.data.tokens import Tokens, TrainingTokenizer
     from corolla.server.embedded import Embedded
     from corolla.tuning.evaluation import Loss
-    from corolla.tuning.evaluation_text import Answers
+    from corolla.tuning.evaluation_text import ReferenceAnswers
 
 _DATA, _ANSWERS, _WORDS = "Loss and perplexity", "Answers", "Tokens per word"
 
@@ -93,7 +93,7 @@ def evaluate(
     if plot is not None and plot.suffix.lower() != ".png":
         raise InvalidSetting("plot", f"{plot} is no PNG: end its name in .png")
     losses: dict[str, Loss] = {}
-    answers: dict[str, Answers] = {}
+    answers: dict[str, ReferenceAnswers] = {}
     lengths: list[int] = []
     if data:
         from corolla.client.session import Session
@@ -220,7 +220,7 @@ class _Reading:
 
 def _answer(
     read: _Reading, entered: Embedded | Joined, tuned: Any, source: str, count: int, max_new_tokens: int
-) -> tuple[Answers, list[int]]:
+) -> tuple[ReferenceAnswers, list[int]]:
     from corolla.chat.requests import Rendering
     from corolla.client.batch import Batch, BatchConfig
     from corolla.client.batch_requests import BatchRequest
@@ -271,7 +271,7 @@ def _per_word(model: str, others: list[str], texts: dict[str, str]) -> dict[str,
     return found
 
 
-def _show(losses: dict[str, Loss], answers: dict[str, Answers], per_word: dict[str, dict[str, float]]) -> None:
+def _show(losses: dict[str, Loss], answers: dict[str, ReferenceAnswers], per_word: dict[str, dict[str, float]]) -> None:
     from rich.console import Console
 
     console = Console()
@@ -282,7 +282,7 @@ def _show(losses: dict[str, Loss], answers: dict[str, Answers], per_word: dict[s
         console.print(table)
     if answers:
         table = _table("answers", *(Path(source).name for source in answers))
-        rows: dict[str, Callable[[Answers], str]] = {"number": lambda given: f"{given.count:,}"}
+        rows: dict[str, Callable[[ReferenceAnswers], str]] = {"number": lambda given: f"{given.count:,}"}
         for n in (1, 2, 3):
             rows[f"distinct-{n}"] = lambda given, n=n: f"{given.distinct[n]:.3f}"  # type: ignore[misc]
         rows["mean length, tokens"] = lambda given: f"{given.mean_length:.1f}"

@@ -15,7 +15,7 @@ from corolla.cli import logs, options
 from corolla.cli.logs import LogLevel
 
 if TYPE_CHECKING:
-    from corolla.tuning.run_record import Record
+    from corolla.tuning.run_record import RunRecord
 
 _RECIPE, _RUN, _LORA = "What is learned", "The run", "LoRA"
 
@@ -144,7 +144,7 @@ def finetune(
         _show(record, model, output, lora)
 
 
-def _show(record: Record, model: str, output: Path, lora: bool) -> None:
+def _show(record: RunRecord, model: str, output: Path, lora: bool) -> None:
     """The result, and how to go on."""
     if (before := record.base) and (after := record.final):
         print(

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from corolla.chat.dialogue import Dialogue
 from corolla.cli.display import AnswerDisplay
-from corolla.client.completion import Piece
+from corolla.client.completion import CompletionDelta
 from corolla.errors import CorollaError, InvalidSetting
 
 try:
@@ -81,7 +81,7 @@ class Repl:
             self._console.print(Text(f"error: {error}", style="red"))
             return None
 
-    def _show(self, pieces: Generator[Piece, None, None]) -> None:
+    def _show(self, pieces: Generator[CompletionDelta, None, None]) -> None:
         with AnswerDisplay(self._console) as display:
             try:
                 for piece in pieces:

@@ -15,7 +15,7 @@ from corolla.cli import logs, options
 from corolla.cli.logs import LogLevel
 
 if TYPE_CHECKING:
-    from corolla.tuning.run_record import Record
+    from corolla.tuning.run_record import RunRecord
 
 _DATA, _TRAINING, _RUN = "Data", "Training", "The run"
 
@@ -140,7 +140,7 @@ def tune(
     _show(record, model, output, template, peers or [])
 
 
-def _show(record: Record, model: str, output: Path, template: str | None, peers: list[str]) -> None:
+def _show(record: RunRecord, model: str, output: Path, template: str | None, peers: list[str]) -> None:
     """The result, and how to go on."""
     for sample in record.samples[:1]:
         said = [(turn["role"], turn["content"]) for turn in sample["conversation"]]

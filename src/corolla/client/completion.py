@@ -14,7 +14,7 @@ from corolla.types import FinishReason, GenerationSettings, Token
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class CompletionDelta:
     """What one token added: `text` may be empty while something is held back, `token` is `None` for what came out at the end."""
 
     text: str
@@ -81,7 +81,7 @@ class Completion:
         self._pieces = self._run()
         self.result: CompletionResult | None = None
 
-    def __iter__(self) -> Generator[Piece, None, None]:
+    def __iter__(self) -> Generator[CompletionDelta, None, None]:
         return self._pieces
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class Completion:
         assert self.result is not None
         return self.result
 
-    def _run(self) -> Generator[Piece, None, None]:
+    def _run(self) -> Generator[CompletionDelta, None, None]:
         began = time.perf_counter()
         whole, soft = [*self._session.prefix, *self._prompt], len(self._session.prefix)
         shared = self._session.common_prefix(whole)
@@ -106,12 +106,12 @@ class Completion:
             with closing(tokens):
                 for token in tokens:
                     self._arrivals.append(time.perf_counter())
-                    yield Piece(self._accept(token), token)
+                    yield CompletionDelta(self._accept(token), token)
                     if self._matcher.stopped:
                         break
             rest = self._out(self._matcher.push(self._detokenizer.flush()) + self._matcher.flush())
             if rest:
-                yield Piece(rest, None)
+                yield CompletionDelta(rest, None)
         finally:
             self._cut()
             self.result = self._conclude(began)

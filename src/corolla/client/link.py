@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from corolla.client.progress import Progress, Standstill
-from corolla.client.reply_progress import Answers
+from corolla.client.reply_progress import ReplyProgress
 from corolla.client.reply_validation import Asked, ReplyFrame, believed, suspects
 from corolla.errors import (
     AdapterNeeded,
@@ -70,7 +70,7 @@ class SwarmLink:
         self._lacking: set[str] = set()  # servers of the route that have not the adapter
         self._cold = True  # nobody on the route has anything of the session yet
         self._step: Step | None = None  # under way
-        self._answers = Answers()
+        self._answers = ReplyProgress()
         self._progress = Progress(0.0, 0.0)
         self._forgotten = 0  # times that servers asked for what they were sent, since the last token
         self._refused = False  # a server blamed the caller, and another route was asked
@@ -362,7 +362,7 @@ class SwarmLink:
         self._route, self._taken, self._cold = route, time.monotonic(), True
         self._quality = route.quality
         self._lacking = set(route.lacking)
-        self._answers = Answers()
+        self._answers = ReplyProgress()
 
     def _send_step(self, step: Step) -> None:
         tokens = tuple(step.payload)

@@ -16,7 +16,7 @@ _STEADY = 64  # tokens, after which older setbacks say nothing any more
 
 
 @dataclass(slots=True)
-class Answers:
+class ReplyProgress:
     """Of the steps along one route."""
 
     asked: Asked | None = None  # by the step under way

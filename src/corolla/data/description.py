@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from corolla.data.layout import METADATA, METRICS, PARTS, TOKENIZER, Part, part_files
-from corolla.data.metrics import Metrics
+from corolla.data.metrics import PackingMetrics
 from corolla.data.saving import replacing, sha256, write_sums
 from corolla.errors import DataError, StorageError
 from corolla.models.json_files import read_json
@@ -45,7 +45,7 @@ def tokenizer_sums(directory: Path) -> dict[str, str]:
 
 
 def write_description(
-    directory: Path, metadata: Mapping[str, Any], metrics: Metrics, rows: Mapping[Part, Sequence[int]], tokenizer: Path
+    directory: Path, metadata: Mapping[str, Any], metrics: PackingMetrics, rows: Mapping[Part, Sequence[int]], tokenizer: Path
 ) -> None:
     """Write all of it, the sums last. `rows` are the numbers of sequences in each part's files. Raises `StorageError`."""
     counts = {

@@ -10,7 +10,7 @@ from corolla.data.chunks import Summary
 from corolla.data.layout import PARTS, Part
 from corolla.data.render import RenderCounts
 from corolla.data.tokens import Kind
-from corolla.data.vector_packing import Rows
+from corolla.data.vector_packing import PackedRows
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class PartMetrics:
     completion_tokens: int = 0
     padding_tokens: int = 0
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: PackedRows) -> None:
         """Count sequences."""
         kinds = np.bincount(rows.kinds.ravel(), minlength=len(Kind))
         self.sequences += len(rows.kinds)
@@ -44,7 +44,7 @@ class PartMetrics:
 
 
 @dataclass(slots=True)
-class Metrics:
+class PackingMetrics:
     """Of a whole run. `counts` are of what was rendered, `prompt_only` of sequences that were dropped because they are all prompt."""
 
     parts: dict[Part, PartMetrics] = field(default_factory=lambda: {part: PartMetrics() for part in PARTS})

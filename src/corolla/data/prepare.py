@@ -23,7 +23,7 @@ from corolla.data.deduplication import Deduplication, Duplicates
 from corolla.data.description import config_class, read_metrics, tokenizer_sums, write_description
 from corolla.data.examples import Example
 from corolla.data.layout import PARTS, Part
-from corolla.data.metrics import Metrics
+from corolla.data.metrics import PackingMetrics
 from corolla.data.output_lock import Claim, claimed
 from corolla.data.packing import Packing, PackingSettings
 from corolla.data.problems import Problems
@@ -31,7 +31,7 @@ from corolla.data.readers.read import read
 from corolla.data.render import Renderer, RenderSettings
 from corolla.data.shuffling import in_order
 from corolla.data.sources import Source, sources_of, total_lines, watched
-from corolla.data.tokenizing import Rendering, tokenize
+from corolla.data.tokenizing import DialogueRendering, tokenize
 from corolla.data.tokens import TrainingTokenizer
 from corolla.data.writing import Chunks, packed, part_writer, with_training
 from corolla.errors import DataError, InvalidSetting
@@ -147,7 +147,7 @@ class _Run:
     sources: Sequence[Source]
     packing: PackingSettings
     progress: Progress
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: PackingMetrics = field(default_factory=PackingMetrics)
     chunks: int = 0
     categories: Mapping[str, int] | None = None
 
@@ -173,7 +173,7 @@ class _Run:
             names.update(summary.categories)
             self.progress("tokenizing", place, total)
 
-        rendering = Rendering(
+        rendering = DialogueRendering(
             tokenizer=settings.tokenizer,
             template=settings.template,
             settings=settings.rendering,

@@ -37,7 +37,7 @@ _AHEAD = 3  # chunks given out for each worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rendering:
+class DialogueRendering:
     """How examples become articles, and by what share (0 to 1) those of `dev` and `test` are held out, by the seed."""
 
     tokenizer: Path
@@ -62,7 +62,9 @@ def chunked(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield chunk
 
 
-def tokenize(examples: Iterable[Example], rendering: Rendering, directory: Path, workers: int, told: Callable[[Summary], None]) -> int:
+def tokenize(
+    examples: Iterable[Example], rendering: DialogueRendering, directory: Path, workers: int, told: Callable[[Summary], None]
+) -> int:
     """Write the articles of the examples into chunks in `directory`, and return how many there are; those that are there stay.
 
     `told` hears of each, in their order. With one worker all is done in this process. Raises what reading the examples raises,
@@ -97,7 +99,7 @@ def tokenize(examples: Iterable[Example], rendering: Rendering, directory: Path,
     return count
 
 
-def render_chunk(chunk: list[Example], rendering: Rendering, path: Path) -> Summary:
+def render_chunk(chunk: list[Example], rendering: DialogueRendering, path: Path) -> Summary:
     """Write the articles of a chunk, and return what else there is to tell. Raises `StorageError`."""
     renderer = _renderer(rendering)
     renderer.counts = type(renderer.counts)()
@@ -132,7 +134,7 @@ def _spelled(chunk: list[Example], renderer: Renderer) -> Iterator[tuple[Example
         yield from zip(together, renderer.spell_all(together), strict=True)
 
 
-def _part(example: Example, rendering: Rendering) -> int:
+def _part(example: Example, rendering: DialogueRendering) -> int:
     if not rendering.dev and not rendering.test:
         return PARTS.index("train")
     number = drawn(example, rendering.seed)
@@ -140,7 +142,7 @@ def _part(example: Example, rendering: Rendering) -> int:
 
 
 @cache  # one of a kind: a worker has one rendering to do
-def _renderer(rendering: Rendering) -> Renderer:
+def _renderer(rendering: DialogueRendering) -> Renderer:
     return Renderer(TrainingTokenizer(rendering.tokenizer), TEMPLATES[rendering.template], rendering.settings)
 
 

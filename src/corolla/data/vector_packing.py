@@ -72,7 +72,7 @@ def chained(parts: Sequence[Articles]) -> Articles:
     )
 
 
-class Rows(NamedTuple):
+class PackedRows(NamedTuple):
     """Packed sequences: ids int32, kinds uint8, categories int32, `[N, max_length]` each."""
 
     ids: Ids
@@ -90,7 +90,7 @@ class BlockPacker:
         self._settings = settings
         self._waiting = EMPTY
 
-    def add(self, articles: Articles) -> Rows:
+    def add(self, articles: Articles) -> PackedRows:
         """The sequences that are complete with these articles; what is left waits for more."""
         waiting = chained([self._waiting, articles])
         starts, length = self._starts(waiting), self._settings.max_length
@@ -103,7 +103,7 @@ class BlockPacker:
         self._waiting = waiting.after(whole)
         return self._rows(waiting, starts, whole, count)
 
-    def finish(self) -> Rows:
+    def finish(self) -> PackedRows:
         """The last sequence, if anything is left for it."""
         left, self._waiting = self._waiting, EMPTY
         return self._rows(left, left.starts[:-1], len(left.ids), min(1, len(left)))
@@ -123,10 +123,12 @@ class BlockPacker:
             used += tokens
         return np.array(starts, np.int64)
 
-    def _rows(self, articles: Articles, starts: Places, tokens: int, count: int) -> Rows:
+    def _rows(self, articles: Articles, starts: Places, tokens: int, count: int) -> PackedRows:
         """`count` sequences of the first `tokens` tokens of the articles."""
         shape = (count, self._settings.max_length)
-        rows = Rows(np.full(shape, self._settings.pad_id, np.int32), np.full(shape, Kind.PADDING, np.uint8), np.full(shape, -1, np.int32))
+        rows = PackedRows(
+            np.full(shape, self._settings.pad_id, np.int32), np.full(shape, Kind.PADDING, np.uint8), np.full(shape, -1, np.int32)
+        )
         places = _spread(starts, articles.lengths)[:tokens]
         rows.ids.ravel()[places] = articles.ids[:tokens]
         rows.kinds.ravel()[places] = articles.kinds[:tokens]

@@ -17,7 +17,7 @@ from corolla.data.layout import PARTS, Part, file_names
 from corolla.data.packing import PackingSettings
 from corolla.data.shuffling import Keyed, shuffle_keys
 from corolla.data.tokens import Kind
-from corolla.data.vector_packing import Articles, BlockPacker, Rows
+from corolla.data.vector_packing import Articles, BlockPacker, PackedRows
 
 _AT_ONCE = 2**21  # tokens that are packed at once
 _BUFFERS = 2**24  # bytes of the chunks that all files gather
@@ -44,7 +44,7 @@ class Chunks:
             yield Keyed(keys, replace(articles, categories=numbers[articles.categories]))
 
 
-def packed(blocks: Iterable[Articles], settings: PackingSettings) -> Iterator[Rows]:
+def packed(blocks: Iterable[Articles], settings: PackingSettings) -> Iterator[PackedRows]:
     """The sequences of all articles, some at a time."""
     packer = BlockPacker(settings)
     for block in blocks:
@@ -56,10 +56,10 @@ def packed(blocks: Iterable[Articles], settings: PackingSettings) -> Iterator[Ro
     yield packer.finish()
 
 
-def with_training(rows: Rows) -> Rows:
+def with_training(rows: PackedRows) -> PackedRows:
     """The sequences of which something is trained on."""
     trained = ((rows.kinds == Kind.COMPLETION) | (rows.kinds == Kind.END)).any(axis=1)
-    return rows if trained.all() else Rows(*(column[trained] for column in rows))
+    return rows if trained.all() else PackedRows(*(column[trained] for column in rows))
 
 
 class PartWriter:
@@ -75,7 +75,7 @@ class PartWriter:
         """How many sequences each file has, once all are written."""
         return [writer.count for writer in self._writers]
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: PackedRows) -> None:
         """Write some sequences."""
         for number, writer in enumerate(self._writers):
             first = (number - self._count) % len(self._writers)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from corolla.engine.calls import AddedPrompts, Gradients, Piece, Sequences, pieces_of, through
+from corolla.engine.calls import AddedPrompts, CallSequences, Gradients, RowChunk, pieces_of, through
 from corolla.errors import ActivationsGone
 from corolla.models.block import Block
 from corolla.models.span import SpanModel
@@ -26,17 +26,17 @@ _OVERHEAD = 4096  # bytes that a piece of a block takes beside its values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptLimits:
+class ActivationLimits:
     size: int = 2 * 2**30  # bytes of all that is kept; a client may have half of it
     seconds: float = 120.0  # for which a backward is waited for
 
 
 @dataclass(slots=True, eq=False)
-class Kept:
+class SavedForward:
     """One forward. Each block's part is what entered it and what left it, for each piece of the rows."""
 
     lengths: tuple[int, ...]
-    pieces: list[Piece]
+    pieces: list[RowChunk]
     prompts: AddedPrompts
     prompted: bool
     blocks: list[tuple[Block, list[tuple[torch.Tensor, torch.Tensor]]]] = field(default_factory=list)
@@ -45,12 +45,12 @@ class Kept:
 
 
 def forward(
-    model: SpanModel, sequences: Sequences, store: KeptForwards, client: str
-) -> Generator[None, None, tuple[torch.Tensor, Kept | None]]:
+    model: SpanModel, sequences: CallSequences, store: ActivationStore, client: str
+) -> Generator[None, None, tuple[torch.Tensor, SavedForward | None]]:
     """`calls.forward`, which also returns what a backward needs, for `store`; None where that would take more than it has room for."""
     most = store.most(client)
     pieces, prompts = pieces_of(model, sequences.lengths), AddedPrompts(model, sequences)
-    kept: Kept | None = Kept(sequences.lengths, pieces, prompts, sequences.prompts is not None)
+    kept: SavedForward | None = SavedForward(sequences.lengths, pieces, prompts, sequences.prompts is not None)
     hidden = sequences.hidden.to(model.device, model.dtype)
     for index, block in enumerate(model.blocks_of(sequences.span)):
         hidden = prompts.added(hidden, index)
@@ -63,7 +63,7 @@ def forward(
     return hidden, kept
 
 
-def backward(model: SpanModel, kept: Kept, store: KeptForwards, gradient_TxE: torch.Tensor) -> Generator[None, None, Gradients]:
+def backward(model: SpanModel, kept: SavedForward, store: ActivationStore, gradient_TxE: torch.Tensor) -> Generator[None, None, Gradients]:
     """`calls.backward` from a forward that was taken from `store`, which is used up by it."""
     gradient = gradient_TxE.to(model.device, model.dtype)
     of_prompts = []
@@ -86,7 +86,7 @@ def backward(model: SpanModel, kept: Kept, store: KeptForwards, gradient_TxE: to
     return Gradients(gradient, torch.stack(of_prompts[::-1]) if kept.prompted else None)
 
 
-def _recorded(block: Block, hidden_TxE: torch.Tensor, kept: Kept) -> Generator[None, None, torch.Tensor]:
+def _recorded(block: Block, hidden_TxE: torch.Tensor, kept: SavedForward) -> Generator[None, None, torch.Tensor]:
     out, passed, sizes = torch.empty_like(hidden_TxE), list[tuple[torch.Tensor, torch.Tensor]](), dict[int, int]()
 
     # The graph holds this function: were `kept`, which holds the graph, among its variables, nothing would ever free the two.
@@ -108,13 +108,13 @@ def _recorded(block: Block, hidden_TxE: torch.Tensor, kept: Kept) -> Generator[N
     return out
 
 
-class KeptForwards:
+class ActivationStore:
     """Those of one server, by client and call. For any thread."""
 
-    def __init__(self, limits: KeptLimits | None = None) -> None:
-        self.limits = limits or KeptLimits()
+    def __init__(self, limits: ActivationLimits | None = None) -> None:
+        self.limits = limits or ActivationLimits()
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int], Kept] = OrderedDict()  # the oldest first
+        self._kept: OrderedDict[tuple[str, int], SavedForward] = OrderedDict()  # the oldest first
         self._blocks: dict[Block, Block] = {}  # differentiable ones, by what they are of
         self._widened: dict[Block, int] = {}  # bytes of the differentiable ones that hold their weights widened
 
@@ -138,7 +138,7 @@ class KeptForwards:
             own = sum(kept.size for key, kept in self._kept.items() if key[0] == client)
             return min(self.limits.size // 2 - own, self.limits.size - self.size)
 
-    def put(self, client: str, call: int, kept: Kept) -> None:
+    def put(self, client: str, call: int, kept: SavedForward) -> None:
         """Until it is taken, for as long as the limits say."""
         with self._lock:
             self._kept[client, call] = kept
@@ -146,7 +146,7 @@ class KeptForwards:
         if full:
             self._drop_all()
 
-    def take(self, client: str, call: int) -> Kept:
+    def take(self, client: str, call: int) -> SavedForward:
         """Raises `ActivationsGone`."""
         with self._lock:
             self._forget_old()

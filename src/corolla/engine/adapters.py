@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from corolla.engine.arrays import stays_finite
-from corolla.engine.batch import Work
+from corolla.engine.batch import ScheduledSequence
 from corolla.engine.converting import Convert, converted
 from corolla.errors import AdapterNeeded, CorollaError, InvalidSetting, NetworkError
-from corolla.models.adapted import Adapting, Blocks, Run
+from corolla.models.adapted import AdapterRun, Adapting, Blocks
 from corolla.models.adapters import digest_of, joined_digest
 from corolla.models.span import SpanModel
 from corolla.types import AdapterPart, Factors, Span, Step
@@ -36,7 +36,7 @@ class AdapterLimits:
 
 
 @dataclass(slots=True, eq=False)
-class Kept:
+class StoredAdapter:
     """An adapter, as far as it is here. See `models.adapted.Blocks`: blocks that are not `ready` are as they were sent."""
 
     client: str | None  # who sent it first; None for one that stays
@@ -57,7 +57,7 @@ class AdapterStore:
     def __init__(self, model: SpanModel, limits: AdapterLimits | None = None, *, takes: bool = True, convert: Convert = converted) -> None:
         self._model, self._limits, self.takes, self._convert = model, limits or AdapterLimits(), takes, convert
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, Kept] = OrderedDict()  # the longest unused first
+        self._kept: OrderedDict[str, StoredAdapter] = OrderedDict()  # the longest unused first
         self._refused: OrderedDict[tuple[str, str], CorollaError] = OrderedDict()  # by client and digest
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class AdapterStore:
         """Keep an adapter for good, however large. Raises `InvalidSetting` like `put`."""
         blocks = self._checked(part)
         with self._lock:
-            kept = self._kept.setdefault(part.digest, Kept(None))
+            kept = self._kept.setdefault(part.digest, StoredAdapter(None))
             kept.client = None
             self._add(kept, blocks)
 
@@ -88,7 +88,7 @@ class AdapterStore:
                     self._refused.popitem(last=False)
             raise
 
-    def find(self, digest: str, span: Span) -> Kept | None:
+    def find(self, digest: str, span: Span) -> StoredAdapter | None:
         """The adapter, if it is here for all blocks of `span`, which are in the model's dtype and on its device then."""
         with self._lock:
             kept = self._kept.get(digest)
@@ -127,19 +127,19 @@ class AdapterStore:
             if kept is None or kept.client is not None:
                 self._make_room(size, limits.size_per_client, part.digest, lambda other: other.client == client)
                 self._make_room(size, limits.size, part.digest, lambda other: other.client is not None)
-            self._add(self._kept.setdefault(part.digest, Kept(client)), blocks)
+            self._add(self._kept.setdefault(part.digest, StoredAdapter(client)), blocks)
             self._kept.move_to_end(part.digest)
             of_clients = [digest for digest, kept in self._kept.items() if kept.client is not None]
             for digest in of_clients[: -limits.count]:
                 del self._kept[digest]
 
-    def _add(self, kept: Kept, blocks: Mapping[int, Mapping[str, Factors]]) -> None:
+    def _add(self, kept: StoredAdapter, blocks: Mapping[int, Mapping[str, Factors]]) -> None:
         for index, block in blocks.items():
             if index not in kept.blocks:
                 kept.size += _size(block)
                 kept.blocks[index] = block
 
-    def _make_room(self, size: int, limit: int, growing: str, counts: Callable[[Kept], bool]) -> None:
+    def _make_room(self, size: int, limit: int, growing: str, counts: Callable[[StoredAdapter], bool]) -> None:
         """For `size` more bytes of the adapter `growing`. Raises `InvalidSetting` when it is larger than the limit by itself."""
         held = {digest: kept for digest, kept in self._kept.items() if counts(kept)}
         own = held[growing].size if growing in held else 0
@@ -171,7 +171,7 @@ class AdapterStore:
                 raise InvalidSetting("adapter", f"some of its values are NaN, infinite, or too large for this server's {self._model.dtype}")
         return dict(zip(range(part.span.start, part.span.end), part.blocks, strict=True))
 
-    def _make_ready(self, kept: Kept, index: int) -> None:
+    def _make_ready(self, kept: StoredAdapter, index: int) -> None:
         model, before = self._model, kept.blocks[index]
         ready = {
             product: Factors(*(self._convert(factor, model.device, model.dtype) for factor in factors))
@@ -183,7 +183,7 @@ class AdapterStore:
             kept.size += _size(ready) - _size(before)
 
 
-def adapting(works: Sequence[Work], padded: Callable[[int], int], total: int, *, alone_alike: bool) -> Adapting | None:
+def adapting(works: Sequence[ScheduledSequence], padded: Callable[[int], int], total: int, *, alone_alike: bool) -> Adapting | None:
     """What the adapters of a step's sessions add, in a forward of `total` rows; None where no session has any.
 
     Args:
@@ -191,12 +191,14 @@ def adapting(works: Sequence[Work], padded: Callable[[int], int], total: int, *,
         alone_alike: see `Adapting`.
     """
     runs = [
-        Run(adapter, rows, _window(rows, padded(rows.stop - rows.start), total)) for adapter, rows in _runs(works) if adapter is not None
+        AdapterRun(adapter, rows, _window(rows, padded(rows.stop - rows.start), total))
+        for adapter, rows in _runs(works)
+        if adapter is not None
     ]
     return Adapting(runs, alone_alike=alone_alike) if runs else None
 
 
-def _runs(works: Sequence[Work]) -> Iterator[tuple[Blocks | None, slice]]:
+def _runs(works: Sequence[ScheduledSequence]) -> Iterator[tuple[Blocks | None, slice]]:
     at = 0
     for _, same in groupby(works, key=lambda work: id(work.adapter)):
         together = list(same)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from corolla.engine.kv_cache import KVCache
 from corolla.engine.page_pool import PageTable
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 
 # In the batch-invariant mode keys are padded to this many positions: the size of the blocks in which torch's CPU kernel reduces.
 INVARIANT_KEYS = 512
@@ -32,7 +32,7 @@ FEW_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class SequenceRows:
     """`count` consecutive positions of one session from `start`; its table already holds room for them."""
 
     table: PageTable
@@ -53,14 +53,14 @@ class PagedAttention:
         padded: rows that the blocks compute; those past T are padding and come back as zeros.
     """
 
-    def __init__(self, arch: Architecture, cache: KVCache, slots_T: torch.Tensor, groups: Sequence[Group], padded: int) -> None:
+    def __init__(self, arch: ModelConfig, cache: KVCache, slots_T: torch.Tensor, groups: Sequence[Group], padded: int) -> None:
         self._arch, self._cache = arch, cache
         self._slots, self._groups = slots_T, groups
         self._count, self._padded = slots_T.shape[0], padded
 
     @classmethod
     def of(
-        cls, arch: Architecture, cache: KVCache, rows: Sequence[Rows], padded: int, device: torch.device, *, invariant: bool
+        cls, arch: ModelConfig, cache: KVCache, rows: Sequence[SequenceRows], padded: int, device: torch.device, *, invariant: bool
     ) -> PagedAttention:
         """For these sessions' rows; `invariant` attends each row in shapes that do not depend on what is in the batch."""
         slots = torch.tensor([slot for r in rows for slot in r.table.slots(r.start, r.end)], device=device)
@@ -93,7 +93,7 @@ class Group(Protocol):
 class _OneSession:
     """Rows of one session: a single query, or a chunk of prefill."""
 
-    def __init__(self, arch: Architecture, cache: KVCache, rows: Rows, at: int, device: torch.device) -> None:
+    def __init__(self, arch: ModelConfig, cache: KVCache, rows: SequenceRows, at: int, device: torch.device) -> None:
         self.rows = slice(at, at + rows.count)
         self._arch, self._span_of = arch, rows
         self._first = rows.table.first_slot_if_contiguous
@@ -154,7 +154,7 @@ class Gathered:
     """
 
     def __init__(
-        self, arch: Architecture, page_size: int, rows: slice | torch.Tensor, pages_BxW: torch.Tensor, positions_N: torch.Tensor
+        self, arch: ModelConfig, page_size: int, rows: slice | torch.Tensor, pages_BxW: torch.Tensor, positions_N: torch.Tensor
     ) -> None:
         self.rows = rows
         self._arch, self._sessions, self._positions = arch, pages_BxW.shape[0], positions_N
@@ -182,11 +182,11 @@ class Gathered:
         return self._masks[key]
 
 
-def _groups(arch: Architecture, cache: KVCache, rows: Sequence[Rows], device: torch.device) -> list[Group]:
+def _groups(arch: ModelConfig, cache: KVCache, rows: Sequence[SequenceRows], device: torch.device) -> list[Group]:
     if len(rows) == 1 and rows[0].count <= FEW_ROWS:
-        return [_OneSession(arch, cache, Rows(rows[0].table, rows[0].start + at, 1), at, device) for at in range(rows[0].count)]
+        return [_OneSession(arch, cache, SequenceRows(rows[0].table, rows[0].start + at, 1), at, device) for at in range(rows[0].count)]
     groups: list[Group] = []
-    single: list[tuple[int, Rows]] = []
+    single: list[tuple[int, SequenceRows]] = []
     at = 0
     for r in rows:
         if r.count == 1:
@@ -204,7 +204,7 @@ def _groups(arch: Architecture, cache: KVCache, rows: Sequence[Rows], device: to
     return groups
 
 
-def _decode_group(arch: Architecture, cache: KVCache, together: list[tuple[int, Rows]], device: torch.device) -> Group:
+def _decode_group(arch: ModelConfig, cache: KVCache, together: list[tuple[int, SequenceRows]], device: torch.device) -> Group:
     if len(together) == 1:
         at, alone = together[0]
         return _OneSession(arch, cache, alone, at, device)
@@ -217,7 +217,7 @@ def _decode_group(arch: Architecture, cache: KVCache, together: list[tuple[int, 
     return Gathered(arch, cache.page_size, rows, pages, torch.tensor([r.start for _, r in together], device=device))
 
 
-def _invariant_groups(arch: Architecture, cache: KVCache, rows: Sequence[Rows], device: torch.device) -> list[Group]:
+def _invariant_groups(arch: ModelConfig, cache: KVCache, rows: Sequence[SequenceRows], device: torch.device) -> list[Group]:
     """Every row as one query over keys padded to a multiple of `INVARIANT_KEYS`: the same shapes whatever the batch."""
     assert INVARIANT_KEYS % cache.page_size == 0, "pages must divide the padding of the batch-invariant mode"
     groups: list[Group] = []
@@ -231,12 +231,12 @@ def _invariant_groups(arch: Architecture, cache: KVCache, rows: Sequence[Rows], 
     return groups
 
 
-def _padded(rows: Rows, width: int) -> list[int]:
+def _padded(rows: SequenceRows, width: int) -> list[int]:
     return (rows.table.pages[: -(-rows.end // rows.table.page_size)] + [0] * width)[:width]
 
 
 def attend(
-    arch: Architecture,
+    arch: ModelConfig,
     query_BxHxNxD: torch.Tensor,
     key_BxKxLxD: torch.Tensor,
     value_BxKxLxD: torch.Tensor,
@@ -261,7 +261,7 @@ def attend(
     return torch.softmax(scores, -1, dtype=torch.float32).to(scores.dtype) @ value_BxKxLxD
 
 
-def attend_pieces(arch: Architecture, query_1xKxGxD: torch.Tensor, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def attend_pieces(arch: ModelConfig, query_1xKxGxD: torch.Tensor, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """One row's attention [K, G, D] to keys and values [K, L, D] that lie in several places.
 
     Each piece is cut into chunks, and all are merged by their log-sum-exp (Flash-Decoding, Dao et al., 2023).
@@ -280,7 +280,7 @@ def attend_pieces(arch: Architecture, query_1xKxGxD: torch.Tensor, pieces: Seque
     return (out * torch.softmax(logsumexp, 0)[..., None]).sum(0).to(out.dtype)
 
 
-def _runs(rows: Rows) -> list[tuple[int, int]]:
+def _runs(rows: SequenceRows) -> list[tuple[int, int]]:
     """The slots [start, end) that hold the session's positions, in order, page ids that follow one another taken together."""
     table, size = rows.table, rows.table.page_size
     first = table.first_slot_if_contiguous
@@ -298,7 +298,7 @@ def _runs(rows: Rows) -> list[tuple[int, int]]:
     return runs
 
 
-def _long_runs(arch: Architecture, rows: Rows, device: torch.device) -> list[tuple[int, int]] | None:
+def _long_runs(arch: ModelConfig, rows: SequenceRows, device: torch.device) -> list[tuple[int, int]] | None:
     """The runs of a row that is to be attended in pieces, else None."""
     plain = arch.alibi is None and arch.attention_softcap is None and device.type == "cpu"
     if not plain or rows.count != 1 or rows.end < LONG_KEYS:
@@ -337,7 +337,7 @@ def _hide(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
-def alibi(arch: Architecture, keys_L: torch.Tensor) -> torch.Tensor:
+def alibi(arch: ModelConfig, keys_L: torch.Tensor) -> torch.Tensor:
     """ALiBi's bias [H, L] in float32, rounded as the family rounds it."""
     assert arch.alibi is not None, "this architecture has no ALiBi"
     slopes = alibi_slopes(arch.heads, keys_L.device).to(arch.alibi)

@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 
 from corolla.barrier import barrier
-from corolla.engine.counters import Counters
+from corolla.engine.counters import EngineCounters
 from corolla.errors import CorollaError, ServerFault
 
 OnFailure = Callable[[CorollaError], None]
 """Told why a job will not be done."""
 
 
-class Beside:
+class BackgroundJobs:
     """A job at a time, of each client in turn; added on any thread, advanced on the engine's."""
 
-    def __init__(self, counters: Counters) -> None:
+    def __init__(self, counters: EngineCounters) -> None:
         self._counters = counters
         self._lock = threading.Lock()
         self._jobs: OrderedDict[str, deque[tuple[Iterator[None], OnFailure]]] = OrderedDict()  # by client, whose turn it is first

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from corolla.engine.attention import Rows
+from corolla.engine.attention import SequenceRows
 from corolla.models.adapted import Blocks
 
 
@@ -20,10 +20,10 @@ class PromptRows:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Work:
+class ScheduledSequence:
     """One session's rows in a step: token ids for a span that embeds, else hidden states [count, hidden]."""
 
-    rows: Rows
+    rows: SequenceRows
     payload: Sequence[int] | torch.Tensor
     logits: int  # so many of the last rows' logits are wanted
     prompt: PromptRows | None = None
@@ -31,7 +31,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Computed:
+class ForwardOutput:
     """What a step left: hidden states [T, hidden] of all rows, logits [those that are wanted, vocabulary]."""
 
     hidden: torch.Tensor

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from corolla.engine import activations, calls
-from corolla.engine.activations import KeptForwards, KeptLimits
-from corolla.engine.calls import Gradients, Sequences
+from corolla.engine.activations import ActivationLimits, ActivationStore
+from corolla.engine.calls import CallSequences, Gradients
 from corolla.engine.prompts import PromptStore
 from corolla.errors import ActivationsGone, InvalidSetting, PromptNeeded
 from corolla.models.span import SpanModel
@@ -29,12 +29,12 @@ class CallCounters:
     activations_gone: int = 0  # backwards that came too late for what was kept, or whose forward was too large to keep
 
 
-class Answering:
+class CallHandler:
     """Computes calls with what one server keeps for its clients. Calls are computed on one thread, the rest is for any."""
 
-    def __init__(self, model: SpanModel, prompts: PromptStore, limits: KeptLimits | None = None) -> None:
+    def __init__(self, model: SpanModel, prompts: PromptStore, limits: ActivationLimits | None = None) -> None:
         self._model, self._prompts = model, prompts
-        self.kept = KeptForwards(limits)
+        self.kept = ActivationStore(limits)
         self.counters = CallCounters()
 
     def answer(self, call: Call, came: torch.Tensor) -> Generator[None, None, torch.Tensor]:
@@ -83,11 +83,11 @@ class Answering:
         self.counters.backwards_from_kept += 1
         return (yield from activations.backward(self._model, saved, self.kept, came))
 
-    def _sequences(self, call: Call, came: torch.Tensor) -> Sequences:
+    def _sequences(self, call: Call, came: torch.Tensor) -> CallSequences:
         prompts = None
         if call.prompt is not None:
             part = self._prompts.find(call.client, call.prompt, call.span, with_input=False)
             if part is None:
                 raise PromptNeeded
             prompts = part.deep
-        return Sequences(call.span, call.lengths, came[: sum(call.lengths)], prompts)
+        return CallSequences(call.span, call.lengths, came[: sum(call.lengths)], prompts)

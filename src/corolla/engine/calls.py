@@ -18,7 +18,7 @@ import torch
 
 from corolla.engine.attention import alibi, attend
 from corolla.models.block import Block, Rotation, rotations
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.span import SpanModel
 from corolla.types import Span
 
@@ -26,7 +26,7 @@ TURN_ROWS = 256  # rows of one `next`, in whole sequences: a longer one goes alo
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sequences:
+class CallSequences:
     """What goes into a call; on any device, in any floating dtype.
 
     Args:
@@ -51,7 +51,7 @@ class Gradients:
     prompts: torch.Tensor | None
 
 
-def forward(model: SpanModel, sequences: Sequences) -> Generator[None, None, torch.Tensor]:
+def forward(model: SpanModel, sequences: CallSequences) -> Generator[None, None, torch.Tensor]:
     """Returns the rows [T, E] that leave the last block, in the model's dtype."""
     pieces, prompts = pieces_of(model, sequences.lengths), AddedPrompts(model, sequences)
     hidden = sequences.hidden.to(model.device, model.dtype)
@@ -60,7 +60,7 @@ def forward(model: SpanModel, sequences: Sequences) -> Generator[None, None, tor
     return hidden
 
 
-def backward(model: SpanModel, sequences: Sequences, gradient_TxE: torch.Tensor) -> Generator[None, None, Gradients]:
+def backward(model: SpanModel, sequences: CallSequences, gradient_TxE: torch.Tensor) -> Generator[None, None, Gradients]:
     """Returns the gradients of what has the `gradient` [T, E] with respect to the rows that leave the last block."""
     pieces, prompts = pieces_of(model, sequences.lengths), AddedPrompts(model, sequences)
     blocks = model.blocks_of(sequences.span)
@@ -80,7 +80,7 @@ class SequenceAttention:
     """`models.block.Attention` without a cache: sequences of these lengths, each from position 0; those of equal length that
     follow one another are attended in one."""
 
-    def __init__(self, arch: Architecture, lengths: tuple[int, ...]) -> None:
+    def __init__(self, arch: ModelConfig, lengths: tuple[int, ...]) -> None:
         self._arch = arch
         self._runs = [(length, length * len(list(same))) for length, same in groupby(lengths)]
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
@@ -103,7 +103,7 @@ class SequenceAttention:
         return out.transpose(1, 2).reshape(-1, arch.heads * arch.head_dim)
 
 
-def _mask(arch: Architecture, length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+def _mask(arch: ModelConfig, length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
     """Added to the scores [N, N], or one a head; None where "causal" says it all."""
     if arch.alibi is None and (window is None or length <= window):
         return None
@@ -115,7 +115,7 @@ def _mask(arch: Architecture, length: int, window: int | None, dtype: torch.dtyp
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class RowChunk:
     """Some of the sequences, which go through a block together."""
 
     rows: slice
@@ -123,7 +123,7 @@ class Piece:
     turns: tuple[Rotation, ...]
 
 
-def pieces_of(model: SpanModel, lengths: tuple[int, ...]) -> list[Piece]:
+def pieces_of(model: SpanModel, lengths: tuple[int, ...]) -> list[RowChunk]:
     together: list[list[int]] = [[]]
     for length in lengths:
         if together[-1] and sum(together[-1]) + length > TURN_ROWS:
@@ -135,7 +135,7 @@ def pieces_of(model: SpanModel, lengths: tuple[int, ...]) -> list[Piece]:
         if key not in alike:
             positions = torch.cat([torch.arange(length, device=model.device) for length in key])
             alike[key] = SequenceAttention(model.arch, key), rotations(model.arch, positions, model.dtype)
-        pieces.append(Piece(slice(at, at + sum(key)), *alike[key]))
+        pieces.append(RowChunk(slice(at, at + sum(key)), *alike[key]))
         at += sum(key)
     return pieces
 
@@ -143,7 +143,7 @@ def pieces_of(model: SpanModel, lengths: tuple[int, ...]) -> list[Piece]:
 class AddedPrompts:
     """The soft tokens of a call, and the rows that they are added to."""
 
-    def __init__(self, model: SpanModel, sequences: Sequences) -> None:
+    def __init__(self, model: SpanModel, sequences: CallSequences) -> None:
         self._count = len(sequences.lengths)
         self._prompts_BxPxE = None if sequences.prompts is None else sequences.prompts.to(model.device, model.dtype)
         width = 0 if sequences.prompts is None else sequences.prompts.shape[1]
@@ -165,7 +165,7 @@ class AddedPrompts:
 # No yield lies within a `with`: the loop would go on in that mode.
 
 
-def through(block: Block, hidden_TxE: torch.Tensor, pieces: list[Piece]) -> Generator[None, None, torch.Tensor]:
+def through(block: Block, hidden_TxE: torch.Tensor, pieces: list[RowChunk]) -> Generator[None, None, torch.Tensor]:
     out = torch.empty_like(hidden_TxE)
     for piece in pieces:
         with torch.no_grad():
@@ -174,7 +174,9 @@ def through(block: Block, hidden_TxE: torch.Tensor, pieces: list[Piece]) -> Gene
     return out
 
 
-def _back(block: Block, hidden_TxE: torch.Tensor, gradient_TxE: torch.Tensor, pieces: list[Piece]) -> Generator[None, None, torch.Tensor]:
+def _back(
+    block: Block, hidden_TxE: torch.Tensor, gradient_TxE: torch.Tensor, pieces: list[RowChunk]
+) -> Generator[None, None, torch.Tensor]:
     out = torch.empty_like(gradient_TxE)
     differentiable = block.differentiable()
     for piece in pieces:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class Counters:
+class EngineCounters:
     """Since the engine was made."""
 
     steps: int = 0

@@ -16,17 +16,17 @@ import torch
 
 from corolla.barrier import barrier
 from corolla.engine.adapters import AdapterLimits, AdapterStore
-from corolla.engine.attention import Rows
-from corolla.engine.background_jobs import Beside, OnFailure
-from corolla.engine.batch import Work
+from corolla.engine.attention import SequenceRows
+from corolla.engine.background_jobs import BackgroundJobs, OnFailure
+from corolla.engine.batch import ScheduledSequence
 from corolla.engine.budgets import Budgets, Ledger
 from corolla.engine.clock import AwakeClock
-from corolla.engine.counters import Counters
+from corolla.engine.counters import EngineCounters
 from corolla.engine.furnishing import furnished
 from corolla.engine.inbox import TOKEN_BYTES, Inbox
 from corolla.engine.kv_cache import KVCache
-from corolla.engine.model_runner import INVARIANT_ROWS, Executor
-from corolla.engine.outputs import Replying, tell
+from corolla.engine.model_runner import INVARIANT_ROWS, ModelRunner
+from corolla.engine.outputs import OutputProcessor, tell
 from corolla.engine.parts import EngineParts
 from corolla.engine.prompts import PromptLimits, PromptStore
 from corolla.engine.sampler import Sampled, SampleRequest
@@ -70,7 +70,7 @@ class Outcome:
     """What a forward left of one session's rows, before anybody is told."""
 
     conversation: Conversation
-    work: Work
+    work: ScheduledSequence
     hidden: torch.Tensor  # [rows, hidden]
     scores: list[Scores]
     unscored: torch.Tensor | None
@@ -103,18 +103,18 @@ class Engine:
             takes=config.take_adapters,
             convert=parts.convert,
         )
-        self._executor = Executor(model, self.cache, batch_invariant=config.batch_invariant, attend=parts.attend)
+        self._executor = ModelRunner(model, self.cache, batch_invariant=config.batch_invariant, attend=parts.attend)
         rows = INVARIANT_ROWS if config.batch_invariant else config.step_rows
         self._clock = AwakeClock()
         self._scheduler = Scheduler(self.pool, rows, self._clock)
-        self.counters = Counters()
+        self.counters = EngineCounters()
         one_step = min(self.context_length, _STEP_ROWS) * (4 * model.arch.hidden + TOKEN_BYTES)
         self._ledger = Ledger(budgets.steps, max(_STEPS_PER_CLIENT, one_step), config.retry_after)
         self._sessions = Sessions(
             model, self.pool, self.cache, self.counters, self._clock, self._ledger, share_prefixes=config.share_prefixes
         )
-        self._replying = Replying(self._sessions, self.pool, self.counters, self.context_length, parts.guess)
-        self._beside = Beside(self.counters)
+        self._replying = OutputProcessor(self._sessions, self.pool, self.counters, self.context_length, parts.guess)
+        self._beside = BackgroundJobs(self.counters)
         self.after_turn: Callable[[], None] = lambda: None
         self.threads: int | None = None  # of the products, taken up between two steps; None: torch's
         self.forward_seconds = 0.0  # of the forward whose replies are being delivered
@@ -291,7 +291,7 @@ class Engine:
             self._replying.fail([conversation], error)
         self.check_integrity()
 
-    def _schedule(self) -> list[tuple[Conversation, Work]]:
+    def _schedule(self) -> list[tuple[Conversation, ScheduledSequence]]:
         schedule = self._scheduler.schedule(self._sessions)
         self._computing = schedule.running
         self.counters.reused += schedule.reused
@@ -309,7 +309,7 @@ class Engine:
             self._fail(conversation, error)
         return schedule.work
 
-    def _furnished(self, scheduled: list[tuple[Conversation, Work]]) -> list[tuple[Conversation, Work]]:
+    def _furnished(self, scheduled: list[tuple[Conversation, ScheduledSequence]]) -> list[tuple[Conversation, ScheduledSequence]]:
         """With their adapters and what their soft prompts put in; those of whom something was forgotten meanwhile are told. The rows of
         one adapter lie together."""
         ready = []
@@ -324,7 +324,7 @@ class Engine:
                 self._fail(conversation, errors[0])
         return sorted(ready, key=lambda both: both[0].adapter)
 
-    def _step(self, span: Span, scheduled: list[tuple[Conversation, Work]]) -> None:
+    def _step(self, span: Span, scheduled: list[tuple[Conversation, ScheduledSequence]]) -> None:
         """Forward and reply for the sessions that go through the same blocks."""
         began = time.perf_counter()
         outcomes = self._computed(span, scheduled)
@@ -344,7 +344,7 @@ class Engine:
             if errors:
                 self._fail(outcome.conversation, errors[0])
 
-    def _computed(self, span: Span, scheduled: list[tuple[Conversation, Work]]) -> list[Outcome]:
+    def _computed(self, span: Span, scheduled: list[tuple[Conversation, ScheduledSequence]]) -> list[Outcome]:
         """What the sessions' rows give. After an error each half of them is computed again, until the session that causes it is alone:
         nobody has been told anything yet, and what is written to the cache is written once more."""
         errors: list[Exception] = []
@@ -357,7 +357,7 @@ class Engine:
         self._check_computing(span)
         return []
 
-    def _compute(self, span: Span, scheduled: list[tuple[Conversation, Work]]) -> list[Outcome]:
+    def _compute(self, span: Span, scheduled: list[tuple[Conversation, ScheduledSequence]]) -> list[Outcome]:
         computed = self._executor.forward([work for _, work in scheduled], span)
         sampled = iter(verified(scheduled, computed.logits, self._parts.sample))
         outcomes, at = [], 0
@@ -404,7 +404,7 @@ class Engine:
             return  # others compute in these pages
         try:
             zeros = [0] if span.start == 0 else torch.zeros(1, model.arch.hidden, dtype=model.dtype, device=model.device)
-            logits = self._executor.forward([Work(Rows(table, 0, 1), zeros, logits=1)], span).logits
+            logits = self._executor.forward([ScheduledSequence(SequenceRows(table, 0, 1), zeros, logits=1)], span).logits
             if logits is not None:
                 self._parts.sample(logits, [SampleRequest(GenerationSettings(), 1, [0])])
         finally:

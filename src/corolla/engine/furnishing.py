@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from corolla.engine.adapters import AdapterStore
-from corolla.engine.batch import Work
+from corolla.engine.batch import ScheduledSequence
 from corolla.engine.prompts import PromptStore, rows_of
 from corolla.engine.sequence import Conversation
 from corolla.errors import AdapterNeeded, PromptNeeded
 
 
-def furnished(work: Work, conversation: Conversation, prompts: PromptStore, adapters: AdapterStore) -> Work:
+def furnished(work: ScheduledSequence, conversation: Conversation, prompts: PromptStore, adapters: AdapterStore) -> ScheduledSequence:
     """Raises `PromptNeeded` or `AdapterNeeded` where one was forgotten since the step was admitted."""
     name = conversation.prompt
     if name is not None and conversation.needs_prompt:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from corolla.engine.attention import Gathered, PagedAttention
-from corolla.engine.batch import Computed, Work
+from corolla.engine.batch import ForwardOutput, ScheduledSequence
 from corolla.engine.kv_cache import KVCache
 from corolla.models.span import SpanModel
 
 MOST_ROWS = 64
 
 
-def fits(works: Sequence[Work], *, embeds: bool) -> bool:
+def fits(works: Sequence[ScheduledSequence], *, embeds: bool) -> bool:
     """Whether a step is one that graphs are kept for: decoding only, from token ids where the span `embeds`, else from hidden states."""
     return len(works) <= MOST_ROWS and all(
         work.rows.count == 1 and work.prompt is None and work.adapter is None and isinstance(work.payload, torch.Tensor) != embeds
@@ -41,7 +41,7 @@ class FixedDecode:
         self._slots_R = torch.full((rows,), cache.spare_slot, dtype=torch.int64, device=device)
         self._pages_RxW = torch.zeros(rows, pages, dtype=torch.int64, device=device)
 
-    def fill(self, works: Sequence[Work]) -> None:
+    def fill(self, works: Sequence[ScheduledSequence]) -> None:
         """Copy a step's inputs into place."""
         rows, width = self._pages_RxW.shape
         unused = rows - len(works)
@@ -77,7 +77,7 @@ class DecodeGraphs:
         self._model, self._cache, self._cuda = model, cache, cuda
         self._captured: dict[tuple[int, int], tuple[FixedDecode, Any, tuple[torch.Tensor, torch.Tensor | None]]] = {}
 
-    def run(self, works: Sequence[Work]) -> Computed:
+    def run(self, works: Sequence[ScheduledSequence]) -> ForwardOutput:
         rows = _power_of_two(len(works))
         pages = _power_of_two(max(-(-w.rows.end // self._cache.page_size) for w in works))
         with self._cuda.device(self._model.device):
@@ -85,7 +85,7 @@ class DecodeGraphs:
             program.fill(works)
             graph.replay()
         wanted = [i for i, work in enumerate(works) if work.logits]
-        return Computed(hidden[: len(works)].clone(), logits[wanted] if logits is not None and wanted else None)
+        return ForwardOutput(hidden[: len(works)].clone(), logits[wanted] if logits is not None and wanted else None)
 
     def _capture(self, rows: int, pages: int) -> tuple[FixedDecode, Any, tuple[torch.Tensor, torch.Tensor | None]]:
         cuda, device = self._cuda, self._model.device

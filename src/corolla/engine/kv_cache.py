@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.types import Span
 
 
@@ -24,7 +24,7 @@ class KVCache:
     Memory is taken from the system as pages are first written, not at construction.
     """
 
-    def __init__(self, arch: Architecture, span: Span, slots: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, arch: ModelConfig, span: Span, slots: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.page_size = page_size
         self.spare_slot = slots  # where padded rows of a fixed shape may write
         self._span = span

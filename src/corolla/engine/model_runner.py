@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from corolla.engine.adapters import adapting
-from corolla.engine.batch import Computed, Work
+from corolla.engine.batch import ForwardOutput, ScheduledSequence
 from corolla.engine.graphs import DecodeGraphs, fits
 from corolla.engine.kv_cache import KVCache
 from corolla.engine.parts import Attend, paged_attention
@@ -33,7 +33,7 @@ def packed_rows(count: int) -> int:
     return -(-count // step) * step
 
 
-class Executor:
+class ModelRunner:
     def __init__(self, model: SpanModel, cache: KVCache, *, batch_invariant: bool = False, attend: Attend = paged_attention) -> None:
         self.model, self.cache = model, cache
         self._attend = attend
@@ -47,7 +47,7 @@ class Executor:
         return self._graphs is None
 
     @torch.inference_mode()
-    def forward(self, works: Sequence[Work], part: Span | None = None) -> Computed:
+    def forward(self, works: Sequence[ScheduledSequence], part: Span | None = None) -> ForwardOutput:
         """Compute the rows through the span or a `part` of it, and write their keys and values; the tables must hold room."""
         model = self.model
         part = part or model.span
@@ -61,7 +61,7 @@ class Executor:
         entering = deep_rows(works, part.start)
         adding = adapting(works, self._padded, padded, alone_alike=self._invariant)
         hidden = model.forward(hidden, torch.tensor(positions, device=model.device), attention, part, entering, adding)
-        return Computed(hidden[:count], self._logits(works, hidden, part))
+        return ForwardOutput(hidden[:count], self._logits(works, hidden, part))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ class Executor:
             return INVARIANT_ROWS
         return packed_rows(count) if self._rounds else count
 
-    def _inputs(self, works: Sequence[Work], padded: int, part: Span) -> torch.Tensor:
+    def _inputs(self, works: Sequence[ScheduledSequence], padded: int, part: Span) -> torch.Tensor:
         model = self.model
         if part.start == 0 and not any(isinstance(work.payload, torch.Tensor) for work in works):
             ids = [token for work in works for token in work.payload]
@@ -88,14 +88,14 @@ class Executor:
         rows = torch.cat([self._rows(work) for work in works])
         return torch.nn.functional.pad(rows, (0, 0, 0, padded - rows.shape[0]))
 
-    def _rows(self, work: Work) -> torch.Tensor:
+    def _rows(self, work: ScheduledSequence) -> torch.Tensor:
         if isinstance(work.payload, torch.Tensor):
             return work.payload.to(self.model.device, self.model.dtype)
         embedded = self.model.embed(torch.tensor(work.payload))
         put_in(self.model, (work,), embedded)
         return embedded
 
-    def _logits(self, works: Sequence[Work], hidden: torch.Tensor, part: Span) -> torch.Tensor | None:
+    def _logits(self, works: Sequence[ScheduledSequence], hidden: torch.Tensor, part: Span) -> torch.Tensor | None:
         if part.end != self.model.arch.blocks:
             return None
         last: list[int] = []

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from corolla.barrier import barrier
-from corolla.engine.batch import Work
-from corolla.engine.counters import Counters
+from corolla.engine.batch import ScheduledSequence
+from corolla.engine.counters import EngineCounters
 from corolla.engine.page_pool import PagePool
 from corolla.engine.sampler import Sampled
 from corolla.engine.sequence import Conversation, Deliver
@@ -25,14 +25,16 @@ def tell(deliver: Deliver, reply: Reply) -> None:
         deliver(reply)
 
 
-class Replying:
+class OutputProcessor:
     """Args: `context_length`, at which an answer ends; `guess`, what may follow a token."""
 
-    def __init__(self, sessions: Sessions, pool: PagePool, counters: Counters, context_length: int, guess: Guess) -> None:
+    def __init__(self, sessions: Sessions, pool: PagePool, counters: EngineCounters, context_length: int, guess: Guess) -> None:
         self._sessions, self._pool, self._counters = sessions, pool, counters
         self._context_length, self._guess = context_length, guess
 
-    def reply(self, conversation: Conversation, work: Work, hidden: torch.Tensor, sampled: Sequence[Sampled], drafts: int) -> None:
+    def reply(
+        self, conversation: Conversation, work: ScheduledSequence, hidden: torch.Tensor, sampled: Sequence[Sampled], drafts: int
+    ) -> None:
         """The work is computed: its rows left the last block as `hidden`. `sampled` are the tokens drawn after them, if any were
         wanted; `drafts` more may be guessed."""
         count = work.rows.count
@@ -81,7 +83,7 @@ class Replying:
                 tell(conversation.deliver, Failed(conversation.session, conversation.generation, fault))
             self._sessions.forget(conversation)
 
-    def _tokens(self, conversation: Conversation, work: Work, sampled: Sequence[Sampled]) -> list[Token]:
+    def _tokens(self, conversation: Conversation, work: ScheduledSequence, sampled: Sequence[Sampled]) -> list[Token]:
         """The tokens of a step, as far as the answer goes on: the first, and those that had been guessed."""
         settings = conversation.settings
         tokens: list[Token] = []

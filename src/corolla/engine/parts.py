@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 import torch
 
-from corolla.engine.attention import PagedAttention, Rows
+from corolla.engine.attention import PagedAttention, SequenceRows
 from corolla.engine.converting import Convert, converted
 from corolla.engine.kv_cache import KVCache
 from corolla.engine.page_pool import PagePool
 from corolla.engine.sampler import sample
 from corolla.engine.speculation import Guess, Sample, guess
 from corolla.models.block import Attention
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 
-Attend = Callable[[Architecture, KVCache, Sequence[Rows], int, torch.device, bool], Attention]
+Attend = Callable[[ModelConfig, KVCache, Sequence[SequenceRows], int, torch.device, bool], Attention]
 """A step's attention; the arguments are those of `PagedAttention.of`."""
 
 
 def paged_attention(
-    arch: Architecture, cache: KVCache, rows: Sequence[Rows], padded: int, device: torch.device, invariant: bool
+    arch: ModelConfig, cache: KVCache, rows: Sequence[SequenceRows], padded: int, device: torch.device, invariant: bool
 ) -> Attention:
     return PagedAttention.of(arch, cache, rows, padded, device, invariant=invariant)
 

@@ -17,7 +17,7 @@ from itertools import accumulate, chain
 import torch
 
 from corolla.engine.arrays import stays_finite
-from corolla.engine.batch import PromptRows, Work
+from corolla.engine.batch import PromptRows, ScheduledSequence
 from corolla.engine.converting import Convert, converted
 from corolla.errors import InvalidSetting, PromptNeeded
 from corolla.models.span import SpanModel
@@ -143,7 +143,7 @@ def page_seed(step: Step, *, shared: bool) -> str:
     return repr((step.adapter, client, "" if step.prompt is None else step.prompt.name))
 
 
-def put_in(model: SpanModel, works: Sequence[Work], hidden_TxE: torch.Tensor) -> None:
+def put_in(model: SpanModel, works: Sequence[ScheduledSequence], hidden_TxE: torch.Tensor) -> None:
     """Put the prompts' rows in place of the embeddings of their placeholders."""
     at = 0
     for work in works:
@@ -156,7 +156,7 @@ def put_in(model: SpanModel, works: Sequence[Work], hidden_TxE: torch.Tensor) ->
 class DeepRows:
     """What the prompts of a step's sessions add at each block's input: `SpanModel.forward`'s `entering`."""
 
-    def __init__(self, works: Sequence[Work], start: int) -> None:
+    def __init__(self, works: Sequence[ScheduledSequence], start: int) -> None:
         """`start` is the first block that the step goes through."""
         begins = accumulate((work.rows.count for work in works), initial=0)
         deep = [(at, work.prompt.deep) for at, work in zip(begins, works, strict=False) if work.prompt and work.prompt.deep is not None]
@@ -169,7 +169,7 @@ class DeepRows:
         return hidden_TxE.index_add(0, self._places_R, self._added_NxRxE[block - self._start])
 
 
-def deep_rows(works: Sequence[Work], start: int) -> DeepRows | None:
+def deep_rows(works: Sequence[ScheduledSequence], start: int) -> DeepRows | None:
     """None where no session of the step adds any."""
     return DeepRows(works, start) if any(work.prompt is not None and work.prompt.deep is not None for work in works) else None
 

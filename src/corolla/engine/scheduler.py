@@ -24,8 +24,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from corolla.barrier import barrier
-from corolla.engine.attention import Rows
-from corolla.engine.batch import Work
+from corolla.engine.attention import SequenceRows
+from corolla.engine.batch import ScheduledSequence
 from corolla.engine.clock import AwakeClock
 from corolla.engine.page_pool import PagePool
 from corolla.engine.sequence import Conversation
@@ -43,7 +43,7 @@ _EXPECTED_WITHIN = 0.5  # seconds: who is silent for longer than that is not wai
 class Schedule:
     """The rows of the next forward, and whose pages were taken for them."""
 
-    work: list[tuple[Conversation, Work]] = field(default_factory=list)
+    work: list[tuple[Conversation, ScheduledSequence]] = field(default_factory=list)
     evicted: list[Conversation] = field(default_factory=list)  # were idle
     set_back: list[Conversation] = field(default_factory=list)  # are under way, and begin anew
     failed: list[tuple[Conversation, Exception]] = field(default_factory=list)  # could not be scheduled, for a reason nobody expected
@@ -182,10 +182,10 @@ class Scheduler:
         if len(self._outgrown) > _REMEMBERED:
             self._outgrown.popitem(last=False)
 
-    def _work(self, conversation: Conversation, count: int) -> Work:
-        rows = Rows(conversation.table, conversation.position, count)
+    def _work(self, conversation: Conversation, count: int) -> ScheduledSequence:
+        rows = SequenceRows(conversation.table, conversation.position, count)
         last = count == conversation.pending
-        return Work(rows, conversation.payload(count), logits=1 + conversation.drafts if last and conversation.samples else 0)
+        return ScheduledSequence(rows, conversation.payload(count), logits=1 + conversation.drafts if last and conversation.samples else 0)
 
 
 def _in_turn(sessions: list[Conversation]) -> list[Conversation]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from corolla.engine.batch import Work
-from corolla.engine.model_runner import Executor
+from corolla.engine.batch import ScheduledSequence
+from corolla.engine.model_runner import ModelRunner
 from corolla.engine.sampler import score
 from corolla.engine.sequence import Conversation
 from corolla.types import Scores
@@ -13,7 +13,9 @@ from corolla.types import Scores
 _AT_ONCE = 64  # tokens of one reply: with 20 alternatives each they fit a frame
 
 
-def scores_of(executor: Executor, conversation: Conversation, work: Work, hidden: torch.Tensor) -> tuple[list[Scores], torch.Tensor | None]:
+def scores_of(
+    executor: ModelRunner, conversation: Conversation, work: ScheduledSequence, hidden: torch.Tensor
+) -> tuple[list[Scores], torch.Tensor | None]:
     """The scores that the rows `hidden` [count, hidden] of a session give, which left the last block, and its next `unscored` row.
 
     A row tells about the token after it. Where that is not known yet, for it comes with the next chunk, the row is kept until then.

@@ -9,7 +9,7 @@ import torch
 
 from corolla.engine.budgets import Ledger
 from corolla.engine.clock import AwakeClock
-from corolla.engine.counters import Counters
+from corolla.engine.counters import EngineCounters
 from corolla.engine.inbox import size_of
 from corolla.engine.kv_cache import KVCache
 from corolla.engine.page_pool import PagePool
@@ -32,7 +32,7 @@ class Sessions:
         model: SpanModel,
         pool: PagePool,
         cache: KVCache,
-        counters: Counters,
+        counters: EngineCounters,
         clock: AwakeClock,
         ledger: Ledger,
         *,

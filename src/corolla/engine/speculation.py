@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from corolla.engine.batch import Work
+from corolla.engine.batch import ScheduledSequence
 from corolla.engine.sampler import Sampled, SampleRequest, sample
 from corolla.engine.sequence import Conversation
 
@@ -47,7 +47,7 @@ class _Verified:
     """A session's rows [1 + drafts] of logits from row `at` on, and the tokens that are certain so far."""
 
     conversation: Conversation
-    work: Work
+    work: ScheduledSequence
     at: int
     sampled: list[Sampled] = field(default_factory=list)
     damaged: bool = False  # a row came that nothing can be drawn from
@@ -70,7 +70,7 @@ class _Verified:
 
 
 def verified(
-    scheduled: Sequence[tuple[Conversation, Work]], logits: torch.Tensor | None, sample: Sample = sample
+    scheduled: Sequence[tuple[Conversation, ScheduledSequence]], logits: torch.Tensor | None, sample: Sample = sample
 ) -> list[list[Sampled] | None]:
     """What each of the works that want logits gives: one token, and another for each guess that turned out right. None where
     a row has NaN or infinity, from which nothing can be drawn.

@@ -23,7 +23,7 @@ from corolla.barrier import barrier
 from corolla.errors import CorollaError, InvalidSetting
 from corolla.gateway import openai_chat, openai_completions, petals, petals_socket, playground, ui, ui_looks
 from corolla.gateway.error_responses import BadRequest, documented, fault, kind_of, response
-from corolla.gateway.message_runs import Writings
+from corolla.gateway.message_runs import MessageRuns
 from corolla.gateway.middleware import Guard
 from corolla.gateway.openai import router as openai
 from corolla.gateway.service import Gateway, TheGateway
@@ -39,7 +39,7 @@ __all__ = ["gateway_app", "openai_chat", "openai_completions"]  # the last two a
 
 def gateway_app(gateway: Gateway, *, static: Path = STATIC) -> ASGIApp:
     """The ASGI application of a gateway."""
-    gateway.writings = Writings(gateway)
+    gateway.writings = MessageRuns(gateway)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from corolla.barrier import barrier
-from corolla.client.completion import Completion, CompletionResult, Piece
+from corolla.client.completion import Completion, CompletionDelta, CompletionResult
 from corolla.errors import CorollaError, Interrupted
 from corolla.gateway.fair_queue import Gate
 from corolla.gateway.metrics import Metrics
 from corolla.gateway.model_registry import ServedModel
-from corolla.gateway.pool import Kept, SessionPool
+from corolla.gateway.pool import PooledSession, SessionPool
 from corolla.types import GenerationSettings, Score
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ LOST = Notice("A server was lost; the answer goes on with others.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class GenerationRequest:
     """One answer to be written: the whole prompt as tokens, and how. `owner` is whose request it is; nobody else gets its session."""
 
     model: ServedModel
@@ -49,7 +49,7 @@ class Request:
     settings: GenerationSettings
     keep: bool = False  # the session of an answer that was stopped; those of others stay for a while in any case
     soft: SoftPrompt | None = None
-    session: Kept | None = None  # to be used; its owner takes care of it, and asks for one answer at a time
+    session: PooledSession | None = None  # to be used; its owner takes care of it, and asks for one answer at a time
 
 
 class Bell:
@@ -73,14 +73,21 @@ class Bell:
             self._rung.popleft().set()
 
 
-class Answer:
+class GenerationTask:
     """One answer under way, for the event loop that made it. `result` stands when `ended` is set.
 
     It waits for its turn, then it is written; nobody needs to look on.
     """
 
     def __init__(
-        self, request: Request, gate: Gate, threads: ThreadPoolExecutor, pool: SessionPool, metrics: Metrics, bell: Bell, timeout: float
+        self,
+        request: GenerationRequest,
+        gate: Gate,
+        threads: ThreadPoolExecutor,
+        pool: SessionPool,
+        metrics: Metrics,
+        bell: Bell,
+        timeout: float,
     ) -> None:
         self.request = request
         self.result: CompletionResult | None = None
@@ -90,11 +97,11 @@ class Answer:
         self.ended = asyncio.Event()
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
-        self._items: deque[Piece | Notice | None] = deque()
+        self._items: deque[CompletionDelta | Notice | None] = deque()
         self._ready = asyncio.Event()
         self._bell = bell
         self._lock = threading.Lock()
-        self._kept: Kept | None = None  # while this answer is the one that uses it
+        self._kept: PooledSession | None = None  # while this answer is the one that uses it
         self._stopped = False
         self.began = time.perf_counter()
         self._metrics = metrics
@@ -125,10 +132,10 @@ class Answer:
         """
         with suppress(TimeoutError):
             await asyncio.wait_for(self._ready.wait(), seconds)
-        if self.error is not None and not any(isinstance(item, Piece) for item in self._items):
+        if self.error is not None and not any(isinstance(item, CompletionDelta) for item in self._items):
             raise self.error
 
-    async def items(self, tick: float) -> AsyncIterator[Piece | Notice | None]:
+    async def items(self, tick: float) -> AsyncIterator[CompletionDelta | Notice | None]:
         """Pieces and notices as they come, `None` whenever nothing has come for `tick` seconds. Raises what ended the answer."""
         while True:
             while self._items:
@@ -180,7 +187,7 @@ class Answer:
     def _write(self, pool: SessionPool) -> None:
         """On a thread: all of the answer."""
         request = self.request
-        kept: Kept | None = None
+        kept: PooledSession | None = None
         completion: Completion | None = None
         good = False
         try:
@@ -217,12 +224,12 @@ class Answer:
     def _lost(self) -> None:
         self._put(LOST)
 
-    def _put(self, item: Piece | Notice | None) -> None:
+    def _put(self, item: CompletionDelta | Notice | None) -> None:
         self._items.append(item)
         self._bell.ring(self._ready)
 
 
-class Writers:
+class TaskRunner:
     """The threads that answers are written on, as many as the `gate` has places."""
 
     def __init__(self, gate: Gate, pool: SessionPool, metrics: Metrics, *, timeout: float = 600.0) -> None:
@@ -231,18 +238,18 @@ class Writers:
         self._threads = ThreadPoolExecutor(gate.config.streams, thread_name_prefix="corolla-answer")
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="corolla-prompt")
         self._bell: Bell | None = None
-        self.under_way: set[Answer] = set()
+        self.under_way: set[GenerationTask] = set()
 
     @property
     def tokens_per_second(self) -> float:
         """Of all answers together, in the last few seconds."""
         return self.metrics.rate.per_second
 
-    def begin(self, request: Request) -> Answer:
+    def begin(self, request: GenerationRequest) -> GenerationTask:
         """An answer that goes on until its end or `stop`, whether or not anybody iterates. Raises `Busy`."""
         self.gate.check(request.owner)
         self._bell = self._bell or Bell()
-        answer = Answer(request, self.gate, self._threads, self.pool, self.metrics, self._bell, self._timeout)
+        answer = GenerationTask(request, self.gate, self._threads, self.pool, self.metrics, self._bell, self._timeout)
         self.under_way.add(answer)
         answer.when_ended(lambda: self.under_way.discard(answer))
         return answer

@@ -12,11 +12,11 @@ from typing import Any
 from corolla.barrier import barrier
 from corolla.chat.conversation import Conversation
 from corolla.chat.templates import Template
-from corolla.client.completion import CompletionResult, Piece
+from corolla.client.completion import CompletionDelta, CompletionResult
 from corolla.errors import CorollaError
 from corolla.gateway.conversations import turns
 from corolla.gateway.error_responses import kind_of
-from corolla.gateway.generation_tasks import Answer, Notice, Request
+from corolla.gateway.generation_tasks import GenerationRequest, GenerationTask, Notice
 from corolla.gateway.keeping import EVERY, lasting
 from corolla.gateway.model_registry import ServedModel
 from corolla.gateway.service import Gateway
@@ -57,10 +57,10 @@ class Stats:
         }
 
 
-class Writing:
+class MessageRun:
     """One answer of a conversation while it is being written; `watch` tells how it gets on, from its beginning."""
 
-    def __init__(self, message: Mapping[str, Any], answer: Answer) -> None:
+    def __init__(self, message: Mapping[str, Any], answer: GenerationTask) -> None:
         self.message: dict[str, Any] = {**message, "notices": list(message["notices"])}
         self.answer = answer
         self.stopped = False  # by its reader
@@ -152,8 +152,8 @@ class Writing:
                     return
                 yield KEEP_ALIVE
 
-    def _take(self, item: Piece | Notice | None) -> None:
-        if isinstance(item, Piece):
+    def _take(self, item: CompletionDelta | Notice | None) -> None:
+        if isinstance(item, CompletionDelta):
             if item.token is not None:
                 self._stats.count()
             self._pieces.append(item.text)
@@ -168,15 +168,15 @@ class Writing:
         changed.set()
 
 
-class Writings:
+class MessageRuns:
     """The answers of conversations that are being written, by their message."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._by_message: dict[str, Writing] = {}
+        self._by_message: dict[str, MessageRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def get(self, message: str) -> Writing | None:
+    def get(self, message: str) -> MessageRun | None:
         """The answer if it is being written."""
         return self._by_message.get(message)
 
@@ -192,7 +192,7 @@ class Writings:
         except CorollaError as error:
             self._gateway.keeper.end(message["id"], {"state": "failed", "error": lasting(error)})
             raise
-        writing = self._by_message[message["id"]] = Writing(message, answer)
+        writing = self._by_message[message["id"]] = MessageRun(message, answer)
         task = asyncio.create_task(writing.write(self._gateway))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -208,7 +208,7 @@ class Writings:
         """Wait until the last of them is kept."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _request(self, owner: str, conversation: str, message: Mapping[str, Any]) -> Request:
+    async def _request(self, owner: str, conversation: str, message: Mapping[str, Any]) -> GenerationRequest:
         known, path = await self._gateway.conversations.branch(owner, conversation, message["id"])
         model = self._gateway.models.named(known["model"])
         template = model.template_or_default(known["template"])
@@ -227,7 +227,7 @@ class Writings:
             0 if soft is None else len(soft),
         )
         prompt = await self._gateway.writers.prepare(make)
-        return Request(model=model, owner=owner, prompt=prompt, settings=settings, keep=True, soft=soft)
+        return GenerationRequest(model=model, owner=owner, prompt=prompt, settings=settings, keep=True, soft=soft)
 
 
 def _recent(said: Sequence[tuple[str, str]], characters: int) -> Sequence[tuple[str, str]]:

@@ -18,7 +18,7 @@ _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _QUEUED = (0.001, 0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class Rate:
+class TokenRate:
     """How many a second of something that happens all the time, over the last few seconds. For any thread."""
 
     def __init__(self, seconds: int = 5) -> None:
@@ -44,7 +44,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.rate = Rate()  # of tokens
+        self.rate = TokenRate()  # of tokens
 
         def histogram(name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"corolla_{name}_seconds", about, ["model"], buckets=buckets, registry=self.registry)

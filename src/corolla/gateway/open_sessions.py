@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from corolla.errors import PromptTooLong
 from corolla.gateway.conversations import NotFound
 from corolla.gateway.model_registry import ServedModel
-from corolla.gateway.pool import Kept, open_session
+from corolla.gateway.pool import PooledSession, open_session
 
 _MOST_OF_ONE = 256  # sessions of one caller; the one that was idle longest ends for a new one
 
@@ -23,7 +23,7 @@ class OpenSession:
     owner: str
     model: ServedModel
     most: int
-    kept: Kept
+    kept: PooledSession
     tokens: list[int] = field(default_factory=list)  # the kept session's own, or those that are to be sent with the next inputs too
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # two requests at once: one after the other
 

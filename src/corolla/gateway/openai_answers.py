@@ -12,10 +12,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from corolla.barrier import barrier
-from corolla.client.completion import CompletionResult, Piece
+from corolla.client.completion import CompletionDelta, CompletionResult
 from corolla.errors import CorollaError, Interrupted
 from corolla.gateway.error_responses import openai_shown
-from corolla.gateway.generation_tasks import Answer, Request
+from corolla.gateway.generation_tasks import GenerationRequest, GenerationTask
 from corolla.gateway.service import Gateway, unless_gone
 from corolla.gateway.sse import KEEP_ALIVE, EventStream, data
 
@@ -29,15 +29,15 @@ class Shape(Protocol):
     object: str
     chunk: str  # the object's name in a stream
 
-    def whole(self, index: int, answer: Answer, result: CompletionResult) -> dict[str, Any]:
+    def whole(self, index: int, answer: GenerationTask, result: CompletionResult) -> dict[str, Any]:
         """A finished choice."""
         ...
 
-    def opening(self, index: int, answer: Answer) -> dict[str, Any] | None:
+    def opening(self, index: int, answer: GenerationTask) -> dict[str, Any] | None:
         """What a choice's stream begins with, if anything."""
         ...
 
-    def piece(self, index: int, answer: Answer, piece: Piece) -> dict[str, Any] | None:
+    def piece(self, index: int, answer: GenerationTask, piece: CompletionDelta) -> dict[str, Any] | None:
         """What a piece adds, if anything."""
         ...
 
@@ -47,10 +47,10 @@ class Shape(Protocol):
 
 
 async def respond(
-    http: HttpRequest, gateway: Gateway, requests: Sequence[Request], shape: Shape, *, prompts: int, stream: bool, usage: bool
+    http: HttpRequest, gateway: Gateway, requests: Sequence[GenerationRequest], shape: Shape, *, prompts: int, stream: bool, usage: bool
 ) -> Response:
     """Answers to all of the requests, in order; `prompts` of them differ in their prompt."""
-    answers: list[Answer] = []
+    answers: list[GenerationTask] = []
     try:
         for request in requests:
             answers.append(gateway.writers.begin(request))
@@ -73,20 +73,20 @@ async def respond(
 
 
 async def _events(
-    gateway: Gateway, answers: Sequence[Answer], shape: Shape, head: dict[str, Any], prompts: int | None
+    gateway: Gateway, answers: Sequence[GenerationTask], shape: Shape, head: dict[str, Any], prompts: int | None
 ) -> AsyncIterator[bytes]:
     """One answer's events as they come; several answers' events, each answer's in order."""
 
     def chunk(choice: dict[str, Any]) -> bytes:
         return data({**head, "choices": [choice], **({"usage": None} if prompts is not None else {})})
 
-    async def choice(index: int, answer: Answer) -> AsyncIterator[bytes]:
+    async def choice(index: int, answer: GenerationTask) -> AsyncIterator[bytes]:
         if (opening := shape.opening(index, answer)) is not None:
             yield chunk(opening)
         async for item in answer.items(gateway.config.keep_alive):
             if item is None:
                 yield KEEP_ALIVE
-            elif isinstance(item, Piece) and (piece := shape.piece(index, answer, item)) is not None:
+            elif isinstance(item, CompletionDelta) and (piece := shape.piece(index, answer, item)) is not None:
                 yield chunk(piece)
         await answer.ended.wait()
         if answer.result is None or answer.result.finish_reason is None:

@@ -11,10 +11,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from corolla.chat.templates import Turn, encode
-from corolla.client.completion import CompletionResult, Piece
+from corolla.client.completion import CompletionDelta, CompletionResult
 from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import EmptyPrompt, InvalidSetting
-from corolla.gateway.generation_tasks import Answer, Request
+from corolla.gateway.generation_tasks import GenerationRequest, GenerationTask
 from corolla.gateway.openai import Sampling, router
 from corolla.gateway.openai_answers import respond
 from corolla.gateway.service import TheCaller, TheGateway
@@ -88,7 +88,7 @@ async def chat_completions(http: HttpRequest, asked: ChatRequest, gateway: TheGa
     room = model.check_room(len(prompt) + (0 if soft is None else len(soft)))
     most = min(asked.max_completion_tokens or asked.max_tokens or room, room)
     requests = [
-        Request(
+        GenerationRequest(
             model=model,
             owner=caller.id,
             prompt=prompt,
@@ -113,7 +113,7 @@ class ChatShape:
         self._tokenizer, self._strip, self._logprobs = tokenizer, strip, logprobs
         self._said: set[int] = set()
 
-    def whole(self, index: int, answer: Answer, result: CompletionResult) -> dict[str, Any]:
+    def whole(self, index: int, answer: GenerationTask, result: CompletionResult) -> dict[str, Any]:
         text = result.text.lstrip() if self._strip else result.text
         logprobs = None
         if self._logprobs:
@@ -124,10 +124,10 @@ class ChatShape:
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": result.finish_reason.value}
 
-    def opening(self, index: int, answer: Answer) -> dict[str, Any] | None:
+    def opening(self, index: int, answer: GenerationTask) -> dict[str, Any] | None:
         return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, answer: Answer, piece: Piece) -> dict[str, Any] | None:
+    def piece(self, index: int, answer: GenerationTask, piece: CompletionDelta) -> dict[str, Any] | None:
         text = piece.text
         if self._strip and index not in self._said:
             text = text.lstrip()
@@ -155,7 +155,7 @@ class ChatShape:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-def text_tokens(answer: Answer, result: CompletionResult) -> int:
+def text_tokens(answer: GenerationTask, result: CompletionResult) -> int:
     """How many of the result's tokens are text: all but an end token."""
     ended = bool(result.token_ids) and result.token_ids[-1] in answer.request.settings.stop_token_ids
     return len(result.token_ids) - ended

@@ -11,10 +11,10 @@ from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from corolla.client.completion import CompletionResult, Piece
+from corolla.client.completion import CompletionDelta, CompletionResult
 from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import EmptyPrompt, InvalidSetting
-from corolla.gateway.generation_tasks import Answer, Request
+from corolla.gateway.generation_tasks import GenerationRequest, GenerationTask
 from corolla.gateway.model_registry import ServedModel
 from corolla.gateway.openai import Sampling, router
 from corolla.gateway.openai_answers import respond
@@ -64,7 +64,7 @@ async def completions(http: HttpRequest, asked: CompletionRequest, gateway: TheG
     soft = await gateway.soft_prompt(asked.soft_prompt, model)
     before = 0 if soft is None else len(soft)
     requests = [
-        Request(
+        GenerationRequest(
             model=model,
             owner=caller.id,
             prompt=prompt,
@@ -113,7 +113,7 @@ class CompletionShape:
         self._tokenizer, self._echo, self._scored, self._nothing = tokenizer, echo, scored, nothing
         self._offsets: dict[int, int] = {}
 
-    def whole(self, index: int, answer: Answer, result: CompletionResult) -> dict[str, Any]:
+    def whole(self, index: int, answer: GenerationTask, result: CompletionResult) -> dict[str, Any]:
         assert result.finish_reason is not None
         text = "" if self._nothing else result.text
         count = 0 if self._nothing else text_tokens(answer, result)
@@ -137,12 +137,12 @@ class CompletionShape:
             "finish_reason": "length" if self._nothing else result.finish_reason.value,
         }
 
-    def opening(self, index: int, answer: Answer) -> dict[str, Any] | None:
+    def opening(self, index: int, answer: GenerationTask) -> dict[str, Any] | None:
         if not self._echo:
             return None
         return self._chunk(index, self._tokenizer.decode(answer.request.prompt))
 
-    def piece(self, index: int, answer: Answer, piece: Piece) -> dict[str, Any] | None:
+    def piece(self, index: int, answer: GenerationTask, piece: CompletionDelta) -> dict[str, Any] | None:
         if self._nothing:
             return None
         logprobs = None

@@ -17,9 +17,9 @@ from starlette.requests import Request as HttpRequest
 from corolla.errors import CallerError, EmptyPrompt, InvalidSetting, PromptTooLong
 from corolla.gateway.bodies import StrictRoute
 from corolla.gateway.error_responses import ANSWERING, BadRequest
-from corolla.gateway.generation_tasks import Request
+from corolla.gateway.generation_tasks import GenerationRequest
 from corolla.gateway.model_registry import ServedModel
-from corolla.gateway.pool import Kept
+from corolla.gateway.pool import PooledSession
 from corolla.gateway.service import Gateway, TheCaller, TheGateway, unless_gone
 from corolla.types import GenerationSettings
 
@@ -155,12 +155,12 @@ async def _answer(
     asked: Generate,
     before: Sequence[int],
     most: int,
-    kept: Kept | None,
+    kept: PooledSession | None,
 ) -> tuple[str, list[int]]:
     """The answer's text, and all tokens of the session after it."""
     prompt = await tokens_of(gateway, model, asked.inputs, before)
     settings = asked.settings(asked.room(len(prompt), most), stop_token_ids=model.stop_ids())
-    answer = gateway.writers.begin(Request(model=model, owner=owner, prompt=prompt, settings=settings, session=kept))
+    answer = gateway.writers.begin(GenerationRequest(model=model, owner=owner, prompt=prompt, settings=settings, session=kept))
     result = await unless_gone(request, answer.whole(), answer)
     return result.text, [*prompt, *result.token_ids]
 

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from corolla.barrier import barrier
-from corolla.client.completion import Piece
+from corolla.client.completion import CompletionDelta
 from corolla.errors import CallerError, CorollaError, InvalidSetting
 from corolla.gateway.bodies import decoded
 from corolla.gateway.error_responses import fault, kind_of, petals_text
-from corolla.gateway.generation_tasks import Answer, Request
+from corolla.gateway.generation_tasks import GenerationRequest, GenerationTask
 from corolla.gateway.open_sessions import OpenSession
 from corolla.gateway.petals import Inference, tokens_of
 from corolla.gateway.service import Gateway, caller_of, gateway_of
@@ -41,12 +41,12 @@ class Open(BaseModel):
     max_length: int = Field(ge=1)
 
 
-class Generate(Inference):
+class SocketGenerate(Inference):
     stop_sequence: str | None = Field(None, min_length=1)
     extra_stop_sequences: list[str] | None = Field(None, max_length=_MOST_STOPS)
 
 
-class Inbox:
+class SocketInbox:
     """What the client sends, read as it comes, so that its going away is noticed while an answer is written."""
 
     def __init__(self, socket: WebSocket) -> None:
@@ -89,7 +89,7 @@ async def generate(socket: WebSocket) -> None:
     """See the module."""
     gateway = gateway_of(socket)
     await socket.accept()
-    inbox = Inbox(socket)
+    inbox = SocketInbox(socket)
     faults: list[Exception] = []
     try:
         with barrier("a WebSocket", faults.append):
@@ -108,7 +108,7 @@ async def generate(socket: WebSocket) -> None:
         inbox.close()
 
 
-async def _converse(socket: WebSocket, inbox: Inbox, gateway: Gateway) -> None:
+async def _converse(socket: WebSocket, inbox: SocketInbox, gateway: Gateway) -> None:
     """Until the client goes away. Raises `CorollaError` for what it does wrong or nobody can do."""
     caller = caller_of(socket)
     session: OpenSession | None = None
@@ -122,7 +122,7 @@ async def _converse(socket: WebSocket, inbox: Inbox, gateway: Gateway) -> None:
                 await _say(socket, {"ok": True})
             elif kind == "generate" and session is not None:
                 gateway.rates.check(caller.id, caller.rate)
-                await _generate(socket, inbox, gateway, session, _parsed(Generate, request))
+                await _generate(socket, inbox, gateway, session, _parsed(SocketGenerate, request))
             else:
                 raise CallerError('the first request is {"type": "open_inference_session", ...}, all others {"type": "generate", ...}')
     except WebSocketDisconnect:
@@ -132,7 +132,7 @@ async def _converse(socket: WebSocket, inbox: Inbox, gateway: Gateway) -> None:
             gateway.sessions.close(session)
 
 
-async def _generate(socket: WebSocket, inbox: Inbox, gateway: Gateway, session: OpenSession, asked: Generate) -> None:
+async def _generate(socket: WebSocket, inbox: SocketInbox, gateway: Gateway, session: OpenSession, asked: SocketGenerate) -> None:
     tokenizer = session.model.tokenizer
     prompt = await tokens_of(gateway, session.model, asked.inputs, session.tokens)
     room, every = asked.room(len(prompt), session.most), session.most + 1
@@ -148,7 +148,7 @@ async def _generate(socket: WebSocket, inbox: Inbox, gateway: Gateway, session: 
         raise InvalidSetting("extra_stop_sequences", "they go with a stop_sequence")
     settings = asked.settings(room, stop_sequences=stops, stop_token_ids=tuple(sorted(ends)))
     answer = gateway.writers.begin(
-        Request(model=session.model, owner=session.owner, prompt=prompt, settings=settings, session=session.kept)
+        GenerationRequest(model=session.model, owner=session.owner, prompt=prompt, settings=settings, session=session.kept)
     )
     watching = asyncio.create_task(inbox.gone.wait())
     watching.add_done_callback(lambda _: answer.stop())  # which does nothing to an answer that has ended
@@ -172,11 +172,11 @@ async def _generate(socket: WebSocket, inbox: Inbox, gateway: Gateway, session: 
     await _say(socket, {"ok": True, "outputs": text, "stop": True, "token_count": count})
 
 
-async def _stream(socket: WebSocket, answer: Answer, every: int) -> tuple[str, int]:
+async def _stream(socket: WebSocket, answer: GenerationTask, every: int) -> tuple[str, int]:
     """Send pieces of `every` tokens; returns the text and the number of tokens that are left for the last one."""
     text, count = "", 0
     async for item in answer.items(_TICK):
-        if isinstance(item, Piece):
+        if isinstance(item, CompletionDelta):
             if count >= every and text:
                 await _say(socket, {"ok": True, "outputs": text, "stop": False, "token_count": count})
                 text, count = "", 0

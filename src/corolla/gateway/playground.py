@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from corolla.client.completion import Piece
+from corolla.client.completion import CompletionDelta
 from corolla.errors import CorollaError, EmptyPrompt, InvalidSetting
 from corolla.gateway.bodies import StrictRoute
 from corolla.gateway.error_responses import ANSWERING, kind_of, shown
-from corolla.gateway.generation_tasks import Answer, Notice, Request
+from corolla.gateway.generation_tasks import GenerationRequest, GenerationTask, Notice
 from corolla.gateway.message_runs import Stats
 from corolla.gateway.service import Gateway, TheCaller, TheGateway, unless_gone
 from corolla.gateway.sse import KEEP_ALIVE, EventStream, event
@@ -52,7 +52,7 @@ async def complete(http: HttpRequest, asked: Complete, gateway: TheGateway, call
     model.check_room(len(prompt) + (0 if soft is None else len(soft)))
     given = {name: value for name, value in asked.settings.items() if value is not None}
     settings = GenerationSettings.parse(**{"seed": gateway.new_seed(), **given, "stop_token_ids": model.stop_ids()})
-    answer = gateway.writers.begin(Request(model=model, owner=caller.id, prompt=prompt, settings=settings, soft=soft))
+    answer = gateway.writers.begin(GenerationRequest(model=model, owner=caller.id, prompt=prompt, settings=settings, soft=soft))
     try:
         await unless_gone(http, answer.begun(gateway.config.first_token), answer)
     except CorollaError:
@@ -61,7 +61,7 @@ async def complete(http: HttpRequest, asked: Complete, gateway: TheGateway, call
     return EventStream(_events(gateway, answer))
 
 
-async def _events(gateway: Gateway, answer: Answer) -> AsyncIterator[bytes]:
+async def _events(gateway: Gateway, answer: GenerationTask) -> AsyncIterator[bytes]:
     tokenizer = answer.request.model.tokenizer
     stats = Stats(answer.began)
     try:
@@ -71,7 +71,7 @@ async def _events(gateway: Gateway, answer: Answer) -> AsyncIterator[bytes]:
                 yield KEEP_ALIVE
             elif isinstance(item, Notice):
                 yield event("notice", {"text": item.text})
-            elif isinstance(item, Piece):
+            elif isinstance(item, CompletionDelta):
                 token = item.token
                 if token is not None:
                     stats.count()

@@ -23,7 +23,7 @@ class PoolConfig:
 
 
 @dataclass(slots=True, eq=False)
-class Kept:
+class PooledSession:
     """A session of one caller (`owner`) with one model, and the seam that interrupts it."""
 
     session: Session
@@ -43,14 +43,14 @@ class SessionPool:
     def __init__(self, config: PoolConfig | None = None) -> None:
         self._config = config or PoolConfig()
         self._lock = threading.Lock()
-        self._idle: list[Kept] = []  # the longest idle first
+        self._idle: list[PooledSession] = []  # the longest idle first
 
     @property
     def size(self) -> int:
         """Idle sessions."""
         return len(self._idle)
 
-    def take(self, model: ServedModel, owner: str, tokens: Sequence[int], soft: SoftPrompt | None = None) -> Kept:
+    def take(self, model: ServedModel, owner: str, tokens: Sequence[int], soft: SoftPrompt | None = None) -> PooledSession:
         """The idle session that saves most of `tokens`, or a new one. Raises `NetworkError`.
 
         A session of which less than half is of use stays for the branch that it belongs to.
@@ -66,7 +66,7 @@ class SessionPool:
             return open_session(model, owner, soft)
         return best
 
-    def give_back(self, kept: Kept) -> None:
+    def give_back(self, kept: PooledSession) -> None:
         """The session's answer has ended; what it holds may be of use again."""
         kept.used = time.monotonic()
         kept.seam.on_lost = None
@@ -92,10 +92,10 @@ class SessionPool:
             each.close()
 
 
-def open_session(model: ServedModel, owner: str, soft: SoftPrompt | None = None) -> Kept:
+def open_session(model: ServedModel, owner: str, soft: SoftPrompt | None = None) -> PooledSession:
     """A new session. Raises `NetworkError`."""
     seam = Seam(model.transport)
-    return Kept(Session(seam, model.peer, soft), seam, model.name, owner)
+    return PooledSession(Session(seam, model.peer, soft), seam, model.name, owner)
 
 
 def _serves(session: Session, tokens: Sequence[int], soft: SoftPrompt | None) -> bool:

@@ -18,7 +18,7 @@ from corolla.errors import Interrupted
 from corolla.gateway.conversations import Conversations
 from corolla.gateway.database import Database
 from corolla.gateway.fair_queue import AdmissionConfig, Gate, Rates
-from corolla.gateway.generation_tasks import Answer, Writers
+from corolla.gateway.generation_tasks import GenerationTask, TaskRunner
 from corolla.gateway.keeping import Keeper
 from corolla.gateway.keys import Caller, Keys
 from corolla.gateway.metrics import Metrics
@@ -28,10 +28,10 @@ from corolla.gateway.open_sessions import OpenSessions
 from corolla.gateway.pool import PoolConfig, SessionPool
 from corolla.gateway.protocol import ConnectionLimits
 from corolla.gateway.sse import KEEP_ALIVE_SECONDS
-from corolla.gateway.tuned import SoftPrompts
+from corolla.gateway.tuned import PromptLibrary
 
 if TYPE_CHECKING:
-    from corolla.gateway.message_runs import Writings
+    from corolla.gateway.message_runs import MessageRuns
     from corolla.models.prompts import SoftPrompt
 
 Result = TypeVar("Result")
@@ -56,7 +56,7 @@ class GatewayConfig:
 class Gateway:
     """What the routes share. Made and closed in the event loop; `database` stays open."""
 
-    writings: Writings  # set by `app.gateway_app`, whose conversations they are
+    writings: MessageRuns  # set by `app.gateway_app`, whose conversations they are
 
     def __init__(self, models: Models, database: Database, config: GatewayConfig) -> None:
         self.models, self.database, self.config = models, database, config
@@ -65,10 +65,10 @@ class Gateway:
         self.keeper = Keeper(self.conversations)
         self.metrics = Metrics()
         self.gate = Gate(config.admission)
-        self.writers = Writers(self.gate, SessionPool(config.pool), self.metrics, timeout=config.token_timeout)
+        self.writers = TaskRunner(self.gate, SessionPool(config.pool), self.metrics, timeout=config.token_timeout)
         self.rates = Rates()
         self.sessions = OpenSessions()
-        self.prompts = SoftPrompts(config.prompts, models)
+        self.prompts = PromptLibrary(config.prompts, models)
         self._deadline = 0.0
         self.closing = asyncio.Event()  # told to end: event streams that would never end do
         self.metrics.watch(self._gauges)
@@ -154,7 +154,7 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-async def unless_gone(request: Request, work: Awaitable[Result], *answers: Answer) -> Result:
+async def unless_gone(request: Request, work: Awaitable[Result], *answers: GenerationTask) -> Result:
     """What `work` comes to. When the client goes away meanwhile the answers are stopped, and `Interrupted` is raised."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(gone(request.receive))

@@ -70,9 +70,9 @@ class SharedNetwork:
         self._listeners: list[tuple[OnMessage, OnLost]] = []
         network.listen(self._receive, self._lose)
 
-    def part(self) -> Part:
+    def part(self) -> ModelShare:
         """The network as one transport sees it."""
-        return Part(self, self._network)
+        return ModelShare(self, self._network)
 
     def add(self, on_message: OnMessage, on_lost: OnLost) -> None:
         self._listeners = [*self._listeners, (on_message, on_lost)]
@@ -86,7 +86,7 @@ class SharedNetwork:
             on_lost(peer)
 
 
-class Part:
+class ModelShare:
     """A `Network` that others use too. To close it ends nothing but itself: the peer closes the whole."""
 
     def __init__(self, shared: SharedNetwork, network: Network) -> None:

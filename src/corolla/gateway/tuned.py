@@ -29,7 +29,7 @@ class Found:
     tuning: dict[str, Any] | None
 
 
-class SoftPrompts:
+class PromptLibrary:
     """Looks into `directory` whenever it is asked, and loads what has changed. For any thread."""
 
     def __init__(self, directory: Path | None, models: Models) -> None:

@@ -41,7 +41,7 @@ class Login(BaseModel):
     key: Annotated[str, Field(max_length=256)]
 
 
-class Conversation(BaseModel):
+class ConversationBody(BaseModel):
     """What can be said of a conversation; what is left out stays as it is, null is the model's own."""
 
     model_config = ConfigDict(extra="forbid")
@@ -55,7 +55,7 @@ class Conversation(BaseModel):
     leaf: _ID | None = None
 
 
-class NewConversation(Conversation):
+class NewConversation(ConversationBody):
     text: _TEXT | None = None
 
 
@@ -78,7 +78,7 @@ class ImportedMessage(BaseModel):
     notices: Annotated[list[str], Field(max_length=100)] | None = None
 
 
-class Imported(Conversation):
+class Imported(ConversationBody):
     model_config = ConfigDict(extra="ignore")
 
     messages: list[ImportedMessage]
@@ -184,7 +184,7 @@ async def get(conversation: str, gateway: TheGateway, caller: TheCaller) -> Resp
 
 
 @router.patch("/conversations/{conversation}")
-async def change(conversation: str, asked: Conversation, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+async def change(conversation: str, asked: ConversationBody, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
     """Rename it, or change how it goes on."""
     return await gateway.conversations.change(caller.id, conversation, _checked(gateway, asked.model_dump(exclude_unset=True)))
 

@@ -28,7 +28,7 @@ class Blocks(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Run:
+class AdapterRun:
     """Rows that follow one another and have one adapter.
 
     `window` are rows around `rows` of a number that products are computed for: what a row gets depends on that number alone.
@@ -46,7 +46,7 @@ class Adapting:
     last of them, as an activation is fused into a product where there is nothing to add before it.
     """
 
-    def __init__(self, runs: Sequence[Run], *, alone_alike: bool) -> None:
+    def __init__(self, runs: Sequence[AdapterRun], *, alone_alike: bool) -> None:
         self._runs, self._alone_alike = runs, alone_alike
 
     def __call__(self, block: Block) -> Block:
@@ -61,7 +61,7 @@ class Adapting:
 class Adapted(Unfused):
     """A layer, and what is added to its product."""
 
-    def __init__(self, linear: Linear, adding: Sequence[tuple[Run, Factors]], *, alone_alike: bool) -> None:
+    def __init__(self, linear: Linear, adding: Sequence[tuple[AdapterRun, Factors]], *, alone_alike: bool) -> None:
         self._linear, self._adding, self._alone_alike = linear, adding, alone_alike
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

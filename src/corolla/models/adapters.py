@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from corolla.errors import AdapterError
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.peft_files import CONFIG, WEIGHTS, read_config, read_tensors
 from corolla.types import AdapterPart, Factors, Span
 
@@ -93,7 +93,7 @@ def joined_digest(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def load_adapter(directory: Path, architecture: Architecture) -> Adapter:
+def load_adapter(directory: Path, architecture: ModelConfig) -> Adapter:
     """The adapter that PEFT saved in `directory`, for the model of `architecture`.
 
     Raises `AdapterError` when a file is missing or damaged, when the adapter is of another kind, asks for what is not computed here,
@@ -129,7 +129,7 @@ def _rank_and_scale(path: Path, config: Mapping[str, Any]) -> tuple[int, float]:
 _Matrices = dict[tuple[int, str], Factors]  # by block and the name of a matrix within it
 
 
-def _matrices(path: Path, architecture: Architecture, rank: int) -> _Matrices:
+def _matrices(path: Path, architecture: ModelConfig, rank: int) -> _Matrices:
     """Everything in the file, checked."""
     names, shapes = architecture.names, _shapes(architecture)
     roots = "|".join(re.escape(prefix) for prefix in names.prefixes)
@@ -156,7 +156,7 @@ def _matrices(path: Path, architecture: Architecture, rank: int) -> _Matrices:
     return {at: Factors(pair["A"], pair["B"]) for at, pair in halves.items()}
 
 
-def _check_complete(directory: Path, config: Mapping[str, Any], matrices: _Matrices, architecture: Architecture) -> None:
+def _check_complete(directory: Path, config: Mapping[str, Any], matrices: _Matrices, architecture: ModelConfig) -> None:
     """An adapter of a model with fewer blocks fits in every other way. Raises `AdapterError`."""
     targets = config.get("target_modules")
     everywhere = isinstance(targets, list) and not any("." in str(target) for target in targets)
@@ -177,7 +177,7 @@ def _by_block(matrices: _Matrices, blocks: int) -> list[dict[str, Factors]]:
     return found
 
 
-def _packed(of_block: Mapping[str, Factors], architecture: Architecture, scale: float) -> dict[str, Factors]:
+def _packed(of_block: Mapping[str, Factors], architecture: ModelConfig, scale: float) -> dict[str, Factors]:
     """One block's, by product."""
     names = architecture.names
     scaled = {name: Factors(factors.a.contiguous(), factors.b * scale) for name, factors in of_block.items()}
@@ -207,12 +207,12 @@ def _side_by_side(parts: list[Factors | None], rows: tuple[int, ...]) -> Factors
     return Factors(torch.cat([part.a for part in present]), b_OxR)
 
 
-def _attention_rows(architecture: Architecture) -> tuple[int, ...]:
+def _attention_rows(architecture: ModelConfig) -> tuple[int, ...]:
     arch = architecture
     return arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim, arch.kv_heads * arch.head_dim
 
 
-def _shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
+def _shapes(architecture: ModelConfig) -> dict[str, tuple[int, int]]:
     """The shape [O, I] of each matrix of a block, by its name there."""
     names, products = architecture.names, architecture.products
     shapes = {getattr(names, product): shape for product, shape in products.items() if product != "qkv"}

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.linear import Differentiable, Linear
 
 
@@ -59,7 +59,7 @@ class Rotation:
         return torch.cat([turned, qkv_TxHKKxD[..., rotary_dim:]], dim=-1)
 
 
-def rotations(arch: Architecture, positions_T: torch.Tensor, dtype: torch.dtype) -> tuple[Rotation, ...]:
+def rotations(arch: ModelConfig, positions_T: torch.Tensor, dtype: torch.dtype) -> tuple[Rotation, ...]:
     """The rotation of each of the architecture's ropes at these positions (int64), computed in float32 as transformers does."""
     made = []
     for rope in arch.ropes:
@@ -80,7 +80,7 @@ def rotations(arch: Architecture, positions_T: torch.Tensor, dtype: torch.dtype)
 class Block:
     """The weights of block `index` and its forward."""
 
-    arch: Architecture
+    arch: ModelConfig
     index: int
     attention_norm: Norm
     mlp_norm: Norm | None

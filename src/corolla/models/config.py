@@ -48,7 +48,7 @@ class TensorNames:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Architecture:
+class ModelConfig:
     """The mathematics of one model. `window[i]` and `rope_of[i]` belong to block i of the whole model."""
 
     family: str

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from corolla.errors import UnsupportedModel
-from corolla.models.config import Activation, Architecture, Rope, TensorNames
+from corolla.models.config import Activation, ModelConfig, Rope, TensorNames
 
 Config = Any  # a transformers PreTrainedConfig; transformers is slow to import and untyped
 
@@ -80,7 +80,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 _MOST = {"num_hidden_layers": 10_000, "hidden_size": 2**20, "num_attention_heads": 2**14, "vocab_size": 2**26}
 
 
-def architecture(config: Config) -> Architecture:
+def architecture(config: Config) -> ModelConfig:
     """The architecture of a model by its transformers config.
 
     Raises:
@@ -102,11 +102,11 @@ def supported_families() -> tuple[str, ...]:
     return tuple(sorted(_FAMILIES))
 
 
-def _bloom(config: Config) -> Architecture:
+def _bloom(config: Config) -> ModelConfig:
     if config.apply_residual_connection_post_layernorm:
         raise UnsupportedModel("bloom with apply_residual_connection_post_layernorm is not supported: no released checkpoint uses it")
     head_dim = config.hidden_size // config.n_head
-    return Architecture(
+    return ModelConfig(
         family="bloom",
         blocks=config.n_layer,
         hidden=config.hidden_size,
@@ -130,7 +130,7 @@ def _bloom(config: Config) -> Architecture:
     )
 
 
-def _llama_like(config: Config, names: TensorNames = _LLAMA, **more: Any) -> Architecture:
+def _llama_like(config: Config, names: TensorNames = _LLAMA, **more: Any) -> ModelConfig:
     if getattr(config, "mlp_bias", False) is None:
         raise UnsupportedModel(f"{config.model_type}: mlp_bias is neither true nor false in its config.json")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -154,18 +154,18 @@ def _llama_like(config: Config, names: TensorNames = _LLAMA, **more: Any) -> Arc
         "ropes": (_rope(config, config.rope_parameters, head_dim),) if "ropes" not in more else (),
         "rope_of": (0,) * config.num_hidden_layers,
     }
-    return Architecture(**{**settings, **more})
+    return ModelConfig(**{**settings, **more})
 
 
-def _qwen3(config: Config) -> Architecture:
+def _qwen3(config: Config) -> ModelConfig:
     return _llama_like(config, dataclasses.replace(_LLAMA, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm"))
 
 
-def _gemma(config: Config) -> Architecture:
+def _gemma(config: Config) -> ModelConfig:
     return _llama_like(config, norm_offset=1.0, embedding_scale=config.hidden_size**0.5)
 
 
-def _gemma2(config: Config) -> Architecture:
+def _gemma2(config: Config) -> ModelConfig:
     return _llama_like(
         config,
         _GEMMA3,
@@ -178,7 +178,7 @@ def _gemma2(config: Config) -> Architecture:
     )
 
 
-def _gemma3(config: Config) -> Architecture:
+def _gemma3(config: Config) -> ModelConfig:
     if config.use_bidirectional_attention:
         raise UnsupportedModel("gemma3 with bidirectional attention is no language model that generates")
     kinds = sorted(set(config.layer_types))
@@ -196,7 +196,7 @@ def _gemma3(config: Config) -> Architecture:
     )
 
 
-def _falcon(config: Config) -> Architecture:
+def _falcon(config: Config) -> ModelConfig:
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     head_dim = config.hidden_size // heads
     two_norms = config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2)
@@ -211,7 +211,7 @@ def _falcon(config: Config) -> Architecture:
         mlp_norm="ln_mlp" if two_norms else None if config.parallel_attn else "post_attention_layernorm",
     )
     rotary = not config.alibi
-    return Architecture(
+    return ModelConfig(
         family="falcon",
         blocks=layers,
         hidden=config.hidden_size,
@@ -238,10 +238,10 @@ def _falcon(config: Config) -> Architecture:
     )
 
 
-def _gpt_neox(config: Config) -> Architecture:
+def _gpt_neox(config: Config) -> ModelConfig:
     layers = config.num_hidden_layers
     head_dim = config.hidden_size // config.num_attention_heads
-    return Architecture(
+    return ModelConfig(
         family="gpt_neox",
         blocks=layers,
         hidden=config.hidden_size,
@@ -265,7 +265,7 @@ def _gpt_neox(config: Config) -> Architecture:
     )
 
 
-_FAMILIES: dict[str, Callable[[Config], Architecture]] = {
+_FAMILIES: dict[str, Callable[[Config], ModelConfig]] = {
     "bloom": _bloom,
     "falcon": _falcon,
     "gemma": _gemma,
@@ -287,7 +287,7 @@ def _check_sizes(config: Config) -> None:
             raise UnsupportedModel(f"{config.model_type}: {name} is {value!r} in its config.json and has to be an integer from 1 to {most}")
 
 
-def _check_numbers(arch: Architecture) -> None:
+def _check_numbers(arch: ModelConfig) -> None:
     """Raises `UnsupportedModel` for numbers with which nothing can be computed."""
     counts = {"head_dim": arch.head_dim, "key heads": arch.kv_heads, "intermediate size": arch.intermediate, "context": arch.context_length}
     counts |= {"window": min((window for window in arch.window if window is not None), default=1)}

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from corolla.errors import InvalidSetting
 from corolla.models.config import Activation
 from corolla.models.nf4 import NF4
-from corolla.models.quantized_tensor import INT4_GROUP, Codes, quantize
+from corolla.models.quantized_tensor import INT4_GROUP, QuantizedTensor, quantize
 
 WeightFormat = Literal["plain", "packed", "int8", "int4", "nf4"]
 _BOUNDARY = 64  # bytes: torch allocates at its multiples; what lies in a mapped file, or is cut from another tensor, need not begin at one
@@ -163,8 +163,8 @@ class Int8Linear(Unfused):
     it crashes where they do not. Where it cannot be had, weights are widened for each product, which saves memory, not time.
     """
 
-    def __init__(self, weight: torch.Tensor | Codes, bias: torch.Tensor | None) -> None:
-        codes = weight if isinstance(weight, Codes) else quantize(weight, "int8")
+    def __init__(self, weight: torch.Tensor | QuantizedTensor, bias: torch.Tensor | None) -> None:
+        codes = weight if isinstance(weight, QuantizedTensor) else quantize(weight, "int8")
         self._weight, self._scale, self._bias = _at_boundary(codes.codes), codes.scale.to(codes.dtype), bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -185,8 +185,8 @@ def _at_boundary(tensor: torch.Tensor) -> torch.Tensor:
 class Int4Linear(Unfused):
     """Asymmetric int4 in groups of `INT4_GROUP` inputs, weights only (CPU)."""
 
-    def __init__(self, weight: torch.Tensor | Codes, bias: torch.Tensor | None) -> None:
-        codes = weight if isinstance(weight, Codes) else quantize(weight, "int4")
+    def __init__(self, weight: torch.Tensor | QuantizedTensor, bias: torch.Tensor | None) -> None:
+        codes = weight if isinstance(weight, QuantizedTensor) else quantize(weight, "int4")
         assert codes.low is not None, "the matrix does not fit int4"
         self._inputs = codes.shape[1]
         # The operator computes (q - 8) * scale + zero.
@@ -208,7 +208,7 @@ class Int4Linear(Unfused):
 class NF4Linear(Unfused):
     """nf4, see `models.nf4`."""
 
-    def __init__(self, weight: torch.Tensor | Codes, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor | QuantizedTensor, bias: torch.Tensor | None) -> None:
         self._nf4 = NF4(weight, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -264,7 +264,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def make_linear(weight: torch.Tensor | Codes, bias: torch.Tensor | None, fmt: WeightFormat) -> Linear:
+def make_linear(weight: torch.Tensor | QuantizedTensor, bias: torch.Tensor | None, fmt: WeightFormat) -> Linear:
     """A linear layer that keeps `weight` [out, in] in the format `fmt`; a format that this shape cannot take becomes int8 or packed.
     A weight that comes as codes keeps them.
 
@@ -273,10 +273,10 @@ def make_linear(weight: torch.Tensor | Codes, bias: torch.Tensor | None, fmt: We
     """
     if fmt not in get_args(WeightFormat):
         raise InvalidSetting("weights", f"{fmt!r} is none of {', '.join(get_args(WeightFormat))}")
-    device = weight.codes.device if isinstance(weight, Codes) else weight.device
+    device = weight.codes.device if isinstance(weight, QuantizedTensor) else weight.device
     if device.type != "cpu" and fmt in ("packed", "int4"):
         raise InvalidSetting("weights", f"{fmt!r} weights are computed on the CPU only; use 'plain', 'int8' or 'nf4' on {device.type}")
-    if isinstance(weight, Codes):
+    if isinstance(weight, QuantizedTensor):
         kinds: dict[str, type[Int8Linear | Int4Linear | NF4Linear]] = {"int8": Int8Linear, "int4": Int4Linear, "nf4": NF4Linear}
         return kinds[weight.format](weight, bias)
     if fmt == "plain":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from corolla.models.quantized_tensor import NF4_BLOCK, Codes, nf4_values, quantize
+from corolla.models.quantized_tensor import NF4_BLOCK, QuantizedTensor, nf4_values, quantize
 
 _MOST_ROWS = 32  # of bitsandbytes' CPU product; above them widening the weight once is quicker
 _BAND = 32  # rows that its layout puts side by side
@@ -25,8 +25,8 @@ class NF4:
     On a CPU with AVX512-bf16, products of few rows in bfloat16 are bitsandbytes' own; others widen the weight for the product.
     """
 
-    def __init__(self, weight: torch.Tensor | Codes, bias: torch.Tensor | None) -> None:
-        codes = weight if isinstance(weight, Codes) else quantize(weight, "nf4")
+    def __init__(self, weight: torch.Tensor | QuantizedTensor, bias: torch.Tensor | None) -> None:
+        codes = weight if isinstance(weight, QuantizedTensor) else quantize(weight, "nf4")
         self._bias, self._codes = bias, codes
         self._few: Any = None
         outputs, inputs = codes.shape
@@ -78,7 +78,7 @@ class NF4:
         return y
 
 
-def _banded(codes: Codes) -> torch.Tensor:
+def _banded(codes: QuantizedTensor) -> torch.Tensor:
     """uint8 [out * in / 64, 32]: of 32 rows at a time, pairs of inputs one after another; 64 codes are 32 bytes, the second half above
     the first. What bitsandbytes' CPU product reads."""
     outputs, inputs = codes.shape

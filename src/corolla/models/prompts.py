@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 
 from corolla.errors import PromptError
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.json_files import parse_json
 from corolla.models.peft_files import CONFIG, WEIGHTS, read_config, read_tensors
 from corolla.models.saving import replacing
@@ -73,7 +73,7 @@ class SoftPrompt:
                 hashed.update(tensor.numpy().astype("<f4", copy=False).data)
         return hashed.hexdigest()
 
-    def check(self, architecture: Architecture) -> None:
+    def check(self, architecture: ModelConfig) -> None:
         """Raises `PromptError` when its rows are not of this model's width, or its blocks not as many as the model's."""
         if self.input.shape[1] != architecture.hidden:
             raise PromptError(
@@ -89,7 +89,7 @@ class SoftPrompt:
 
 
 def save_prompt(
-    directory: Path, prompt: SoftPrompt, architecture: Architecture, *, base_model: str = "", score: torch.Tensor | None = None
+    directory: Path, prompt: SoftPrompt, architecture: ModelConfig, *, base_model: str = "", score: torch.Tensor | None = None
 ) -> None:
     """Save a prompt for the model of `architecture`; files of an earlier one in `directory` are replaced.
 
@@ -121,7 +121,7 @@ def save_prompt(
         )
 
 
-def load_prompt(directory: Path, architecture: Architecture) -> SoftPrompt:
+def load_prompt(directory: Path, architecture: ModelConfig) -> SoftPrompt:
     """The prompt in `directory`, of ours or of PEFT's, for the model of `architecture`.
 
     Raises `PromptError` when a file is missing, damaged or of another kind, when its values are not finite, and when the prompt is
@@ -158,7 +158,7 @@ def load_prompt(directory: Path, architecture: Architecture) -> SoftPrompt:
     return prompt
 
 
-def load_score(directory: Path, architecture: Architecture) -> torch.Tensor | None:
+def load_score(directory: Path, architecture: ModelConfig) -> torch.Tensor | None:
     """The head [L, E] float32 of the classifier that was saved with a prompt, if any. Raises `PromptError` as `load_prompt`."""
     score = read_tensors(Path(directory) / WEIGHTS, _WHAT, PromptError)[0].get(_SCORE)
     if score is None:
@@ -182,11 +182,11 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous()
 
 
-def _shape_of(architecture: Architecture) -> dict[str, Any]:
+def _shape_of(architecture: ModelConfig) -> dict[str, Any]:
     return {name: getattr(architecture, name) for name in _SHAPE}
 
 
-def _config_of(prompt: SoftPrompt, architecture: Architecture, base_model: str, classifies: bool) -> dict[str, Any]:
+def _config_of(prompt: SoftPrompt, architecture: ModelConfig, base_model: str, classifies: bool) -> dict[str, Any]:
     """As PEFT 0.21 writes it."""
     return {
         "auto_mapping": None,
@@ -208,7 +208,7 @@ def _config_of(prompt: SoftPrompt, architecture: Architecture, base_model: str, 
     }
 
 
-def _check_model(directory: Path, metadata: Mapping[str, str], architecture: Architecture) -> None:
+def _check_model(directory: Path, metadata: Mapping[str, str], architecture: ModelConfig) -> None:
     """Raises `PromptError` when the metadata names another model's shape."""
     if _MODEL not in metadata:
         return

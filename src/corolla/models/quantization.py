@@ -12,7 +12,7 @@ import torch
 
 from corolla.errors import Conflict, InvalidSetting, StorageError, UnsupportedModel
 from corolla.models.checkpoint import CHECKSUMS, INDEX, SINGLE, Checkpoint, json_object, write_checksums
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.families import architecture
 from corolla.models.quantized_files import quantization_config, stored_format, tensors_of
 from corolla.models.quantized_tensor import NF4_BLOCK, QuantizedFormat, fits, quantize
@@ -54,7 +54,7 @@ def quantize_model(source: Path, target: Path, format: QuantizedFormat, progress
     return total
 
 
-def _shards(checkpoint: Checkpoint, arch: Architecture) -> Iterator[list[str]]:
+def _shards(checkpoint: Checkpoint, arch: ModelConfig) -> Iterator[list[str]]:
     """The names of the tensors outside blocks, then those of each block."""
     in_block = re.compile(rf"(?:{'|'.join(map(re.escape, arch.names.prefixes))}){re.escape(arch.names.blocks)}\.(\d+)\..+")
     found: dict[int, list[str]] = {}
@@ -67,7 +67,7 @@ def _shards(checkpoint: Checkpoint, arch: Architecture) -> Iterator[list[str]]:
 
 def _write(
     checkpoint: Checkpoint,
-    arch: Architecture,
+    arch: ModelConfig,
     shards: list[list[str]],
     directory: Path,
     format: QuantizedFormat,
@@ -93,7 +93,7 @@ def _write(
     return total
 
 
-def _tensors(checkpoint: Checkpoint, arch: Architecture, name: str, format: QuantizedFormat) -> Mapping[str, torch.Tensor]:
+def _tensors(checkpoint: Checkpoint, arch: ModelConfig, name: str, format: QuantizedFormat) -> Mapping[str, torch.Tensor]:
     weight = checkpoint.tensor(name)
     names, module = arch.names, name.removesuffix(".weight")
     if not name.endswith(".weight") or weight.ndim != 2 or not weight.is_floating_point():
@@ -112,7 +112,7 @@ def _tensors(checkpoint: Checkpoint, arch: Architecture, name: str, format: Quan
     return {name: weight}
 
 
-def _describe(checkpoint: Checkpoint, arch: Architecture, source: Path, directory: Path, format: QuantizedFormat) -> None:
+def _describe(checkpoint: Checkpoint, arch: ModelConfig, source: Path, directory: Path, format: QuantizedFormat) -> None:
     """The files beside the weights: the configuration with what was done, the others as they are."""
     config = json_object(source / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"

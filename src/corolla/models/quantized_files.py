@@ -16,7 +16,7 @@ from corolla.errors import CheckpointError, InvalidSetting, UnsupportedModel
 from corolla.models.checkpoint import Checkpoint
 from corolla.models.json_files import parse_json
 from corolla.models.linear import WeightFormat
-from corolla.models.quantized_tensor import INT4_GROUP, NF4_BLOCK, NF4_VALUES, Codes, QuantizedFormat
+from corolla.models.quantized_tensor import INT4_GROUP, NF4_BLOCK, NF4_VALUES, QuantizedFormat, QuantizedTensor
 
 METHOD = "corolla"
 _STATE = "quant_state.bitsandbytes__nf4"
@@ -56,7 +56,7 @@ def settled_weights(checkpoint: Checkpoint, wanted: WeightFormat | None, default
     return stored
 
 
-def stored_codes(checkpoint: Checkpoint, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Codes | None:
+def stored_codes(checkpoint: Checkpoint, name: str, shape: tuple[int, int], dtype: torch.dtype) -> QuantizedTensor | None:
     """The codes of matrix `name` [out, in]; None where it is not quantized.
 
     Raises `CheckpointError` for parts that are missing, damaged or of another shape.
@@ -71,9 +71,9 @@ def stored_codes(checkpoint: Checkpoint, name: str, shape: tuple[int, int], dtyp
         scale, low = (
             checkpoint.tensor(f"{name}.{part}", torch.float32, shape=(outputs, inputs // INT4_GROUP)) for part in ("scale", "low")
         )
-        return Codes("int4", shape, dtype, packed.flatten(), scale, low)
+        return QuantizedTensor("int4", shape, dtype, packed.flatten(), scale, low)
     scale = checkpoint.tensor(f"{name}.scale", torch.float32, shape=(outputs,))
-    return Codes("int8", shape, dtype, checkpoint.tensor(name, shape=shape), scale)
+    return QuantizedTensor("int8", shape, dtype, checkpoint.tensor(name, shape=shape), scale)
 
 
 def stored_values(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -85,7 +85,7 @@ def stored_values(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dty
     return checkpoint.tensor(name, dtype, shape=shape) if codes is None else codes.widened()
 
 
-def tensors_of(name: str, codes: Codes) -> dict[str, torch.Tensor]:
+def tensors_of(name: str, codes: QuantizedTensor) -> dict[str, torch.Tensor]:
     """What a checkpoint keeps of a matrix, by name."""
     outputs, inputs = codes.shape
     if codes.format == "int8":
@@ -117,7 +117,7 @@ def quantization_config(format: QuantizedFormat, dtype: str, skipped: list[str])
     }
 
 
-def _nf4(checkpoint: Checkpoint, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Codes:
+def _nf4(checkpoint: Checkpoint, name: str, shape: tuple[int, int], dtype: torch.dtype) -> QuantizedTensor:
     count = shape[0] * shape[1]
     if count % NF4_BLOCK or not checkpoint.has(f"{name}.{_STATE}"):
         raise UnsupportedModel(
@@ -140,4 +140,4 @@ def _nf4(checkpoint: Checkpoint, name: str, shape: tuple[int, int], dtype: torch
         table = checkpoint.tensor(f"{name}.nested_quant_map", torch.float32, shape=(256,))
         outer = checkpoint.tensor(f"{name}.nested_absmax", torch.float32)
         scale = table[scale.int()] * outer.repeat_interleave(nested["nested_blocksize"])[: len(scale)] + nested["nested_offset"]
-    return Codes("nf4", shape, dtype, codes, scale.float())
+    return QuantizedTensor("nf4", shape, dtype, codes, scale.float())

@@ -31,7 +31,7 @@ _MIDPOINTS = tuple((low + high) / 2 for low, high in pairwise(NF4_VALUES))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Codes:
+class QuantizedTensor:
     """A matrix of `shape` (outputs, inputs) in a format; products with it are in `dtype`.
 
     `codes` are int8 [out, in], or uint8 [out * in / 2], two codes a byte, the earlier one in its upper half. `scale` is float32:
@@ -70,7 +70,7 @@ class Codes:
             wide = values.view(-1, NF4_BLOCK) * self.scale.view(-1, 1)
         return wide.view(outputs, inputs).to(self.dtype)
 
-    def rows(self, order: torch.Tensor) -> Codes:
+    def rows(self, order: torch.Tensor) -> QuantizedTensor:
         """The rows in another order (int64 [out']). Raises `UnsupportedModel` where a block of nf4 reaches over the end of a row."""
         inputs = self.shape[1]
         if self.format == "nf4" and inputs % NF4_BLOCK:
@@ -94,7 +94,7 @@ def nf4_values(device: torch.device) -> torch.Tensor:
     return torch.tensor(NF4_VALUES, device=device)
 
 
-def joined(parts: Sequence[Codes]) -> Codes:
+def joined(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
     """Matrices of one format and of as many inputs, below one another. Raises `UnsupportedModel` like `Codes.rows`."""
     first = parts[0]
     if first.format == "nf4" and any(part.codes.numel() * 2 % NF4_BLOCK for part in parts):
@@ -116,7 +116,7 @@ def fits(format: QuantizedFormat, shape: tuple[int, int]) -> bool:
     return format == "int8" or outputs * inputs % NF4_BLOCK == 0
 
 
-def quantize(weight: torch.Tensor, format: QuantizedFormat) -> Codes:
+def quantize(weight: torch.Tensor, format: QuantizedFormat) -> QuantizedTensor:
     """A matrix [out, in] (float32, bfloat16 or float16) as codes, computed in float32; int8 where it does not fit the format.
 
     Some rows at a time, so that little more than the matrix and its codes is held.
@@ -129,23 +129,23 @@ def quantize(weight: torch.Tensor, format: QuantizedFormat) -> Codes:
     return joined([_quantize(band, format) for band in weight.split(rows)])
 
 
-def _quantize(weight: torch.Tensor, format: QuantizedFormat) -> Codes:
+def _quantize(weight: torch.Tensor, format: QuantizedFormat) -> QuantizedTensor:
     shape = (weight.shape[0], weight.shape[1])
     wide = weight.float()
     if format == "int8":
         scale = wide.abs().amax(1).clamp_(min=1e-12) / 127
-        return Codes("int8", shape, weight.dtype, (wide / scale[:, None]).round_().to(torch.int8), scale)
+        return QuantizedTensor("int8", shape, weight.dtype, (wide / scale[:, None]).round_().to(torch.int8), scale)
     if format == "int4":
         groups = wide.view(shape[0], -1, INT4_GROUP)
         low, high = groups.amin(-1), groups.amax(-1)
         scale = ((high - low) / 15).clamp_(min=1e-12)
         codes = ((groups - low[..., None]) / scale[..., None]).round_().clamp_(0, 15).to(torch.uint8)
-        return Codes(format, shape, weight.dtype, pack(codes), scale, low)
+        return QuantizedTensor(format, shape, weight.dtype, pack(codes), scale, low)
     blocks = wide.reshape(-1, NF4_BLOCK)
     scale = blocks.abs().amax(1)
     midpoints = torch.tensor(_MIDPOINTS, device=weight.device)
     codes = torch.bucketize(blocks / scale.clamp(min=1e-38)[:, None], midpoints, out_int32=True).to(torch.uint8)
-    return Codes(format, shape, weight.dtype, pack(codes), scale)
+    return QuantizedTensor(format, shape, weight.dtype, pack(codes), scale)
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,11 @@ import torch
 from corolla.errors import CheckpointError, InvalidSetting
 from corolla.models.block import Attention, Block, Norm, rotations
 from corolla.models.checkpoint import Checkpoint
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.families import architecture
 from corolla.models.linear import Linear, PackedLinear, WeightFormat, make_linear
 from corolla.models.quantized_files import settled_weights, stored_codes
-from corolla.models.quantized_tensor import Codes, joined
+from corolla.models.quantized_tensor import QuantizedTensor, joined
 from corolla.types import Span
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,7 +32,7 @@ class SpanModel:
 
     def __init__(
         self,
-        arch: Architecture,
+        arch: ModelConfig,
         span: Span,
         dtype: torch.dtype,
         device: torch.device,
@@ -165,7 +165,7 @@ def load_span(
         )
 
 
-def check_head(checkpoint: Checkpoint, arch: Architecture, embedding: str) -> None:
+def check_head(checkpoint: Checkpoint, arch: ModelConfig, embedding: str) -> None:
     """Raises `CheckpointError` where the configuration says that the head is the embedding, and the files hold another head."""
     head = f"{arch.names.head}.weight"
     if not arch.tied or not checkpoint.has(head) or not checkpoint.has(embedding):
@@ -183,7 +183,7 @@ def check_head(checkpoint: Checkpoint, arch: Architecture, embedding: str) -> No
 class _Reader:
     """Reads one family's tensors into our layout."""
 
-    def __init__(self, checkpoint: Checkpoint, arch: Architecture, dtype: torch.dtype, device: torch.device, weights: WeightFormat) -> None:
+    def __init__(self, checkpoint: Checkpoint, arch: ModelConfig, dtype: torch.dtype, device: torch.device, weights: WeightFormat) -> None:
         self.checkpoint, self.arch, self.dtype, self.device, self.weights = checkpoint, arch, dtype, device, weights
         embedding = f"{arch.names.embedding}.weight"
         for prefix in arch.names.prefixes:
@@ -210,7 +210,7 @@ class _Reader:
     def linear(self, name: str, outputs: int, inputs: int) -> Linear:
         return make_linear(self.weight(name, outputs, inputs), self.bias(name, outputs), self.weights)
 
-    def weight(self, name: str, outputs: int, inputs: int) -> torch.Tensor | Codes:
+    def weight(self, name: str, outputs: int, inputs: int) -> torch.Tensor | QuantizedTensor:
         """A matrix, as codes where the checkpoint holds codes."""
         codes = stored_codes(self.checkpoint, f"{name}.weight", (outputs, inputs), self.dtype)
         if codes is None:
@@ -241,8 +241,10 @@ class _Reader:
         if len(arch.names.qkv) == 3:
             parts = [self.weight(f"{at}{name}", size, arch.hidden) for name, size in zip(arch.names.qkv, rows, strict=True)]
             biases = [self.bias(f"{at}{name}", size) for name, size in zip(arch.names.qkv, rows, strict=True)]
-            codes = [part for part in parts if isinstance(part, Codes)]
-            weight: torch.Tensor | Codes = joined(codes) if codes else torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
+            codes = [part for part in parts if isinstance(part, QuantizedTensor)]
+            weight: torch.Tensor | QuantizedTensor = (
+                joined(codes) if codes else torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
+            )
             present = [bias for bias in biases if bias is not None]
             if 0 < len(present) < len(biases):
                 raise CheckpointError(f"{self.checkpoint.directory}: of query, key and value at {at} some have a bias and others none")
@@ -250,7 +252,7 @@ class _Reader:
         else:
             name = f"{at}{arch.names.qkv[0]}"
             fused = self.weight(name, sum(rows), arch.hidden)
-            if isinstance(fused, Codes):
+            if isinstance(fused, QuantizedTensor):
                 weight = fused.rows(arch.ungrouped(torch.arange(sum(rows), device=self.device)))
             else:
                 weight = arch.ungrouped(fused)

@@ -23,7 +23,7 @@ from corolla.models.families import architecture
 from corolla.models.prompts import SoftPrompt, load_prompt, load_score, save_prompt
 from corolla.models.quantized_files import stored_values
 from corolla.models.span import DTYPES, check_head
-from corolla.remote.calls import Calls
+from corolla.remote.calls import RemoteCalls
 from corolla.remote.opening import open_blocks
 from corolla.remote.prompts import SoftPrompts, TuningMode, soft_prompts
 from corolla.remote.sequential import RemoteSequential
@@ -119,7 +119,7 @@ class Distributed(PreTrainedModel):
         bare: DistributedModel = self.base_model  # type: ignore[assignment]  # the family's prefix says which it is
         return bare
 
-    def connect(self, calls: Calls) -> None:
+    def connect(self, calls: RemoteCalls) -> None:
         """Compute the blocks through `calls` from now on."""
         setattr(self.bare, self.bare._names.blocks, RemoteSequential(calls, Span(0, architecture(self.config).blocks)))
 

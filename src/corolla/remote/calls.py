@@ -33,7 +33,7 @@ _WIRE_DTYPES: dict[torch.dtype, WireDtype] = {torch.float32: "float32", torch.bf
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class CallPart:
     """One server's share of a forward, and the rows [T, E] that entered it; `call` is the forward's number where the server was asked
     to keep it, else 0."""
 
@@ -47,11 +47,11 @@ class Trail:
     """The way that some of a batch's sequences took, in order, and the quality of all of its servers."""
 
     lengths: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[CallPart, ...]
     quality: Quality | None = None
 
 
-class Calls:
+class RemoteCalls:
     """Forward and backward over a model's servers. For any thread.
 
     Rows and prompts come in any floating dtype, on any device; results have the dtype and the device of the rows.
@@ -121,7 +121,7 @@ class Calls:
     def _forward(
         self, span: Span, lengths: tuple[int, ...], hidden_TxE: torch.Tensor, prompt: DeepPrompt | None, keep: bool
     ) -> tuple[torch.Tensor, Trail]:
-        servers, parts, entered = self.servers, list[Part](), hidden_TxE
+        servers, parts, entered = self.servers, list[CallPart](), hidden_TxE
         retries, quality = servers.retries(), None
         at = span.start
         while at < span.end:
@@ -136,7 +136,7 @@ class Calls:
                     call = servers.number()
                     frame = _Call(call, hop, lengths, prompt)
                     left = self._ask(frame.forward(self._array(hidden_TxE), keep=keep), frame, sum(lengths), hidden_TxE)
-                    parts.append(Part(hop, hidden_TxE, call if keep else 0))
+                    parts.append(CallPart(hop, hidden_TxE, call if keep else 0))
                     hidden_TxE, at = left, hop.end
             except (Fault, Declined) as error:
                 retries.bear(error)
@@ -176,12 +176,12 @@ class Calls:
             parts.pop()
         return gradient_TxE, torch.cat(of_prompts[::-1]) if of_prompts else None
 
-    def _again(self, part: Part, trail: Trail, prompt: DeepPrompt | None) -> Trail:
+    def _again(self, part: CallPart, trail: Trail, prompt: DeepPrompt | None) -> Trail:
         """The same blocks at the servers that are to be taken now; where these are several, what enters each is computed."""
         span = _span((part,))
         way = self.servers.way(span)
         if len(way.hops) == 1 or way.quality != trail.quality:
-            return Trail(trail.lengths, tuple(Part(hop, part.entered) for hop in way.hops), way.quality)
+            return Trail(trail.lengths, tuple(CallPart(hop, part.entered) for hop in way.hops), way.quality)
         return self._forward(span, trail.lengths, part.entered, prompt, True)[1]
 
     def _array(self, rows: torch.Tensor) -> Array:
@@ -236,7 +236,7 @@ class _Call:
         return None if self.prompt is None else self.prompt.frame
 
 
-def _span(parts: Sequence[Part]) -> Span:
+def _span(parts: Sequence[CallPart]) -> Span:
     return Span(parts[0].hop.start, parts[-1].hop.end)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from corolla.engine.call_handler import Answering
+from corolla.engine.call_handler import CallHandler
 from corolla.engine.engine import Engine
 from corolla.errors import CorollaError, InvalidSetting, NetworkError, ServerFault
 from corolla.swarm.arrays import from_array, to_array
@@ -43,7 +43,7 @@ class EmbeddedNetwork:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._answering = Answering(engine.model, engine.prompts)
+        self._answering = CallHandler(engine.model, engine.prompts)
         self._on_message: OnMessage | None = None
         self._closed = False
 

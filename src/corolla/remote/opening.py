@@ -14,7 +14,7 @@ from corolla.engine.engine import Engine, EngineConfig
 from corolla.models.checkpoint import json_object
 from corolla.models.devices import settled_device
 from corolla.models.span import load_span
-from corolla.remote.calls import Calls
+from corolla.remote.calls import RemoteCalls
 from corolla.remote.embedded import EmbeddedNetwork
 from corolla.remote.servers import RemoteConfig, Servers
 from corolla.swarm.peer import PeerConfig, SwarmPeer
@@ -25,7 +25,7 @@ from corolla.swarm.records import fingerprint
 class OpenBlocks:
     """What computes a model's blocks, until `close`. Closing twice is no error."""
 
-    calls: Calls
+    calls: RemoteCalls
     close: Callable[[], None]
 
 
@@ -62,6 +62,6 @@ def open_blocks(
             servers = Servers(network, network, blocks, config=config)
             engine.start()
         stack.callback(servers.close)
-        calls = Calls(servers)
+        calls = RemoteCalls(servers)
         stack.callback(calls.close)
         return OpenBlocks(calls, stack.pop_all().close)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from corolla.errors import InvalidSetting
-from corolla.remote.calls import Calls, Part, Trail
+from corolla.remote.calls import CallPart, RemoteCalls, Trail
 from corolla.remote.session import InferenceSession
 from corolla.types import Span
 
@@ -21,7 +21,7 @@ from corolla.types import Span
 class RemoteSequential(nn.Module):
     """The blocks of `span`: called like a module, cut like a list. It has no parameters, and copies nothing when it is cut."""
 
-    def __init__(self, calls: Calls, span: Span) -> None:
+    def __init__(self, calls: RemoteCalls, span: Span) -> None:
         super().__init__()
         self.calls, self.span = calls, span
 
@@ -90,7 +90,13 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, packed_TxE: torch.Tensor, prompts: torch.Tensor | None, calls: Calls, span: Span, lengths: tuple[int, ...], grad: bool
+        ctx: Any,
+        packed_TxE: torch.Tensor,
+        prompts: torch.Tensor | None,
+        calls: RemoteCalls,
+        span: Span,
+        lengths: tuple[int, ...],
+        grad: bool,
     ) -> torch.Tensor:
         out, trails = calls.forward(span, lengths, packed_TxE, prompts, keep=grad and any(ctx.needs_input_grad))
         ctx.calls = calls
@@ -104,7 +110,7 @@ class _Through(torch.autograd.Function):
         prompts, *entered = ctx.saved_tensors
         rows = iter(entered)
         trails = [
-            Trail(lengths, tuple(Part(hop, next(rows), call) for hop, call in hops), quality) for lengths, hops, quality in ctx.trails
+            Trail(lengths, tuple(CallPart(hop, next(rows), call) for hop, call in hops), quality) for lengths, hops, quality in ctx.trails
         ]
         hidden, of_prompts = ctx.calls.backward(trails, gradient_TxE, prompts)
         return hidden, of_prompts, None, None, None, None

@@ -43,7 +43,7 @@ _TRIED = 8  # of the busiest servers, to go around
 _AS_QUICK = 2.0  # another route may take so many times as long, for a call that would wait on the best one
 
 
-class Router(Protocol):
+class SpanRouter(Protocol):
     """Chooses routes; `client.joined.KnownServers` does."""
 
     def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None) -> Route:
@@ -97,7 +97,7 @@ class RemoteConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class SpanRoute:
     """Servers, in order, all of one quality."""
 
     hops: tuple[Hop, ...]
@@ -111,7 +111,7 @@ class Servers:
         blocks: of the whole model.
     """
 
-    def __init__(self, network: Network, router: Router, blocks: int, *, bans: Bans | None = None, config: RemoteConfig | None = None):
+    def __init__(self, network: Network, router: SpanRouter, blocks: int, *, bans: Bans | None = None, config: RemoteConfig | None = None):
         self.network, self.blocks = network, blocks
         self.bans = bans or Bans()
         self.config = config or RemoteConfig()
@@ -141,15 +141,15 @@ class Servers:
         """The servers to take for the blocks of `span`, in order: see `way`."""
         return self.way(span, needed_tokens).hops
 
-    def way(self, span: Span, needed_tokens: int = 0) -> Way:
+    def way(self, span: Span, needed_tokens: int = 0) -> SpanRoute:
         """The servers to take for the blocks of `span`; of the quality of those that were found before, wherever such hold every block.
 
         Waits for servers that hold them and have room, and raises `NoRoute` when none have come in time.
         """
         route = self._found(needed_tokens)
-        return Way(_inside(route.hops, span), route.quality)
+        return SpanRoute(_inside(route.hops, span), route.quality)
 
-    def take(self, span: Span) -> Way:
+    def take(self, span: Span) -> SpanRoute:
         """`way` for a call, past servers that compute for this client already where others of the same quality are about as quick:
         calls that are under way together go along several routes. `give_back` it when it is done."""
         best = self._found(0)
@@ -166,9 +166,9 @@ class Servers:
                     taken, avoided = other, avoided | {peer}
             hops = _inside(taken.hops, span)
             self._taken.update(hop.peer for hop in hops)
-        return Way(hops, taken.quality)
+        return SpanRoute(hops, taken.quality)
 
-    def give_back(self, taken: Way) -> None:
+    def give_back(self, taken: SpanRoute) -> None:
         """See `take`."""
         with self._lock:
             self._taken.subtract(hop.peer for hop in taken.hops)

@@ -17,7 +17,7 @@ from types import TracebackType
 import torch
 
 from corolla.errors import InvalidSetting, NetworkError, PromptTooLong, ProtocolError
-from corolla.remote.calls import Calls, checked, room_of, wire_dtype_of
+from corolla.remote.calls import RemoteCalls, checked, room_of, wire_dtype_of
 from corolla.remote.mailbox import Declined, Fault, Forgot, Mailbox, StandsStill
 from corolla.remote.prompt_upload import DeepPrompt
 from corolla.remote.servers import Servers
@@ -40,7 +40,7 @@ class InferenceSession:
         output_ids: the tokens [S, L - prefix] or more that `generate` has put in and got out; None before.
     """
 
-    def __init__(self, calls: Calls, span: Span, *, max_length: int, prompts: torch.Tensor | None = None, prefix: int = 0) -> None:
+    def __init__(self, calls: RemoteCalls, span: Span, *, max_length: int, prompts: torch.Tensor | None = None, prefix: int = 0) -> None:
         self.span, self.max_length, self.prefix = span, max_length, prefix
         self.output_ids: torch.Tensor | None = None
         self._calls = calls

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
-from corolla.engine.activations import KeptLimits
+from corolla.engine.activations import ActivationLimits
 from corolla.engine.budgets import Ledger
-from corolla.engine.call_handler import Answering, CallCounters
+from corolla.engine.call_handler import CallCounters, CallHandler
 from corolla.engine.engine import Engine
 from corolla.errors import Busy, CorollaError, InvalidSetting, NetworkError, PromptTooLong
 from corolla.swarm.arrays import from_array, to_array
@@ -49,7 +49,7 @@ class _Call:
         return self.frame.rows == 1
 
 
-class Calls:
+class CallService:
     """Takes calls from any thread; `send` is used on the engine's thread too.
 
     Args:
@@ -60,7 +60,7 @@ class Calls:
         self._engine, self._send, self._me = engine, send, me
         self.config = config or CallsConfig()
         budgets = engine.budgets
-        self._answering = Answering(engine.model, engine.prompts, KeptLimits(size=budgets.activations))
+        self._answering = CallHandler(engine.model, engine.prompts, ActivationLimits(size=budgets.activations))
         self._ledger = Ledger(budgets.calls, budgets.calls // 4, self.config.retry_after)
         self._lock = threading.Lock()
         self._waiting: list[_Call] = []

@@ -12,7 +12,7 @@ import torch
 
 from corolla.errors import InvalidSetting
 from corolla.models.checkpoint import Checkpoint
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.linear import WeightFormat
 from corolla.models.quantized_files import stored_format
 from corolla.models.quantized_tensor import INT4_GROUP, NF4_BLOCK
@@ -58,7 +58,7 @@ class Footprint:
             raise InvalidSetting("memory", f"{needed}: give more, fewer blocks, int8 weights or a smaller cache")
 
 
-def footprint(checkpoint: Checkpoint, arch: Architecture, *, dtype: torch.dtype, weights: WeightFormat, cache_tokens: int) -> Footprint:
+def footprint(checkpoint: Checkpoint, arch: ModelConfig, *, dtype: torch.dtype, weights: WeightFormat, cache_tokens: int) -> Footprint:
     """What spans of a checkpoint take with weights held as `weights`, computed in `dtype`, and a cache of `cache_tokens` positions.
 
     Known from the headers of its files alone; nothing is loaded.

@@ -18,9 +18,9 @@ from corolla.barrier import barrier
 from corolla.engine.counters import coarse
 from corolla.engine.engine import Engine
 from corolla.errors import CallerError, CorollaError, NetworkError, ServerFault
-from corolla.server.calls import Calls
-from corolla.server.replies import NodeCounters, Onward, UnderWay
-from corolla.server.session_table import Way, Ways
+from corolla.server.calls import CallService
+from corolla.server.replies import InFlightStep, NodeCounters, ReplyRouter
+from corolla.server.session_table import SessionRoute, SessionTable
 from corolla.server.validation import check_rows, check_shape
 from corolla.swarm.convert import failed_of, to_adapter_part, to_message, to_prompt_part, to_step, to_timings
 from corolla.swarm.network import Network
@@ -68,12 +68,12 @@ class SpanServer:
     def __init__(self, engine: Engine, network: Network, config: SpanServerConfig, probes: Probes | None = None) -> None:
         self._engine, self._network = engine, network
         span, blocks = engine.model.span, engine.model.arch.blocks
-        self._ways = Ways(network.me, span, blocks, config)
+        self._ways = SessionTable(network.me, span, blocks, config)
         self.counters = NodeCounters()
         self.round_trips = RoundTrips(self._send)
         self._probes = probes or Probes(self._send)
-        self._calls = Calls(engine, self._send, me=network.me)
-        self._onward = Onward(
+        self._calls = CallService(engine, self._send, me=network.me)
+        self._onward = ReplyRouter(
             engine, network, self._send, wire_dtype=config.wire_dtype, counters=self.counters, round_trips=self.round_trips
         )
         engine.after_turn = self._onward.send_held
@@ -216,7 +216,7 @@ class SpanServer:
                 client=way.client,
                 began=way.began,
             )
-            in_flight = UnderWay(way, step, bool(frame.route), time.perf_counter(), to_timings(frame.timings))
+            in_flight = InFlightStep(way, step, bool(frame.route), time.perf_counter(), to_timings(frame.timings))
             self._engine.receive(step, lambda reply: self._onward.deliver(in_flight, reply))
             way.take(frame)
         except CorollaError as error:
@@ -233,7 +233,7 @@ class SpanServer:
                 self._ways.forget(session)
                 self._engine.receive(Close(session))
 
-    def _measure(self, way: Way) -> None:
+    def _measure(self, way: SessionRoute) -> None:
         if way.timed:
             self.round_trips.ask({way.before, way.sends_here} - self.round_trips.seconds.keys())
 

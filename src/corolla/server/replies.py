@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from corolla.barrier import barrier
 from corolla.engine.engine import Engine
 from corolla.errors import CallerError, CorollaError, NetworkError
-from corolla.server.session_table import Way
+from corolla.server.session_table import SessionRoute
 from corolla.swarm.convert import failed_of, from_reply, from_step
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
@@ -31,17 +31,17 @@ class NodeCounters:
 
 
 @dataclass(slots=True, eq=False)
-class UnderWay:
+class InFlightStep:
     """A step in the engine. `since` is when it came, or its last reply went."""
 
-    way: Way
+    way: SessionRoute
     step: Step
     tells_way: bool  # whether the next server has to be told the way
     since: float
     timings: tuple[HopTiming, ...]
 
 
-class Onward:
+class ReplyRouter:
     """On the engine's thread.
 
     Args:
@@ -62,14 +62,14 @@ class Onward:
         self._wire_dtype, self._counters, self._round_trips = wire_dtype, counters, round_trips
         self._held: list[tuple[str, WireMessage]] = []  # replies of the engine's turn
 
-    def deliver(self, under_way: UnderWay, reply: Reply) -> None:
+    def deliver(self, under_way: InFlightStep, reply: Reply) -> None:
         """Take what the engine made of a step."""
         try:
             self._reply(under_way, reply)
         except CorollaError as error:  # what cannot be sent in the wire dtype, say
             self._hold(under_way.way.client, failed_of(error, reply.session, reply.generation, peer=self._network.me))
 
-    def _reply(self, under_way: UnderWay, reply: Reply) -> None:
+    def _reply(self, under_way: InFlightStep, reply: Reply) -> None:
         way = under_way.way
         followed = isinstance(reply, Token) and reply.more
         timings = self._timings(under_way) if way.timed and not followed else ()
@@ -82,7 +82,7 @@ class Onward:
             self._close_ring(way, reply)
         self._hold(way.client, from_reply(reply, peer=self._network.me, wire_dtype=self._wire_dtype, timings=timings))
 
-    def _pass_on(self, under_way: UnderWay, reply: Hidden, timings: tuple[HopTiming, ...]) -> None:
+    def _pass_on(self, under_way: InFlightStep, reply: Hidden, timings: tuple[HopTiming, ...]) -> None:
         """The rows that are computed so far go to the next server; it samples after the last of them."""
         way, step = under_way.way, under_way.step
         # The head samples after the last row, and needs to know of each whether it is scored.
@@ -118,7 +118,7 @@ class Onward:
         self._counters.pushes += 1
         self._hold(way.route[hop].peer, frame)
 
-    def _close_ring(self, way: Way, token: Token) -> None:
+    def _close_ring(self, way: SessionRoute, token: Token) -> None:
         """The token goes on where the route begins, with guesses of what follows it; after the last one the other servers are told that
         the answer has ended."""
         if token.finish is None:
@@ -129,7 +129,7 @@ class Onward:
             for hop in way.route[:-1]:
                 self._hold(hop.peer, CancelFrame(token.session, token.generation))
 
-    def _timings(self, under_way: UnderWay) -> tuple[HopTiming, ...]:
+    def _timings(self, under_way: InFlightStep) -> tuple[HopTiming, ...]:
         now, compute = time.perf_counter(), self._engine.forward_seconds
         queue = max(0.0, now - under_way.since - compute)
         under_way.since = now

@@ -21,8 +21,8 @@ from corolla.models.checkpoint import Progress
 from corolla.server.announcing import Announcer, Peer, nearest, next_servers, to_ask
 from corolla.server.cores import SharedCores
 from corolla.server.health import HealthWatch
-from corolla.server.settings import ServeConfig, Terms, settle_terms
-from corolla.server.span_manager import Held, Holder, Report
+from corolla.server.settings import ServeConfig, ServerSettings, settle_terms
+from corolla.server.span_manager import Held, Report, SpanManager
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.placement import Mover, choose_span
 from corolla.swarm.probing import Probes
@@ -44,7 +44,7 @@ class RunningServer:
     """
 
     def __init__(
-        self, peer: Peer, terms: Terms, config: ServeConfig, report: Report | None = None, cores: SharedCores | None = None
+        self, peer: Peer, terms: ServerSettings, config: ServeConfig, report: Report | None = None, cores: SharedCores | None = None
     ) -> None:
         self._peer, self._terms, self._config, self._cores = peer, terms, config, cores
         self._addresses = tuple(address for address in peer.addresses if len(address) <= MAX_ADDRESS)[:MAX_ADDRESSES]
@@ -54,7 +54,7 @@ class RunningServer:
         self._stays_until = self._retries_at = float("-inf")
         self._neighbours: Sequence[str] = ()
         self._probes = Probes(peer.network.send, config.probing)
-        self._holder = Holder(peer.network, terms.offer, self._probes)
+        self._holder = SpanManager(peer.network, terms.offer, self._probes)
         others = self._proven_others() if config.span is None else []
         # This server has not measured itself yet: it takes itself for one like the others.
         self._throughput = statistics.median([record.throughput for record in others]) if others else 1.0

@@ -22,7 +22,7 @@ _OLDEST_ASKED = 120_000  # milliseconds before a step's arrival
 
 
 @dataclass(slots=True, eq=False)
-class Way:
+class SessionRoute:
     """How a session goes on from here, and what else came with its first step and need not come again."""
 
     generation: int
@@ -44,7 +44,7 @@ class Way:
     used: float = 0.0  # when a step came last, on `time.monotonic`'s clock
 
     @classmethod
-    def of(cls, sender: str, frame: StepFrame) -> Way:
+    def of(cls, sender: str, frame: StepFrame) -> SessionRoute:
         """The way that a step of `sender` brings. Raises `InvalidSetting` for settings outside their ranges."""
         return cls(
             frame.generation,
@@ -93,7 +93,7 @@ class Way:
         """A step's rows are taken in."""
         self.last_start, self.end = frame.start, frame.start + rows_of(frame)
 
-    def goes_on_from(self, known: Way) -> None:
+    def goes_on_from(self, known: SessionRoute) -> None:
         """A new generation of a session whose way was `known`."""
         self.cancelled = known.cancelled
         if self.claimed == known.claimed:
@@ -104,7 +104,7 @@ def rows_of(frame: StepFrame) -> int:
     return len(frame.tokens) if frame.hidden is None else frame.hidden.shape[0]
 
 
-class Ended:
+class EndedGenerations:
     """The generations that ended last, by session and by who said so."""
 
     def __init__(self) -> None:
@@ -120,14 +120,14 @@ class Ended:
         if len(self._ended) > _REMEMBERED:
             self._ended.popitem(last=False)
 
-    def holds(self, session: str, way: Way) -> bool:
+    def holds(self, session: str, way: SessionRoute) -> bool:
         """Whether somebody on this way said that it is over; for good, only its client can say."""
         by_servers = (self._ended.get((session, hop.peer), -1) for hop in way.route)
         by_client = self._ended.get((session, way.client), -1)
         return by_client >= way.generation or any(way.generation <= last < _FOR_EVER for last in by_servers)
 
 
-class Ways:
+class SessionTable:
     """On the network's thread, but for `len` and `clients`.
 
     Args:
@@ -147,13 +147,13 @@ class Ways:
     ) -> None:
         self._me, self._span, self._blocks, self._config = me, span, blocks, config
         self._clock, self._wall_clock = clock, wall_clock
-        self._ways: dict[str, Way] = {}
+        self._ways: dict[str, SessionRoute] = {}
         # How many sessions there are by (client, who brings their steps) and by who brings them: counting them all for each newcomer
         # took 72 ms where a client asked for more sessions than it may have.
         self._of_client: Counter[tuple[str, str]] = Counter()
         self._of_sender: Counter[str] = Counter()
         # Apart, so that nobody pushes out what is known with sessions that never were.
-        self._over, self._over_unknown = Ended(), Ended()
+        self._over, self._over_unknown = EndedGenerations(), EndedGenerations()
         self._swept = clock()
         self.leaving = False  # no new session is taken
 
@@ -164,10 +164,10 @@ class Ways:
     def clients(self) -> set[str]:
         return {way.client for way in list(self._ways.values())}
 
-    def get(self, session: str) -> Way | None:
+    def get(self, session: str) -> SessionRoute | None:
         return self._ways.get(session)
 
-    def lose(self, peer: str) -> tuple[list[tuple[str, Way]], list[tuple[str, Way]]]:
+    def lose(self, peer: str) -> tuple[list[tuple[str, SessionRoute]], list[tuple[str, SessionRoute]]]:
         """A peer is gone. Forget the sessions that it was the client of, or brought the steps of: whoever it named as their client may
         have never heard of them. Returns them, and all whose route goes by a server of that id."""
         parted = [(session, way) for session, way in self._ways.items() if way.passes(peer)]
@@ -176,7 +176,7 @@ class Ways:
             self._forget(session)
         return gone, parted
 
-    def unused(self) -> Iterator[tuple[str, Way]]:
+    def unused(self) -> Iterator[tuple[str, SessionRoute]]:
         """The sessions of which nothing came for `SpanServerConfig.idle` seconds; looked for once in a sixtieth of that time."""
         now, idle = self._clock(), self._config.idle
         if now - self._swept < idle / 60:
@@ -209,14 +209,14 @@ class Ways:
         if session in self._ways:
             self._forget(session)
 
-    def refuse(self, session: str, way: Way, *, new: bool) -> None:
+    def refuse(self, session: str, way: SessionRoute, *, new: bool) -> None:
         """A step of the way's generation was refused, and so is the rest of it. A `new` session is forgotten."""
         way.over = True
         if new:
             self.forget(session)
             self._over_unknown.add(session, self._me, way.generation)
 
-    def of_step(self, sender: str, frame: StepFrame, admitted: Callable[[Way], None]) -> Way | None:
+    def of_step(self, sender: str, frame: StepFrame, admitted: Callable[[SessionRoute], None]) -> SessionRoute | None:
         """The way of a step that may be taken in; remembered if the step brings it, and `admitted` is told of it then.
         None for a stale one: late, repeated, or of a generation that is over.
 
@@ -235,9 +235,9 @@ class Ways:
             self._ways[frame.session] = way
         return way
 
-    def _brought(self, sender: str, frame: StepFrame, known: Way | None) -> Way | None:
+    def _brought(self, sender: str, frame: StepFrame, known: SessionRoute | None) -> SessionRoute | None:
         """The way that a step brings: a new one, or the one that an earlier chunk of its generation brought."""
-        way = Way.of(sender, frame)
+        way = SessionRoute.of(sender, frame)
         self._admit(sender, frame.session, way, known)
         way.asked = self._clamped(way)
         if known is None:
@@ -253,13 +253,13 @@ class Ways:
         known.settings = way.settings or known.settings
         return known
 
-    def _clamped(self, way: Way) -> int:
+    def _clamped(self, way: SessionRoute) -> int:
         """When the answer was asked for. The first server of a route stamps its arrival, and all go by that; a later one believes a
         stamp of the last two minutes, so that nobody gains more by posing as the first."""
         now = int(self._wall_clock() * 1000)
         return now if way.hop == 0 else max(way.claimed, now - _OLDEST_ASKED)
 
-    def _known(self, sender: str, frame: StepFrame, known: Way | None) -> Way | None:
+    def _known(self, sender: str, frame: StepFrame, known: SessionRoute | None) -> SessionRoute | None:
         """The way of a step that goes round the ring."""
         if known is None:
             raise ServerFault("this server does not know the session's route")
@@ -267,7 +267,7 @@ class Ways:
             raise Unauthorized(f"peer {sender} is not on the session's route")
         return None if frame.generation < known.generation else known
 
-    def _admit(self, sender: str, session: str, way: Way, known: Way | None) -> None:
+    def _admit(self, sender: str, session: str, way: SessionRoute, known: SessionRoute | None) -> None:
         if way.route[way.hop].peer != self._me or sender != way.before:
             raise Unauthorized("the step did not come the way that it names")
         if len({hop.peer for hop in way.route}) < len(way.route) or len(way.route) > self._blocks:
@@ -292,7 +292,7 @@ class Ways:
     def _forget(self, session: str) -> None:
         self._count(self._ways.pop(session), -1)
 
-    def _count(self, way: Way, by: int) -> None:
+    def _count(self, way: SessionRoute, by: int) -> None:
         client = way.client, way.before
         self._of_client[client] += by
         self._of_sender[way.before] += by

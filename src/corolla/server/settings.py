@@ -13,7 +13,7 @@ from corolla.engine.parts import EngineParts
 from corolla.errors import InvalidSetting
 from corolla.models.adapters import load_adapter
 from corolla.models.checkpoint import Checkpoint, json_object
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.devices import settled_device
 from corolla.models.families import architecture
 from corolla.models.linear import WeightFormat
@@ -61,7 +61,7 @@ class ServeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class ServerSettings:
     """What a server offers for as long as it lives, once its settings are settled."""
 
     offer: Offer
@@ -72,7 +72,7 @@ class Terms:
     frames_memory: int  # bytes of frames on their way in and out
 
 
-def settle_terms(directory: Path, config: ServeConfig) -> Terms:
+def settle_terms(directory: Path, config: ServeConfig) -> ServerSettings:
     """What a server of the model in `directory` offers on this machine, for what the configuration leaves open.
 
     Raises `CheckpointError`, `UnsupportedModel`, `AdapterError`, and `InvalidSetting` for a device that is not there or a span that the
@@ -104,7 +104,7 @@ def settle_terms(directory: Path, config: ServeConfig) -> Terms:
         parts=config.parts,
         adapters=adapters,
     )
-    return Terms(
+    return ServerSettings(
         offer=offer,
         model_id=model_fingerprint(directory),
         blocks=arch.blocks,
@@ -114,7 +114,7 @@ def settle_terms(directory: Path, config: ServeConfig) -> Terms:
     )
 
 
-def _adapters(directories: Mapping[str, Path], arch: Architecture, dtype: torch.dtype) -> tuple[tuple[OfferedAdapter, ...], int]:
+def _adapters(directories: Mapping[str, Path], arch: ModelConfig, dtype: torch.dtype) -> tuple[tuple[OfferedAdapter, ...], int]:
     """Every adapter looked through, and the bytes that one block of all of them takes."""
     if len(directories) > MAX_ADAPTERS:
         raise InvalidSetting("adapters", f"{len(directories)} are given, and a server names at most {MAX_ADAPTERS}")

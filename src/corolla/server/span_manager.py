@@ -74,7 +74,7 @@ class Held:
         return self.engine.model.span
 
 
-class Holder:
+class SpanManager:
     """Holds one span at a time on `network`; before the first and between two of them it answers that it holds none.
 
     `load` and `let_go` are for one thread at a time, the others for any.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from corolla.errors import InvalidSetting, ServerFault
-from corolla.models.config import Architecture
-from corolla.server.session_table import Way
+from corolla.models.config import ModelConfig
+from corolla.server.session_table import SessionRoute
 from corolla.swarm.wire import StepFrame
 from corolla.types import Step
 
@@ -14,7 +14,7 @@ from corolla.types import Step
 _INFINITY = {torch.float32: (torch.int32, 0x7F800000), torch.bfloat16: (torch.int16, 0x7F80), torch.float16: (torch.int16, 0x7C00)}
 
 
-def check_shape(arch: Architecture, frame: StepFrame, *, from_client: bool) -> None:
+def check_shape(arch: ModelConfig, frame: StepFrame, *, from_client: bool) -> None:
     """Before the rows themselves are touched. Raises like `check_rows`."""
     if frame.hidden is None:
         return
@@ -28,7 +28,7 @@ def check_shape(arch: Architecture, frame: StepFrame, *, from_client: bool) -> N
         raise InvalidSetting("hidden", problem) if from_client else ServerFault(problem)
 
 
-def check_rows(arch: Architecture, sender: str, frame: StepFrame, step: Step, way: Way) -> None:
+def check_rows(arch: ModelConfig, sender: str, frame: StepFrame, step: Step, way: SessionRoute) -> None:
     """Raises `ServerFault` for what no honest server sends, and `InvalidSetting` for what no server takes of a client."""
     problem = _problem_of_rows(step, way) or _problem_of_tokens(arch, frame)
     if not problem and not frame.route:
@@ -39,18 +39,18 @@ def check_rows(arch: Architecture, sender: str, frame: StepFrame, step: Step, wa
         raise InvalidSetting("step", problem) if way.from_client(sender) else ServerFault(problem)
 
 
-def _problem_of_rows(step: Step, way: Way) -> str | None:
+def _problem_of_rows(step: Step, way: SessionRoute) -> str | None:
     if not isinstance(step.payload, torch.Tensor):
         return "no hidden states came" if way.hop else None
     return None if _finite(step.payload) else "hidden states came that are NaN or infinite"
 
 
-def _problem_of_tokens(arch: Architecture, frame: StepFrame) -> str | None:
+def _problem_of_tokens(arch: ModelConfig, frame: StepFrame) -> str | None:
     outside = next((token for token in frame.tokens if not 0 <= token < arch.vocabulary), None)
     return None if outside is None else f"{outside} is no token of a vocabulary of {arch.vocabulary}"
 
 
-def _problem_of_ring(frame: StepFrame, way: Way) -> str | None:
+def _problem_of_ring(frame: StepFrame, way: SessionRoute) -> str | None:
     """A step round the ring follows the last one of its generation: the token that was sampled after it, and guesses."""
     if frame.generation != way.generation:
         return f"a step of generation {frame.generation} came, and the session is at {way.generation}"

@@ -28,7 +28,7 @@ class Numbered(NamedTuple):
     tokens: Tokens
 
 
-class Sequences(Dataset[Numbered]):
+class SequenceDataset(Dataset[Numbered]):
     """Packed sequences in memory, as torch's loaders want them."""
 
     def __init__(self, sequences: Sequence[Tokens]) -> None:

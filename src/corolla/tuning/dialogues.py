@@ -67,7 +67,7 @@ class DataSettings:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class DialoguePart:
     """The dialogues of one side and their articles."""
 
     examples: list[Example]
@@ -93,8 +93,8 @@ class Part:
 class Dialogues:
     """What is trained on, and what is held out."""
 
-    training: Part
-    held_out: Part
+    training: DialoguePart
+    held_out: DialoguePart
     described: dict[str, Any]
 
 
@@ -133,9 +133,9 @@ def load_dialogues(settings: DataSettings, tokenizer: TrainingTokenizer, templat
 
 def _rendered(
     examples: list[Example], settings: DataSettings, tokenizer: TrainingTokenizer, template: Template, problems: Problems
-) -> Part:
+) -> DialoguePart:
     renderer = Renderer(tokenizer, template, settings.rendering)
-    part = Part(examples, list(renderer.render_all(examples, problems)))
+    part = DialoguePart(examples, list(renderer.render_all(examples, problems)))
     if examples and not part.articles:
         counts = renderer.counts
         if counts.too_long_articles:

@@ -11,7 +11,7 @@ from corolla.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class ReferenceAnswers:
     """`distinct[n]` is the share of different n-grams of words among all of them (Li et al., 2016), from 0 to 1; lengths are in tokens."""
 
     count: int
@@ -36,9 +36,9 @@ def distinct(texts: Iterable[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def describe_answers(texts: Sequence[str], lengths: Sequence[int], ended: Sequence[bool]) -> Answers:
+def describe_answers(texts: Sequence[str], lengths: Sequence[int], ended: Sequence[bool]) -> ReferenceAnswers:
     """Of generated answers: their texts, their lengths in tokens, and whether each ended by itself. At least one."""
-    return Answers(
+    return ReferenceAnswers(
         count=len(texts),
         distinct={n: distinct(texts, n) for n in (1, 2, 3)},
         mean_length=statistics.mean(lengths),

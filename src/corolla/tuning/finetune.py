@@ -20,16 +20,16 @@ from corolla.data.tokens import TrainingTokenizer
 from corolla.errors import CorollaError, InvalidSetting, StorageError, TrainingError
 from corolla.models.catalog import resolve
 from corolla.models.checkpoint import Checkpoint, Progress, json_object
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 from corolla.models.devices import settled_device
 from corolla.models.families import architecture
 from corolla.swarm.records import fingerprint
 from corolla.tuning.finetune_data import Loader, PhaseData, parse_source
-from corolla.tuning.finetune_run import Run, load_model
+from corolla.tuning.finetune_run import FinetuneRun, load_model
 from corolla.tuning.memory import Need, available, check_fits
 from corolla.tuning.recipe import Recipe
 from corolla.tuning.reporting import check_reporter
-from corolla.tuning.run_record import Record, begun_in
+from corolla.tuning.run_record import RunRecord, begun_in
 
 RECORD = "finetuning.json"
 
@@ -90,7 +90,7 @@ def finetune(
     resume: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Record:
+) -> RunRecord:
     """Fine-tune the model `name` and save it in `output`, with its card, recipe and record and, until it is done, its checkpoints.
 
     `data` are sources as `parse_source` takes them; `callbacks` are for transformers' trainer. On SIGINT or SIGTERM the step under
@@ -133,7 +133,7 @@ def finetune(
     try:
         record.update(status="running", error=None)
         model = load_model(directory, recipe, settings)
-        Run(model, tokenizer, template, recipe, settings, phases, record, console, micro_batch, callbacks).go(directory)
+        FinetuneRun(model, tokenizer, template, recipe, settings, phases, record, console, micro_batch, callbacks).go(directory)
     except KeyboardInterrupt:
         record.update(status="interrupted")
         raise
@@ -154,7 +154,7 @@ def _micro_batch(recipe: Recipe, settings: FinetuneSettings) -> int:
 
 
 def _check_memory(
-    directory: Path, arch: Architecture, recipe: Recipe, settings: FinetuneSettings, micro_batch: int, phases: Sequence[PhaseData]
+    directory: Path, arch: ModelConfig, recipe: Recipe, settings: FinetuneSettings, micro_batch: int, phases: Sequence[PhaseData]
 ) -> None:
     parameters = _parameters(directory)
     wide = recipe.dtype == "float32"
@@ -189,10 +189,10 @@ def _record(
     settings: FinetuneSettings,
     template: Template,
     phases: Sequence[PhaseData],
-    arch: Architecture,
-) -> Record:
+    arch: ModelConfig,
+) -> RunRecord:
     whole: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
-    record = Record(output / RECORD, {"recipe": whole, "template": template.name, **asdict(settings)})
+    record = RunRecord(output / RECORD, {"recipe": whole, "template": template.name, **asdict(settings)})
     record.model = {
         "name": name,
         "family": arch.family,
@@ -204,7 +204,7 @@ def _record(
     return record
 
 
-def _resumed(before: Record, now: Record) -> Record:
+def _resumed(before: RunRecord, now: RunRecord) -> RunRecord:
     """The run as it was. Raises `TrainingError` where another curve would follow."""
     for name in ("recipe", "template", "lora", "lora_rank", "lora_alpha", "micro_batch", "evaluate_every"):
         if before.settings[name] != now.settings[name]:

@@ -28,7 +28,7 @@ from corolla.tuning.recipe import Phase, Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class PhaseSource:
     """A file, a directory or a dataset of the hub; `label` is what a recipe's equal shares call it.
 
     It is for one `phase` (from 1), or with None for every phase that has none of its own.
@@ -39,22 +39,22 @@ class Source:
     label: str | None = None
 
 
-def parse_source(text: str, recipe: Recipe) -> Source:
+def parse_source(text: str, recipe: Recipe) -> PhaseSource:
     """SOURCE, N=SOURCE for the phase of that number, or LABEL=SOURCE for one of the recipe's equal shares.
 
     Raises `InvalidSetting` for a phase or a label that the recipe has not.
     """
     label, separator, place = text.partition("=")
     if not separator or Path(text).exists():
-        return Source(text)
+        return PhaseSource(text)
     if label.isdecimal():
         if not 1 <= int(label) <= len(recipe.phases):
             raise InvalidSetting("data", f"{text!r}: the recipe {recipe.name} has {len(recipe.phases)} phases, from 1")
-        return Source(place, phase=int(label))
+        return PhaseSource(place, phase=int(label))
     if label not in recipe.equal_shares:
         known = ", ".join(recipe.equal_shares) or "none"
         raise InvalidSetting("data", f"{text!r}: {label!r} is neither a phase nor one of the recipe's equal shares ({known})")
-    return Source(place, label=label)
+    return PhaseSource(place, label=label)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Loader:
         probe = (Turn("user", "a"), Turn("assistant", "b"))
         list(Renderer(tokenizer, template).render(Example(turns=probe, place=Place("a dialogue", 1))))
 
-    def load(self, number: int, sources: Sequence[Source], *, format: str | None = None, split: str = "train") -> PhaseData:
+    def load(self, number: int, sources: Sequence[PhaseSource], *, format: str | None = None, split: str = "train") -> PhaseData:
         """The data of phase `number`, from 1, of those of `sources` that are of this phase.
 
         Raises `DataError` for a source that is missing, damaged, made by another tokenizer, or leaves nothing to train on, and
@@ -123,7 +123,7 @@ class Loader:
             training, held_out, max_length, {"sources": described, "training": _described(training), "held_out": _described(held_out)}
         )
 
-    def _dialogues(self, source: Source, phase: Phase, found: _Found, format: str | None, split: str) -> None:
+    def _dialogues(self, source: PhaseSource, phase: Phase, found: _Found, format: str | None, split: str) -> None:
         recipe = self._recipe
         # A cut article has no end, which packing in full needs.
         length = None if recipe.packing == "full" else recipe.max_length
@@ -147,7 +147,7 @@ class Loader:
             self._tokenizer, self._template, RenderSettings(max_length=length, truncation=recipe.truncation, loss=recipe.loss)
         ).render_all(held_out, self._problems)
 
-    def _prepared(self, path: Path, source: Source, found: _Found) -> int:
+    def _prepared(self, path: Path, source: PhaseSource, found: _Found) -> int:
         """Returns the length of its sequences."""
         if path.is_dir():
             self._check_metadata(path)

@@ -24,7 +24,7 @@ from corolla.data.saving import write_sums
 from corolla.data.tokens import TrainingTokenizer
 from corolla.errors import CheckpointError, StorageError, TrainingError
 from corolla.models.saving import disk_error, replacing, save_tensors
-from corolla.tuning.batches import Collator, Sequences, wants_mask
+from corolla.tuning.batches import Collator, SequenceDataset, wants_mask
 from corolla.tuning.chat_template import jinja_of
 from corolla.tuning.checkpoints import last_checkpoint
 from corolla.tuning.divergence import Divergence
@@ -34,7 +34,7 @@ from corolla.tuning.finetune_trainer import FinetuneTrainer
 from corolla.tuning.model_card import CARD, model_card
 from corolla.tuning.recipe import Recipe
 from corolla.tuning.reporting import Interruption, TrainingBar
-from corolla.tuning.run_record import Record
+from corolla.tuning.run_record import RunRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +72,7 @@ def load_model(directory: Path, recipe: Recipe, settings: FinetuneSettings) -> t
     return model
 
 
-class Run:
+class FinetuneRun:
     """The parts of a run, by which `go` reads like what happens."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Run:
         recipe: Recipe,
         settings: FinetuneSettings,
         phases: Sequence[PhaseData],
-        record: Record,
+        record: RunRecord,
         console: Console,
         micro_batch: int,
         callbacks: Sequence[TrainerCallback] = (),
@@ -139,9 +139,9 @@ class Run:
         record, data, phase = self._record, self._phases[index], self._recipe.phases[index]
         bar, interruption = TrainingBar(self._console), Interruption(self._console)
         recipe = self._recipe.for_phase(index)
-        held_out = Sequences(data.held_out) if data.held_out else None
+        held_out = SequenceDataset(data.held_out) if data.held_out else None
         arguments = self._arguments(directory, index, phase.epochs, held_out is not None)
-        trainer = FinetuneTrainer(self._model, recipe, arguments, Sequences(data.training), held_out, self._collator)
+        trainer = FinetuneTrainer(self._model, recipe, arguments, SequenceDataset(data.training), held_out, self._collator)
         trainer.remove_callback(PrinterCallback)  # which prints what the bar shows
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
         for callback in (Divergence(vocabulary), _Keeping(trainer, record, offset), bar, interruption, *self._callbacks):
@@ -273,7 +273,7 @@ def _into_configuration(file: Path, template: str) -> None:
 class _Keeping(TrainerCallback):
     """Writes a phase's curve and evaluations into the record; `offset` is how many steps the phases before had."""
 
-    def __init__(self, trainer: FinetuneTrainer, record: Record, offset: int) -> None:
+    def __init__(self, trainer: FinetuneTrainer, record: RunRecord, offset: int) -> None:
         self._trainer, self._record, self._offset = trainer, record, offset
         self._last = time.monotonic()
 

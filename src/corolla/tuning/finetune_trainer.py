@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 from corolla.data.tokens import IGNORED
 from corolla.errors import TrainingError
 from corolla.models.saving import replacing, save_tensors
-from corolla.tuning.batches import SEQUENCES, Collator, Sequences
+from corolla.tuning.batches import SEQUENCES, Collator, SequenceDataset
 from corolla.tuning.bloom import quicken
 from corolla.tuning.checkpoints import CheckpointingTrainer
 from corolla.tuning.logits_loss import trained_loss
@@ -79,8 +79,8 @@ class FinetuneTrainer(CheckpointingTrainer):
         model: torch.nn.Module,
         recipe: Recipe,
         arguments: TrainingArguments,
-        training: Sequences,
-        held_out: Sequences | None,
+        training: SequenceDataset,
+        held_out: SequenceDataset | None,
         collator: Collator,
         callbacks: Iterable[TrainerCallback] = (),
     ) -> None:

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from corolla.errors import TrainingError
-from corolla.models.config import Architecture
+from corolla.models.config import ModelConfig
 
 _BASE = 0.5e9  # the process with its libraries, in bytes
 _MARGIN = 1.1
@@ -25,7 +25,7 @@ class Need:
     only its input, and one block is computed anew at a time. The head's logits are held as computed, in float32 and with their gradient.
     """
 
-    arch: Architecture
+    arch: ModelConfig
     trained: int
     frozen: int
     frozen_bytes: int

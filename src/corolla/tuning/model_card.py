@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-from corolla.tuning.run_record import Record
+from corolla.tuning.run_record import RunRecord
 
 CARD = "README.md"
 
 
 def model_card(
-    record: Record, *, final: dict[str, Any] | None, name: str, base: str, recipe: str, licence: str | None, chat: bool, lora: bool
+    record: RunRecord, *, final: dict[str, Any] | None, name: str, base: str, recipe: str, licence: str | None, chat: bool, lora: bool
 ) -> str:
     """The card of a finished run as Markdown, with the hub's metadata in front.
 
@@ -48,7 +48,7 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _figures(record: Record, best: dict[str, Any] | None) -> str:
+def _figures(record: RunRecord, best: dict[str, Any] | None) -> str:
     if record.base is None or best is None:
         return "Nothing was held out, so nothing was measured."
     rows = [("before", record.base), (f"after step {best['step']}, which is this model", best)]
@@ -68,7 +68,7 @@ def _use(name: str, chat: bool, lora: bool) -> str:
     )
 
 
-def _data(record: Record) -> str:
+def _data(record: RunRecord) -> str:
     lines = ["| phase | source | SHA-256 |", "|---|---|---|"]
     for phase in record.data["phases"]:
         for source in phase["sources"]:

@@ -18,7 +18,7 @@ from corolla.remote.prompts import SoftPrompts
 from corolla.tuning.checkpoints import CheckpointingTrainer
 from corolla.tuning.dialogues import collate
 from corolla.tuning.loss import summed_loss
-from corolla.tuning.run_record import HeldOut, Record
+from corolla.tuning.run_record import HeldOut, RunRecord
 
 
 class TunedModel(nn.Module):
@@ -107,7 +107,7 @@ class PromptTrainer(CheckpointingTrainer):
 class Keeping(TrainerCallback):
     """Writes the record as training goes on, and the prompt with every checkpoint."""
 
-    def __init__(self, tuned: TunedModel, record: Record, save: Callable[[], None]) -> None:
+    def __init__(self, tuned: TunedModel, record: RunRecord, save: Callable[[], None]) -> None:
         self._tuned, self._record, self._save = tuned, record, save
         self._since, self._rows = time.monotonic(), 0
 

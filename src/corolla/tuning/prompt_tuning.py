@@ -36,7 +36,7 @@ from corolla.tuning.evaluation import check_loss
 from corolla.tuning.prompt_trainer import Keeping, PromptTrainer, TunedModel
 from corolla.tuning.replies import conversations, reply, without_prompt
 from corolla.tuning.reporting import Interruption, TrainingBar, check_reporter
-from corolla.tuning.run_record import RECORD, HeldOut, Record, begun_in
+from corolla.tuning.run_record import RECORD, HeldOut, RunRecord, begun_in
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +105,7 @@ def tune(
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     **servers: Any,
-) -> Record:
+) -> RunRecord:
     """Tune a prompt for the model `name` and save it in `output`, with its record and, until it is done, its last checkpoint.
 
     On SIGINT or SIGTERM the step under way is ended and saved, and `KeyboardInterrupt` raised.
@@ -132,7 +132,7 @@ def tune(
         raise InvalidSetting("max-length", f"beside {settings.prompt_tokens} soft tokens {room} fit the model's context: lower it")
     dialogues = load_dialogues(data, tokenizer, template, Problems())
     steps = settings.steps or math.ceil(settings.epochs * len(dialogues.training.articles) / settings.batch)
-    record = Record(output / RECORD, {**asdict(data), **asdict(settings), "template": template.name})
+    record = RunRecord(output / RECORD, {**asdict(data), **asdict(settings), "template": template.name})
     record.model = {
         "name": name,
         "family": arch.family,
@@ -176,7 +176,7 @@ class _Run:
         template: Template,
         seed: int,
         settings: TuneSettings,
-        record: Record,
+        record: RunRecord,
         console: Console,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
@@ -289,7 +289,7 @@ class _Run:
         return arguments
 
 
-def _resumed(before: Record, now: Record) -> Record:
+def _resumed(before: RunRecord, now: RunRecord) -> RunRecord:
     """The run as it was, with what may have changed. Raises `TrainingError` where another curve would follow."""
     differing = [name for name, value in now.settings.items() if name not in _FREE and before.settings.get(name) != value]
     if differing:

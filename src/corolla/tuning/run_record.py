@@ -42,7 +42,7 @@ class HeldOut:
 
 
 @dataclass(slots=True)
-class Record:
+class RunRecord:
     """One run. `update` changes fields by their names and writes them, `point` adds to the curve.
 
     Of the processes of a run one writes; for the others `written` is False.
@@ -106,22 +106,22 @@ class Record:
         self._last_write = time.monotonic()
 
 
-def read_record(directory: Path, name: str = RECORD) -> Record | None:
+def read_record(directory: Path, name: str = RECORD) -> RunRecord | None:
     """The record `name` in `directory`, None where there is none. Raises `TrainingError` when it is damaged, or of another version."""
     path = directory / name
     try:
         content = read_json(path)
         if content["version"] != _VERSION:
             raise TrainingError(f"{path} is of version {content['version']}, and this Corolla reads version {_VERSION}")
-        names = [name for name in Record.__dataclass_fields__ if name not in _UNWRITTEN]
-        return Record(path, **{name: content[name] for name in names})
+        names = [name for name in RunRecord.__dataclass_fields__ if name not in _UNWRITTEN]
+        return RunRecord(path, **{name: content[name] for name in names})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} is no record of a run ({error!r}): give another directory") from None
 
 
-def begun_in(output: Path, resume: bool, name: str = RECORD) -> Record | None:
+def begun_in(output: Path, resume: bool, name: str = RECORD) -> RunRecord | None:
     """The run in the directory `output` to go on with, None where one begins. Raises `TrainingError`."""
     if output.exists() and not output.is_dir():
         raise TrainingError(f"{output} is a file: give --output a directory")
