@@ -1,4 +1,4 @@
-"""Drives executors by hand: spans in a row, without an engine's loop."""
+"""Drives model runners by hand: spans in a row, without an engine's loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGES, PAGE_SIZE = 160, 16
 class Stage:
     model: SpanModel
     pool: PagePool
-    executor: ModelRunner
+    runner: ModelRunner
 
 
 class Chain:
@@ -62,7 +62,7 @@ class Chain:
                 table = tables[index]
                 assert stage.pool.reserve(table, table.length + len(payload))
                 works.append(ScheduledSequence(SequenceRows(table, table.length, len(payload)), payload, logits=1))
-            computed = stage.executor.forward(works)
+            computed = stage.runner.forward(works)
             for work in works:
                 stage.pool.advance(work.rows.table, work.rows.count)
             parts = computed.hidden.split([len(p) for p in payloads.values()])
@@ -73,12 +73,12 @@ class Chain:
     def all_logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """Logits [tokens, vocabulary] of one piece of a new session."""
         self.tables.clear()
-        self.stages = [Stage(s.model, PagePool(PAGES, PAGE_SIZE), s.executor) for s in self.stages]
+        self.stages = [Stage(s.model, PagePool(PAGES, PAGE_SIZE), s.runner) for s in self.stages]
         payload: Sequence[int] | torch.Tensor = tokens
         for stage in self.stages:
             table = stage.pool.open()
             assert stage.pool.reserve(table, len(tokens))
-            payload = stage.executor.forward([ScheduledSequence(SequenceRows(table, 0, len(tokens)), payload, logits=0)]).hidden
+            payload = stage.runner.forward([ScheduledSequence(SequenceRows(table, 0, len(tokens)), payload, logits=0)]).hidden
         assert isinstance(payload, torch.Tensor)
         with torch.inference_mode():
             return self.stages[-1].model.logits(payload)

@@ -67,13 +67,13 @@ def logits_of(
 ) -> list[torch.Tensor]:
     """The logits after each session's tokens, of one forward of all of them."""
     cache = KVCache(model.arch, model.span, 64 * 16, 16, model.dtype, model.device)
-    executor, pool = ModelRunner(model, cache, batch_invariant=batch_invariant), PagePool(64, 16)
+    runner, pool = ModelRunner(model, cache, batch_invariant=batch_invariant), PagePool(64, 16)
     works = []
     for tokens, adapter in sessions:
         table = pool.open()
         assert pool.reserve(table, len(tokens))
         works.append(ScheduledSequence(SequenceRows(table, 0, len(tokens)), tokens, logits=1, adapter=adapter))
-    logits = executor.forward(works).logits
+    logits = runner.forward(works).logits
     assert logits is not None
     return list(logits)
 

@@ -19,11 +19,11 @@ from tests.models import tiny
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "gemma3", "falcon-rw"])
-def test_fixed_shapes_equal_the_executor(family: str, tmp_path: Path) -> None:
+def test_fixed_shapes_equal_the_model_runner(family: str, tmp_path: Path) -> None:
     chain = Chain.load(tiny.save(family, tmp_path), (4,), dtype="float32", weights="plain")
     stage = chain.stages[0]
     chain.step({0: range(5, 45), 1: range(9, 12), 2: range(50, 117)})
-    program = FixedDecode(stage.model, stage.executor.cache, rows=4, pages=8)
+    program = FixedDecode(stage.model, stage.runner.cache, rows=4, pages=8)
     works = []
     for session, token in enumerate((7, 8, 9)):
         table = chain.tables[session][0]
@@ -32,7 +32,7 @@ def test_fixed_shapes_equal_the_executor(family: str, tmp_path: Path) -> None:
     program.fill(works)
     with torch.inference_mode():
         _, logits = program.run()
-    expected = stage.executor.forward(works).logits
+    expected = stage.runner.forward(works).logits
     assert logits is not None
     torch.testing.assert_close(logits[:3], expected, rtol=1e-4, atol=1e-4)
 
@@ -88,7 +88,7 @@ def test_a_graph_is_captured_on_the_models_device_and_copies_nothing_to_it(famil
     chain.step({0: range(5, 45)})
     table = chain.tables[0][0]
     assert stage.pool.reserve(table, table.length + 1)
-    graphs = DecodeGraphs(stage.model, stage.executor.cache, cuda)
+    graphs = DecodeGraphs(stage.model, stage.runner.cache, cuda)
     with torch.inference_mode():
         for _ in range(2):
             graphs.run([ScheduledSequence(SequenceRows(table, table.length, 1), [7], logits=1)])

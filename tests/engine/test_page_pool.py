@@ -246,7 +246,7 @@ class Session:
 class Pages(RuleBasedStateMachine):
     """The pool against plain lists of tokens: every table always reads back exactly what its session computed.
 
-    `memory` is what the executor keeps: at each slot, the (adapter, tokens so far) that the KV there was computed from.
+    `memory` is what the runner keeps: at each slot, the (adapter, tokens so far) that the KV there was computed from.
     """
 
     sessions = Bundle("sessions")

@@ -9,7 +9,7 @@ import pytest
 from corolla.engine.clock import AwakeClock
 from corolla.engine.page_pool import PagePool
 from corolla.engine.scheduler import Scheduler
-from corolla.engine.sequence import Conversation
+from corolla.engine.sequence import Sequence
 from corolla.models.span import SpanModel
 from corolla.types import Cached, GenerationSettings, Span, Step
 from tests.engine.test_engine import Driver, alone, prompt
@@ -29,12 +29,12 @@ from tests.engine.test_engine import Driver, alone, prompt
 def test_what_goes_on_goes_in_parts(rows: int, gives_hidden: bool, parts: list[int]) -> None:
     pool = PagePool(num_pages=400, page_size=16)
     scheduler = Scheduler(pool, step_rows=256, clock=AwakeClock())
-    conversation = Conversation("a", pool.open(), Span(0, 2), takes_hidden=False, shares_prefixes=False, tokens=[5] * rows)
-    conversation.settings, conversation.gives_hidden, conversation.deliver = GenerationSettings(), gives_hidden, print
+    sequence = Sequence("a", pool.open(), Span(0, 2), takes_hidden=False, shares_prefixes=False, tokens=[5] * rows)
+    sequence.settings, sequence.gives_hidden, sequence.deliver = GenerationSettings(), gives_hidden, print
     found = []
-    while conversation.pending and len(found) < len(parts):
-        ((_, work),) = scheduler.schedule([conversation]).work
-        pool.advance(conversation.table, work.rows.count)
+    while sequence.pending and len(found) < len(parts):
+        ((_, work),) = scheduler.schedule([sequence]).work
+        pool.advance(sequence.table, work.rows.count)
         found.append(work.rows.count)
     assert found == parts
 
@@ -122,12 +122,12 @@ def test_a_session_whose_tokens_came_while_the_process_slept_is_not_lost(model: 
     pool, clock = PagePool(num_pages=4, page_size=16), AwakeClock()
     scheduler = Scheduler(pool, 256, clock)
     waiting, other = (
-        Conversation(name, pool.open(), Span(0, 2), takes_hidden=False, shares_prefixes=False, tokens=[5] * 64, client="c") for name in "ab"
+        Sequence(name, pool.open(), Span(0, 2), takes_hidden=False, shares_prefixes=False, tokens=[5] * 64, client="c") for name in "ab"
     )
-    for number, conversation in enumerate((waiting, other)):
-        conversation.deliver, conversation.arrival, conversation.seen = print, (0, number), clock.now()
+    for number, sequence in enumerate((waiting, other)):
+        sequence.deliver, sequence.arrival, sequence.seen = print, (0, number), clock.now()
     assert len(scheduler.schedule([waiting]).work) == 1
     pool.advance(waiting.table, 64)
     clock._seen -= 3600.0  # as after a SIGSTOP of an hour
     schedule = scheduler.schedule([waiting, other])
-    assert (schedule.evicted, schedule.set_back, schedule.work) == ([], [], [])
+    assert (schedule.evicted, schedule.preempted, schedule.work) == ([], [], [])

@@ -1,1 +1,1 @@
-"""One server's compute: scheduler, KV pages, executor, sampler."""
+"""One server's compute: scheduler, KV pages, runner, sampler."""

@@ -22,17 +22,16 @@ from corolla.engine.batch import ScheduledSequence
 from corolla.engine.budgets import Budgets, Ledger
 from corolla.engine.clock import AwakeClock
 from corolla.engine.counters import EngineCounters
-from corolla.engine.furnishing import furnished
 from corolla.engine.inbox import TOKEN_BYTES, Inbox
 from corolla.engine.kv_cache import KVCache
-from corolla.engine.model_runner import INVARIANT_ROWS, ModelRunner
+from corolla.engine.model_runner import INVARIANT_ROWS, ModelRunner, prepare_inputs
 from corolla.engine.outputs import OutputProcessor, tell
 from corolla.engine.parts import EngineParts
 from corolla.engine.prompts import PromptLimits, PromptStore
 from corolla.engine.sampler import Sampled, SampleRequest
 from corolla.engine.scheduler import Scheduler
 from corolla.engine.scores import scores_of
-from corolla.engine.sequence import Conversation, Deliver
+from corolla.engine.sequence import Deliver, Sequence
 from corolla.engine.sessions import Sessions
 from corolla.engine.speculation import verified
 from corolla.engine.validation import validated_span
@@ -69,7 +68,7 @@ class EngineConfig:
 class Outcome:
     """What a forward left of one session's rows, before anybody is told."""
 
-    conversation: Conversation
+    sequence: Sequence
     work: ScheduledSequence
     hidden: torch.Tensor  # [rows, hidden]
     scores: list[Scores]
@@ -103,7 +102,7 @@ class Engine:
             takes=config.take_adapters,
             convert=parts.convert,
         )
-        self._executor = ModelRunner(model, self.cache, batch_invariant=config.batch_invariant, attend=parts.attend)
+        self._runner = ModelRunner(model, self.cache, batch_invariant=config.batch_invariant, attend=parts.attend)
         rows = INVARIANT_ROWS if config.batch_invariant else config.step_rows
         self._clock = AwakeClock()
         self._scheduler = Scheduler(self.pool, rows, self._clock)
@@ -113,8 +112,8 @@ class Engine:
         self._sessions = Sessions(
             model, self.pool, self.cache, self.counters, self._clock, self._ledger, share_prefixes=config.share_prefixes
         )
-        self._replying = OutputProcessor(self._sessions, self.pool, self.counters, self.context_length, parts.guess)
-        self._beside = BackgroundJobs(self.counters)
+        self._outputs = OutputProcessor(self._sessions, self.pool, self.counters, self.context_length, parts.guess)
+        self._background = BackgroundJobs(self.counters)
         self.after_turn: Callable[[], None] = lambda: None
         self.threads: int | None = None  # of the products, taken up between two steps; None: torch's
         self.forward_seconds = 0.0  # of the forward whose replies are being delivered
@@ -163,7 +162,7 @@ class Engine:
 
     @property
     def _has_work(self) -> bool:
-        return len(self._inbox) > 0 or len(self._beside) > 0 or any(c.pending for c in self._sessions)
+        return len(self._inbox) > 0 or len(self._background) > 0 or any(c.pending for c in self._sessions)
 
     @property
     def healthy(self) -> bool:
@@ -185,7 +184,7 @@ class Engine:
         known = self._sessions.get(session)
         if known is None or known.generation != generation:
             return 0, waiting
-        return known.position + known.refuted, known.pending + waiting
+        return known.position + known.rejected, known.pending + waiting
 
     # Receive.
 
@@ -234,7 +233,7 @@ class Engine:
         before the job does.
 
         Raises `ServerFault` where the engine is dead, or was stopped."""
-        self._beside.add(job, on_failure, client)
+        self._background.add(job, on_failure, client)
         self._awake.set()
 
     # The loop.
@@ -262,13 +261,13 @@ class Engine:
         if self._turned - self._swept > _SWEEP_EVERY:
             self._swept = self._turned
             self._sessions.forget_unused()
-        scheduled = self._furnished(self._schedule())
+        scheduled = self._prepare_inputs(self._schedule())
         if scheduled:
             self.counters.steps += 1
         began = time.perf_counter()
-        for span in sorted({conversation.span for conversation, _ in scheduled}):
-            self._step(span, [(conversation, work) for conversation, work in scheduled if conversation.span == span])
-        called = self._beside.advance(time.perf_counter() - began if scheduled else None)
+        for span in sorted({sequence.span for sequence, _ in scheduled}):
+            self._step(span, [(sequence, work) for sequence, work in scheduled if sequence.span == span])
+        called = self._background.advance(time.perf_counter() - began if scheduled else None)
         return bool(scheduled) or called or self._fail_stuck()
 
     def _take(self, message: Message, deliver: Deliver | None) -> None:
@@ -284,47 +283,47 @@ class Engine:
                 known.deliver = None  # of the step that has just been answered, or of one in whose place it came
             self._fail(known, errors[0])
 
-    def _fail(self, conversation: Conversation | None, error: Exception) -> None:
+    def _fail(self, sequence: Sequence | None, error: Exception) -> None:
         """End the session that an unexpected error came from. Raises `AssertionError` where others are touched by it."""
         self.counters.unexpected += 1
-        if conversation is not None:
-            self._replying.fail([conversation], error)
+        if sequence is not None:
+            self._outputs.fail([sequence], error)
         self.check_integrity()
 
-    def _schedule(self) -> list[tuple[Conversation, ScheduledSequence]]:
+    def _schedule(self) -> list[tuple[Sequence, ScheduledSequence]]:
         schedule = self._scheduler.schedule(self._sessions)
         self._computing = schedule.running
         self.counters.reused += schedule.reused
         self.counters.evicted_idle += len(schedule.evicted)
-        self.counters.evicted_running += len(schedule.set_back)
-        for conversation in schedule.evicted:
-            self._sessions.forget(conversation)
-        for conversation in schedule.set_back:
+        self.counters.evicted_running += len(schedule.preempted)
+        for sequence in schedule.evicted:
+            self._sessions.forget(sequence)
+        for sequence in schedule.preempted:
             # A whole model computes the tokens again by itself; the servers of a route are all given them again.
-            if len(conversation.span) < self.model.arch.blocks or conversation.takes_hidden:
-                self._sessions.forget(conversation)
-                assert conversation.deliver is not None, "an idle session was set back"
-                tell(conversation.deliver, Gap(conversation.session, conversation.generation, 0))
-        for conversation, error in schedule.failed:
-            self._fail(conversation, error)
+            if len(sequence.span) < self.model.arch.blocks or sequence.takes_hidden:
+                self._sessions.forget(sequence)
+                assert sequence.deliver is not None, "an idle session was set back"
+                tell(sequence.deliver, Gap(sequence.session, sequence.generation, 0))
+        for sequence, error in schedule.failed:
+            self._fail(sequence, error)
         return schedule.work
 
-    def _furnished(self, scheduled: list[tuple[Conversation, ScheduledSequence]]) -> list[tuple[Conversation, ScheduledSequence]]:
+    def _prepare_inputs(self, scheduled: list[tuple[Sequence, ScheduledSequence]]) -> list[tuple[Sequence, ScheduledSequence]]:
         """With their adapters and what their soft prompts put in; those of whom something was forgotten meanwhile are told. The rows of
         one adapter lie together."""
         ready = []
-        for conversation, work in scheduled:
+        for sequence, work in scheduled:
             errors: list[Exception] = []
             with barrier("a prompt or an adapter", errors.append):
                 try:
-                    ready.append((conversation, furnished(work, conversation, self.prompts, self.adapters)))
+                    ready.append((sequence, prepare_inputs(work, sequence, self.prompts, self.adapters)))
                 except (PromptNeeded, AdapterNeeded) as needed:
-                    self._replying.fail([conversation], needed)
+                    self._outputs.fail([sequence], needed)
             if errors:
-                self._fail(conversation, errors[0])
+                self._fail(sequence, errors[0])
         return sorted(ready, key=lambda both: both[0].adapter)
 
-    def _step(self, span: Span, scheduled: list[tuple[Conversation, ScheduledSequence]]) -> None:
+    def _step(self, span: Span, scheduled: list[tuple[Sequence, ScheduledSequence]]) -> None:
         """Forward and reply for the sessions that go through the same blocks."""
         began = time.perf_counter()
         outcomes = self._computed(span, scheduled)
@@ -336,15 +335,15 @@ class Engine:
             self.counters.light_seconds += self.forward_seconds / len(span)
         # Of several sessions together the rows of guesses take longer than they save: 0.9 times as many tokens a second with 4, where
         # one alone has 1.3 times as many. Sessions whose tokens are long on their way between machines come one at a time.
-        drafts = self.config.drafts if len(scheduled) == 1 and self._executor.drafts_are_cheap else 0
+        drafts = self.config.drafts if len(scheduled) == 1 and self._runner.drafts_are_cheap else 0
         for outcome in outcomes:
             errors: list[Exception] = []
             with barrier("replying to a session", errors.append):
                 self._reply(outcome, drafts)
             if errors:
-                self._fail(outcome.conversation, errors[0])
+                self._fail(outcome.sequence, errors[0])
 
-    def _computed(self, span: Span, scheduled: list[tuple[Conversation, ScheduledSequence]]) -> list[Outcome]:
+    def _computed(self, span: Span, scheduled: list[tuple[Sequence, ScheduledSequence]]) -> list[Outcome]:
         """What the sessions' rows give. After an error each half of them is computed again, until the session that causes it is alone:
         nobody has been told anything yet, and what is written to the cache is written once more."""
         errors: list[Exception] = []
@@ -357,20 +356,20 @@ class Engine:
         self._check_computing(span)
         return []
 
-    def _compute(self, span: Span, scheduled: list[tuple[Conversation, ScheduledSequence]]) -> list[Outcome]:
-        computed = self._executor.forward([work for _, work in scheduled], span)
+    def _compute(self, span: Span, scheduled: list[tuple[Sequence, ScheduledSequence]]) -> list[Outcome]:
+        computed = self._runner.forward([work for _, work in scheduled], span)
         sampled = iter(verified(scheduled, computed.logits, self._parts.sample))
         outcomes, at = [], 0
-        for conversation, work in scheduled:
+        for sequence, work in scheduled:
             hidden = computed.hidden[at : at + work.rows.count]
             at += work.rows.count
             tokens = next(sampled) if work.logits else []
-            outcome = Outcome(conversation, work, hidden, [], conversation.unscored, tokens or [])
+            outcome = Outcome(sequence, work, hidden, [], sequence.unscored, tokens or [])
             if tokens is None:
                 outcome.error = ServerFault("the logits hold NaN or infinity: the weights or the hidden states behind them are damaged")
-            elif conversation.scores:
+            elif sequence.scores:
                 try:
-                    outcome.scores, outcome.unscored = scores_of(self._executor, conversation, work, hidden)
+                    outcome.scores, outcome.unscored = scores_of(self._runner, sequence, work, hidden)
                 except ServerFault as error:
                     outcome.error = error
             outcomes.append(outcome)
@@ -378,15 +377,15 @@ class Engine:
 
     def _reply(self, outcome: Outcome, drafts: int) -> None:
         """The scores of a prompt's tokens come before any token that is sampled after them."""
-        conversation = outcome.conversation
+        sequence = outcome.sequence
         if outcome.error is not None:
-            self._replying.fail([conversation], outcome.error)
+            self._outputs.fail([sequence], outcome.error)
             return
-        conversation.unscored = outcome.unscored
+        sequence.unscored = outcome.unscored
         for scores in outcome.scores:
-            assert conversation.deliver is not None, "an idle session was scheduled"
-            conversation.deliver(scores)
-        self._replying.reply(conversation, outcome.work, outcome.hidden, outcome.sampled, drafts)
+            assert sequence.deliver is not None, "an idle session was scheduled"
+            sequence.deliver(scores)
+        self._outputs.reply(sequence, outcome.work, outcome.hidden, outcome.sampled, drafts)
 
     def _check_computing(self, span: Span) -> None:
         """A row that is nobody's tells a fault of the engine from one of a session. Raises what computing it raises: the engine ends."""
@@ -404,7 +403,7 @@ class Engine:
             return  # others compute in these pages
         try:
             zeros = [0] if span.start == 0 else torch.zeros(1, model.arch.hidden, dtype=model.dtype, device=model.device)
-            logits = self._executor.forward([ScheduledSequence(SequenceRows(table, 0, 1), zeros, logits=1)], span).logits
+            logits = self._runner.forward([ScheduledSequence(SequenceRows(table, 0, 1), zeros, logits=1)], span).logits
             if logits is not None:
                 self._parts.sample(logits, [SampleRequest(GenerationSettings(), 1, [0])])
         finally:
@@ -414,7 +413,7 @@ class Engine:
         """Nothing could be scheduled, and nothing will give pages back: a session under way is too large for the pool."""
         stuck = [c for c in self._sessions if c.pending]
         if stuck and not any(c.waiting for c in self._sessions):
-            self._replying.fail(stuck, CapacityError("the KV cache has no room for this session", self.config.retry_after))
+            self._outputs.fail(stuck, CapacityError("the KV cache has no room for this session", self.config.retry_after))
         return False
 
     # Its life.
@@ -466,11 +465,11 @@ class Engine:
         for message, deliver in self._inbox.close(error):
             if deliver is not None:
                 tell(deliver, Failed(message.session, getattr(message, "generation", 0), error))
-        for conversation in self._sessions:
-            if not conversation.idle:
+        for sequence in self._sessions:
+            if not sequence.idle:
                 with barrier("a session of an engine that ends"):
-                    self._replying.fail([conversation], error)
-        self._beside.end(error)
+                    self._outputs.fail([sequence], error)
+        self._background.end(error)
         with barrier("sending an engine's last replies"):
             self.after_turn()
 

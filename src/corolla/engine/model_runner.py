@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
+from dataclasses import replace
 
 import torch
 
-from corolla.engine.adapters import adapting
+from corolla.engine.adapters import AdapterStore, adapting
 from corolla.engine.batch import ForwardOutput, ScheduledSequence
 from corolla.engine.graphs import DecodeGraphs, fits
 from corolla.engine.kv_cache import KVCache
 from corolla.engine.parts import Attend, paged_attention
-from corolla.engine.prompts import deep_rows, put_in
+from corolla.engine.prompts import PromptStore, deep_rows, put_in, rows_of
+from corolla.engine.sequence import Sequence
+from corolla.errors import AdapterNeeded, PromptNeeded
 from corolla.models.span import SpanModel
 from corolla.types import Span
 
@@ -33,6 +36,25 @@ def packed_rows(count: int) -> int:
     return -(-count // step) * step
 
 
+def prepare_inputs(work: ScheduledSequence, sequence: Sequence, prompts: PromptStore, adapters: AdapterStore) -> ScheduledSequence:
+    """Add the adapter and the soft prompt's rows of a scheduled sequence.
+
+    Raises `PromptNeeded` or `AdapterNeeded` where one was forgotten since the step was admitted.
+    """
+    name = sequence.prompt
+    if name is not None and sequence.needs_prompt:
+        part = prompts.find(sequence.client, name, sequence.span, with_input=sequence.puts_in)
+        if part is None:
+            raise PromptNeeded
+        work = replace(work, prompt=rows_of(part, work.rows.start, work.rows.count))
+    if sequence.adapter:
+        adapter = adapters.find(sequence.adapter, sequence.span)
+        if adapter is None:
+            raise AdapterNeeded
+        work = replace(work, adapter=adapter)
+    return work
+
+
 class ModelRunner:
     def __init__(self, model: SpanModel, cache: KVCache, *, batch_invariant: bool = False, attend: Attend = paged_attention) -> None:
         self.model, self.cache = model, cache
@@ -47,7 +69,7 @@ class ModelRunner:
         return self._graphs is None
 
     @torch.inference_mode()
-    def forward(self, works: Sequence[ScheduledSequence], part: Span | None = None) -> ForwardOutput:
+    def forward(self, works: abc.Sequence[ScheduledSequence], part: Span | None = None) -> ForwardOutput:
         """Compute the rows through the span or a `part` of it, and write their keys and values; the tables must hold room."""
         model = self.model
         part = part or model.span
@@ -78,7 +100,7 @@ class ModelRunner:
             return INVARIANT_ROWS
         return packed_rows(count) if self._rounds else count
 
-    def _inputs(self, works: Sequence[ScheduledSequence], padded: int, part: Span) -> torch.Tensor:
+    def _inputs(self, works: abc.Sequence[ScheduledSequence], padded: int, part: Span) -> torch.Tensor:
         model = self.model
         if part.start == 0 and not any(isinstance(work.payload, torch.Tensor) for work in works):
             ids = [token for work in works for token in work.payload]
@@ -95,7 +117,7 @@ class ModelRunner:
         put_in(self.model, (work,), embedded)
         return embedded
 
-    def _logits(self, works: Sequence[ScheduledSequence], hidden: torch.Tensor, part: Span) -> torch.Tensor | None:
+    def _logits(self, works: abc.Sequence[ScheduledSequence], hidden: torch.Tensor, part: Span) -> torch.Tensor | None:
         if part.end != self.model.arch.blocks:
             return None
         last: list[int] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import abc
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from corolla.engine.batch import ScheduledSequence
 from corolla.engine.counters import EngineCounters
 from corolla.engine.page_pool import PagePool
 from corolla.engine.sampler import Sampled
-from corolla.engine.sequence import Conversation, Deliver
+from corolla.engine.sequence import Deliver, Sequence
 from corolla.engine.sessions import Sessions
 from corolla.engine.speculation import Guess
 from corolla.errors import CorollaError, ServerFault
@@ -32,73 +33,71 @@ class OutputProcessor:
         self._sessions, self._pool, self._counters = sessions, pool, counters
         self._context_length, self._guess = context_length, guess
 
-    def reply(
-        self, conversation: Conversation, work: ScheduledSequence, hidden: torch.Tensor, sampled: Sequence[Sampled], drafts: int
-    ) -> None:
+    def reply(self, sequence: Sequence, work: ScheduledSequence, hidden: torch.Tensor, sampled: abc.Sequence[Sampled], drafts: int) -> None:
         """The work is computed: its rows left the last block as `hidden`. `sampled` are the tokens drawn after them, if any were
         wanted; `drafts` more may be guessed."""
         count = work.rows.count
         self._counters.rows += count
-        conversation.used = self._counters.steps
-        tokens = self._tokens(conversation, work, sampled)
-        conversation.refuted = work.logits - len(tokens)
-        self._pool.advance(conversation.table, count - conversation.refuted)
-        if conversation.takes_hidden:
-            assert conversation.hidden is not None, "rows were computed that nobody sent"
-            conversation.hidden = conversation.hidden[count:]
-        elif conversation.shares_prefixes:
-            self._pool.publish(conversation.table, conversation.tokens, conversation.position)
-        deliver = conversation.deliver
+        sequence.used = self._counters.steps
+        tokens = self._tokens(sequence, work, sampled)
+        sequence.rejected = work.logits - len(tokens)
+        self._pool.advance(sequence.table, count - sequence.rejected)
+        if sequence.takes_hidden:
+            assert sequence.hidden is not None, "rows were computed that nobody sent"
+            sequence.hidden = sequence.hidden[count:]
+        elif sequence.shares_prefixes:
+            self._pool.publish(sequence.table, sequence.tokens, sequence.position)
+        deliver = sequence.deliver
         assert deliver is not None, "an idle session was scheduled"
         if tokens:
-            self._answer(conversation, tokens, drafts)
+            self._answer(sequence, tokens, drafts)
             return
-        complete = conversation.pending == 0 and not conversation.more
+        complete = sequence.pending == 0 and not sequence.more
         reply: Reply | None = None
-        if conversation.gives_hidden:
-            ids = tuple(conversation.tokens[work.rows.start : work.rows.end])
+        if sequence.gives_hidden:
+            ids = tuple(sequence.tokens[work.rows.start : work.rows.end])
             reply = Hidden(
-                conversation.session,
-                conversation.generation,
+                sequence.session,
+                sequence.generation,
                 work.rows.start,
                 hidden,
                 ids,
                 last=complete,
-                drafts=conversation.drafts if complete else 0,
+                drafts=sequence.drafts if complete else 0,
             )
         elif complete:
-            reply = Cached(conversation.session, conversation.generation, conversation.position)
-        if complete and conversation.settings is None:
-            self._sessions.rest(conversation)
-        elif conversation.pending == 0:
-            self._sessions.wait(conversation)
+            reply = Cached(sequence.session, sequence.generation, sequence.position)
+        if complete and sequence.settings is None:
+            self._sessions.finish(sequence)
+        elif sequence.pending == 0:
+            self._sessions.pause(sequence)
         if reply is not None:
             deliver(reply)
 
-    def fail(self, conversations: Iterable[Conversation], error: Exception) -> None:
+    def fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
         """The step broke: its sessions' caches cannot be trusted; their clients hold the history."""
         fault = error if isinstance(error, CorollaError) else ServerFault(f"the step failed: {error!r}")
-        for conversation in conversations:
-            if conversation.deliver is not None:
-                tell(conversation.deliver, Failed(conversation.session, conversation.generation, fault))
-            self._sessions.forget(conversation)
+        for sequence in sequences:
+            if sequence.deliver is not None:
+                tell(sequence.deliver, Failed(sequence.session, sequence.generation, fault))
+            self._sessions.forget(sequence)
 
-    def _tokens(self, conversation: Conversation, work: ScheduledSequence, sampled: Sequence[Sampled]) -> list[Token]:
+    def _tokens(self, sequence: Sequence, work: ScheduledSequence, sampled: abc.Sequence[Sampled]) -> list[Token]:
         """The tokens of a step, as far as the answer goes on: the first, and those that had been guessed."""
-        settings = conversation.settings
+        settings = sequence.settings
         tokens: list[Token] = []
         for position, drawn in enumerate(sampled, work.rows.end - work.logits + 1):
             assert settings is not None, "a token was sampled for a step without settings"
             finish = None
             if drawn.token_id in settings.stop_token_ids:
                 finish = FinishReason.STOP
-            elif conversation.sampled + len(tokens) + 1 >= settings.max_tokens_to_generate or position + 1 >= self._context_length:
+            elif sequence.sampled + len(tokens) + 1 >= settings.max_tokens_to_generate or position + 1 >= self._context_length:
                 finish = FinishReason.LENGTH
             more = finish is None and len(tokens) + 1 < len(sampled)
             tokens.append(
                 Token(
-                    conversation.session,
-                    conversation.generation,
+                    sequence.session,
+                    sequence.generation,
                     position,
                     drawn.token_id,
                     drawn.logprob,
@@ -111,28 +110,28 @@ class OutputProcessor:
                 break
         return tokens
 
-    def _answer(self, conversation: Conversation, tokens: Sequence[Token], drafts: int) -> None:
+    def _answer(self, sequence: Sequence, tokens: abc.Sequence[Token], drafts: int) -> None:
         """Deliver a step's tokens. The last of them also becomes the next row to compute (the ring, in one process), with guesses of
         what follows it, unless the answer ends."""
         self._counters.sampled += len(tokens)
         self._counters.drafts_kept += len(tokens) - 1
-        conversation.sampled += len(tokens)
+        sequence.sampled += len(tokens)
         *before, last = tokens
-        deliver = conversation.deliver
+        deliver = sequence.deliver
         assert deliver is not None, "an idle session was scheduled"
-        assert conversation.settings is not None, "a token was sampled for a step without settings"
+        assert sequence.settings is not None, "a token was sampled for a step without settings"
         for token in before:
             deliver(token)
         if last.finish is not None:
-            self._sessions.rest(conversation)
+            self._sessions.finish(sequence)
         else:
-            self._sessions.wait(conversation)  # without the guesses that were wrong
-            left = conversation.settings.max_tokens_to_generate - conversation.sampled - 1
+            self._sessions.pause(sequence)  # without the guesses that were wrong
+            left = sequence.settings.max_tokens_to_generate - sequence.sampled - 1
             room = self._context_length - last.position - 2
             if (most := min(drafts, left, room)) > 0:
-                last = replace(last, drafts=self._guess(conversation.history, last.token_id, most)[:most])
+                last = replace(last, drafts=self._guess(sequence.history, last.token_id, most)[:most])
             self._counters.drafted += len(last.drafts)
-            if conversation.span.start == 0:
-                conversation.tokens += (last.token_id, *last.drafts)
-                conversation.drafts = len(last.drafts)
+            if sequence.span.start == 0:
+                sequence.tokens += (last.token_id, *last.drafts)
+                sequence.drafts = len(last.drafts)
         deliver(last)

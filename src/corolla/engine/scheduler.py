@@ -28,7 +28,7 @@ from corolla.engine.attention import SequenceRows
 from corolla.engine.batch import ScheduledSequence
 from corolla.engine.clock import AwakeClock
 from corolla.engine.page_pool import PagePool
-from corolla.engine.sequence import Conversation
+from corolla.engine.sequence import Sequence
 
 _PART, _PARTS = 64, 8  # rows of a part of a prompt that goes on, about, and how many parts are made of what is left of it at most
 _LOST_AFTER = 30.0  # seconds without the next token: whoever should send it is gone
@@ -43,10 +43,10 @@ _EXPECTED_WITHIN = 0.5  # seconds: who is silent for longer than that is not wai
 class Schedule:
     """The rows of the next forward, and whose pages were taken for them."""
 
-    work: list[tuple[Conversation, ScheduledSequence]] = field(default_factory=list)
-    evicted: list[Conversation] = field(default_factory=list)  # were idle
-    set_back: list[Conversation] = field(default_factory=list)  # are under way, and begin anew
-    failed: list[tuple[Conversation, Exception]] = field(default_factory=list)  # could not be scheduled, for a reason nobody expected
+    work: list[tuple[Sequence, ScheduledSequence]] = field(default_factory=list)
+    evicted: list[Sequence] = field(default_factory=list)  # were idle
+    preempted: list[Sequence] = field(default_factory=list)  # are under way, and begin anew
+    failed: list[tuple[Sequence, Exception]] = field(default_factory=list)  # could not be scheduled, for a reason nobody expected
     running: Counter[str] = field(default_factory=Counter)  # sessions that had rows to compute, by client
     reused: int = 0  # tokens whose pages were found in the cache
 
@@ -59,41 +59,41 @@ class Scheduler:
         self._owed: Counter[str] = Counter()  # rows that a client had beyond its share of the steps
         self._outgrown: OrderedDict[str, int] = OrderedDict()  # pages that sessions held when they were preempted last
 
-    def schedule(self, conversations: Iterable[Conversation]) -> Schedule:
+    def schedule(self, sequences: Iterable[Sequence]) -> Schedule:
         """Reserve pages and choose rows; what could not get pages waits for a later step."""
-        everyone = list(conversations)
+        everyone = list(sequences)
         running = sorted((c for c in everyone if not c.idle and c.pending), key=lambda c: c.arrival)
         decoding = [c for c in running if c.pending - c.drafts == 1]
         # Where more sessions decode than fit in a step, the longest unserved go first.
         decoding.sort(key=lambda c: c.used)
         prefilling = [c for c in running if c.pending - c.drafts > 1]
         rows_of = self._rows_of_clients(everyone, running)
-        taken: dict[Conversation, int] = {}
+        taken: dict[Sequence, int] = {}
         schedule = Schedule()
         budget, reused = self._step_rows, 0
-        for conversation in _in_turn(decoding + prefilling):
-            most = min(budget, rows_of.get(conversation.client, budget))
-            if not most or conversation in schedule.set_back:
+        for sequence in _in_turn(decoding + prefilling):
+            most = min(budget, rows_of.get(sequence.client, budget))
+            if not most or sequence in schedule.preempted:
                 continue
             errors: list[Exception] = []
             with barrier("scheduling a session", errors.append):
-                self._keep_drafts_if_free(conversation, most)
-                if conversation.shares_prefixes and not conversation.table.pages and not conversation.scores:
-                    reused += self._pool.match(conversation.table, conversation.tokens)
-                count = min(_part(conversation), most)
-                if self._make_room(conversation, count, everyone, taken, schedule):
-                    taken[conversation] = count
+                self._keep_drafts_if_free(sequence, most)
+                if sequence.shares_prefixes and not sequence.table.pages and not sequence.scores:
+                    reused += self._pool.match(sequence.table, sequence.tokens)
+                count = min(_part(sequence), most)
+                if self._make_room(sequence, count, everyone, taken, schedule):
+                    taken[sequence] = count
                     budget -= count
                     if rows_of:
-                        rows_of[conversation.client] -= count
-            schedule.failed.extend((conversation, error) for error in errors)
+                        rows_of[sequence.client] -= count
+            schedule.failed.extend((sequence, error) for error in errors)
         if rows_of:
-            for conversation, count in taken.items():
-                self._owed[conversation.client] += count
+            for sequence, count in taken.items():
+                self._owed[sequence.client] += count
         work = [(c, self._work(c, count)) for c, count in taken.items()]
         return replace(schedule, work=work, running=Counter(c.client for c in running), reused=reused)
 
-    def _rows_of_clients(self, everyone: list[Conversation], running: list[Conversation]) -> Counter[str]:
+    def _rows_of_clients(self, everyone: list[Sequence], running: list[Sequence]) -> Counter[str]:
         """How many rows of a step each client may have; nothing where there is one client only.
 
         A client that had less than its share of the last steps may have it now, up to half a step: most prompts are computed at once.
@@ -108,26 +108,24 @@ class Scheduler:
         self._owed = Counter({client: rows - share for client, rows in self._owed.items() if rows > share})
         return Counter({client: max(share, self._step_rows // 2 - self._owed[client]) for client in clients})
 
-    def _keep_drafts_if_free(self, conversation: Conversation, budget: int) -> None:
+    def _keep_drafts_if_free(self, sequence: Sequence, budget: int) -> None:
         """Guesses are computed in one forward with all that is certain, and take pages that nobody holds, or not at all."""
-        if not conversation.drafts:
+        if not sequence.drafts:
             return
-        table, pending = conversation.table, conversation.pending
-        fits = bool(table.pages) and pending <= min(_part(conversation), budget)
+        table, pending = sequence.table, sequence.pending
+        fits = bool(table.pages) and pending <= min(_part(sequence), budget)
         if not (fits and self._pool.reserve(table, table.length + pending)):
-            conversation.drop_drafts()
+            sequence.drop_drafts()
 
-    def _make_room(
-        self, conversation: Conversation, count: int, everyone: list[Conversation], taken: dict[Conversation, int], schedule: Schedule
-    ) -> bool:
+    def _make_room(self, sequence: Sequence, count: int, everyone: list[Sequence], taken: dict[Sequence, int], schedule: Schedule) -> bool:
         """Reserve pages for `count` more rows, where none is free those of others."""
-        table = conversation.table
+        table = sequence.table
         while not self._pool.reserve(table, table.length + count):
-            holders = [c for c in everyone if c.table.pages and c is not conversation]
-            if (victim := self._idle_victim(conversation, holders)) is not None:
+            holders = [c for c in everyone if c.table.pages and c is not sequence]
+            if (victim := self._idle_victim(sequence, holders)) is not None:
                 schedule.evicted.append(victim)
-            elif (victim := self._running_victim(conversation, holders, everyone, taken)) is not None:
-                schedule.set_back.append(victim)
+            elif (victim := self._running_victim(sequence, holders, everyone, taken)) is not None:
+                schedule.preempted.append(victim)
                 taken.pop(victim, None)
                 self._remember(victim)
             else:
@@ -135,75 +133,75 @@ class Scheduler:
             self._pool.free(victim.table)
         return True
 
-    def _idle_victim(self, conversation: Conversation, holders: list[Conversation]) -> Conversation | None:
+    def _idle_victim(self, sequence: Sequence, holders: list[Sequence]) -> Sequence | None:
         """The longest unused session that is idle, or whose next token does not come; of the client itself, of one that holds more than
         its share, or, for one that holds less, of anybody."""
         lost = self._clock.now() - _LOST_AFTER
         idle = [c for c in holders if c.idle or (c.waiting and c.seen < lost)]
-        pages = Counter({conversation.client: len(conversation.table.pages)})
+        pages = Counter({sequence.client: len(sequence.table.pages)})
         for other in holders:
             pages[other.client] += len(other.table.pages)
         share = self._pool.num_pages / len(pages)
-        near = [c for c in idle if c.client == conversation.client or pages[c.client] > share]
-        if not near and pages[conversation.client] <= share:
+        near = [c for c in idle if c.client == sequence.client or pages[c.client] > share]
+        if not near and pages[sequence.client] <= share:
             near = idle
         return min(near, key=lambda c: c.used, default=None)
 
     def _running_victim(
-        self, conversation: Conversation, holders: list[Conversation], everyone: list[Conversation], taken: dict[Conversation, int]
-    ) -> Conversation | None:
+        self, sequence: Sequence, holders: list[Sequence], everyone: list[Sequence], taken: dict[Sequence, int]
+    ) -> Sequence | None:
         """The session under way that was asked for last, of those that are preempted for this one."""
         fitting = self._fitting(everyone)
 
-        def preempted(other: Conversation) -> bool:
-            if conversation.client != other.client and conversation in fitting:
+        def preempted(other: Sequence) -> bool:
+            if sequence.client != other.client and sequence in fitting:
                 return other not in fitting
-            alike = conversation.client == other.client or other not in fitting
-            return alike and other.arrival > conversation.arrival and other not in taken
+            alike = sequence.client == other.client or other not in fitting
+            return alike and other.arrival > sequence.arrival and other not in taken
 
         return max((c for c in holders if not c.idle and preempted(c)), key=lambda c: c.arrival, default=None)
 
-    def _fitting(self, everyone: list[Conversation]) -> set[Conversation]:
+    def _fitting(self, everyone: list[Sequence]) -> set[Sequence]:
         """The sessions under way that fit their client's share of the pages with all that is known of them, the earliest first."""
         running = sorted((c for c in everyone if not c.idle), key=lambda c: c.arrival)
         share = self._pool.num_pages // max(1, len({c.client for c in running}))
         needed: Counter[str] = Counter()
         fitting = set()
-        for conversation in running:
-            pages = -(-(conversation.position + conversation.pending) // self._pool.page_size)
-            needed[conversation.client] += max(pages, self._outgrown.get(conversation.session, 0))
-            if needed[conversation.client] <= share:
-                fitting.add(conversation)
+        for sequence in running:
+            pages = -(-(sequence.position + sequence.pending) // self._pool.page_size)
+            needed[sequence.client] += max(pages, self._outgrown.get(sequence.session, 0))
+            if needed[sequence.client] <= share:
+                fitting.add(sequence)
         return fitting
 
-    def _remember(self, victim: Conversation) -> None:
+    def _remember(self, victim: Sequence) -> None:
         """Its rows come again bit by bit on a server in the middle of a route: it is known by then how many they will be."""
         self._outgrown[victim.session] = max(len(victim.table.pages), self._outgrown.pop(victim.session, 0))
         if len(self._outgrown) > _REMEMBERED:
             self._outgrown.popitem(last=False)
 
-    def _work(self, conversation: Conversation, count: int) -> ScheduledSequence:
-        rows = SequenceRows(conversation.table, conversation.position, count)
-        last = count == conversation.pending
-        return ScheduledSequence(rows, conversation.payload(count), logits=1 + conversation.drafts if last and conversation.samples else 0)
+    def _work(self, sequence: Sequence, count: int) -> ScheduledSequence:
+        rows = SequenceRows(sequence.table, sequence.position, count)
+        last = count == sequence.pending
+        return ScheduledSequence(rows, sequence.payload(count), logits=1 + sequence.drafts if last and sequence.samples else 0)
 
 
-def _in_turn(sessions: list[Conversation]) -> list[Conversation]:
+def _in_turn(sessions: list[Sequence]) -> list[Sequence]:
     """One session of each client, then a second one of each, and so on, else in the order given."""
     places: Counter[str] = Counter()
     placed = []
-    for conversation in sessions:
-        placed.append((places[conversation.client], conversation))
-        places[conversation.client] += 1
-    return [conversation for _, conversation in sorted(placed, key=lambda both: both[0])]
+    for sequence in sessions:
+        placed.append((places[sequence.client], sequence))
+        places[sequence.client] += 1
+    return [sequence for _, sequence in sorted(placed, key=lambda both: both[0])]
 
 
-def _part(conversation: Conversation) -> int:
+def _part(sequence: Sequence) -> int:
     """How many of the pending rows to compute at once.
 
     What goes on as hidden states goes in parts: the next server computes the first while the second is computed here. That is
     the pipelining of GPipe (Huang et al., 2019), with parts of a prompt for micro-batches.
     """
-    if not conversation.gives_hidden:
-        return conversation.pending
-    return math.ceil(conversation.pending / min(_PARTS, max(1, round(conversation.pending / _PART))))
+    if not sequence.gives_hidden:
+        return sequence.pending
+    return math.ceil(sequence.pending / min(_PARTS, max(1, round(sequence.pending / _PART))))

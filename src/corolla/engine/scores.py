@@ -7,14 +7,14 @@ import torch
 from corolla.engine.batch import ScheduledSequence
 from corolla.engine.model_runner import ModelRunner
 from corolla.engine.sampler import score
-from corolla.engine.sequence import Conversation
+from corolla.engine.sequence import Sequence
 from corolla.types import Scores
 
 _AT_ONCE = 64  # tokens of one reply: with 20 alternatives each they fit a frame
 
 
 def scores_of(
-    executor: ModelRunner, conversation: Conversation, work: ScheduledSequence, hidden: torch.Tensor
+    runner: ModelRunner, sequence: Sequence, work: ScheduledSequence, hidden: torch.Tensor
 ) -> tuple[list[Scores], torch.Tensor | None]:
     """The scores that the rows `hidden` [count, hidden] of a session give, which left the last block, and its next `unscored` row.
 
@@ -22,14 +22,14 @@ def scores_of(
     Raises `ServerFault` for rows that are not finite.
     """
     start = work.rows.start
-    if conversation.unscored is not None:
-        hidden, start = torch.cat([conversation.unscored, hidden]), start - 1
-    following = conversation.tokens[start + 1 : work.rows.end + 1]
+    if sequence.unscored is not None:
+        hidden, start = torch.cat([sequence.unscored, hidden]), start - 1
+    following = sequence.tokens[start + 1 : work.rows.end + 1]
     unscored = hidden[-1:].clone() if len(following) < len(hidden) else None
-    assert conversation.settings is not None, "scores are computed that nobody asked for"
-    top, replies = conversation.settings.top_logprobs, []
+    assert sequence.settings is not None, "scores are computed that nobody asked for"
+    top, replies = sequence.settings.top_logprobs, []
     for at in range(0, len(following), _AT_ONCE):
         tokens = following[at : at + _AT_ONCE]
-        scores = score(executor.logits(hidden[at : at + len(tokens)]), tokens, top)
-        replies.append(Scores(conversation.session, conversation.generation, start + 1 + at, tuple(scores)))
+        scores = score(runner.logits(hidden[at : at + len(tokens)]), tokens, top)
+        replies.append(Scores(sequence.session, sequence.generation, start + 1 + at, tuple(scores)))
     return replies, unscored

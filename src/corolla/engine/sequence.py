@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ Deliver = Callable[[Reply], None]
 
 
 @dataclass(slots=True, eq=False)
-class Conversation:
+class Sequence:
     """The state of one session.
 
     `tokens` is the whole history as far as it is known here. Where token ids come in, what lies past the table's length is
@@ -38,7 +39,7 @@ class Conversation:
     gives_hidden: bool = False  # hidden states go out, rather than tokens
     more: bool = False  # further rows of the step are on their way
     drafts: int = 0  # so many of the pending rows are guesses, the last ones
-    refuted: int = 0  # rows of the last step that were guesses, and wrong
+    rejected: int = 0  # rows of the last step that were guesses, and wrong
     adapter: str = ""  # the digest of its adapter
     prompt: PromptName | None = None
     client: str = ""  # whose session and prompt that is
@@ -92,7 +93,7 @@ class Conversation:
         return self.span.start == 0 and not self.takes_hidden
 
     @property
-    def history(self) -> Sequence[int]:
+    def history(self) -> abc.Sequence[int]:
         """Its tokens without the prompt's placeholders."""
         return self.tokens if self.prompt is None else self.tokens[self.prompt.tokens :]
 
@@ -103,7 +104,7 @@ class Conversation:
             del self.tokens[-self.drafts :]
             self.drafts = 0
 
-    def payload(self, count: int) -> Sequence[int] | torch.Tensor:
+    def payload(self, count: int) -> abc.Sequence[int] | torch.Tensor:
         """The next `count` rows to compute."""
         if self.hidden is not None:
             return self.hidden[:count]

@@ -14,7 +14,7 @@ from corolla.engine.inbox import size_of
 from corolla.engine.kv_cache import KVCache
 from corolla.engine.page_pool import PagePool
 from corolla.engine.prompts import page_seed
-from corolla.engine.sequence import Conversation, Deliver
+from corolla.engine.sequence import Deliver, Sequence
 from corolla.models.span import SpanModel
 from corolla.types import Cancel, Close, Gap, Message, Step
 
@@ -40,13 +40,13 @@ class Sessions:
     ) -> None:
         self._model, self._pool, self._cache, self._counters, self._clock = model, pool, cache, counters, clock
         self._ledger, self._share_prefixes = ledger, share_prefixes
-        self._known: dict[str, Conversation] = {}
+        self._known: dict[str, Sequence] = {}
         self._arrivals = 0
 
-    def __iter__(self) -> Iterator[Conversation]:
+    def __iter__(self) -> Iterator[Sequence]:
         return iter(list(self._known.values()))
 
-    def get(self, session: str) -> Conversation | None:
+    def get(self, session: str) -> Sequence | None:
         return self._known.get(session)
 
     def take(self, message: Message, deliver: Deliver | None) -> None:
@@ -57,7 +57,7 @@ class Sessions:
                 self.forget(known)
         elif isinstance(message, Cancel):
             if known is not None and known.generation == message.generation:
-                self.rest(known)
+                self.finish(known)
         elif isinstance(message, Step):
             assert deliver is not None, "a step needs somewhere to send its replies"
             try:
@@ -75,78 +75,78 @@ class Sessions:
         else:
             self._ledger.give_back(step.client, size_of(step))
 
-    def _settle(self, conversation: Conversation) -> None:
-        if conversation.charged:
-            self._ledger.give_back(conversation.client, conversation.charged)
-            conversation.charged = 0
+    def _settle(self, sequence: Sequence) -> None:
+        if sequence.charged:
+            self._ledger.give_back(sequence.client, sequence.charged)
+            sequence.charged = 0
 
     def _bound_histories(self, client: str) -> None:
         """A client's idle sessions are forgotten, the longest unused first, where it has more tokens here than are remembered of one."""
         own = [c for c in self if c.client == client]
         tokens = sum(len(c.tokens) for c in own)
-        for conversation in sorted((c for c in own if c.idle), key=lambda c: c.used):
+        for sequence in sorted((c for c in own if c.idle), key=lambda c: c.used):
             if tokens <= _TOKENS_PER_CLIENT:
                 return
-            tokens -= len(conversation.tokens)
-            self.forget(conversation)
+            tokens -= len(sequence.tokens)
+            self.forget(sequence)
 
     def forget_unused(self) -> None:
         """Those that have been idle for an hour and hold no pages."""
         since = self._clock.now() - _UNUSED
-        for conversation in self:
-            if conversation.idle and not conversation.table.pages and conversation.seen < since:
-                self.forget(conversation)
+        for sequence in self:
+            if sequence.idle and not sequence.table.pages and sequence.seen < since:
+                self.forget(sequence)
 
-    def rest(self, conversation: Conversation) -> None:
+    def finish(self, sequence: Sequence) -> None:
         """Idle from here on: what is cached stays, what was pending is dropped."""
-        conversation.deliver = conversation.settings = None
-        self.wait(conversation)
+        sequence.deliver = sequence.settings = None
+        self.pause(sequence)
 
-    def wait(self, conversation: Conversation) -> None:
+    def pause(self, sequence: Sequence) -> None:
         """Nothing is left to compute, until something more comes."""
-        self._settle(conversation)
-        conversation.hidden = None
-        conversation.drafts = 0
-        del conversation.tokens[conversation.position :]
-        self._pool.truncate(conversation.table, conversation.position)
+        self._settle(sequence)
+        sequence.hidden = None
+        sequence.drafts = 0
+        del sequence.tokens[sequence.position :]
+        self._pool.truncate(sequence.table, sequence.position)
 
-    def forget(self, conversation: Conversation) -> None:
-        if self._known.get(conversation.session) is conversation:
-            del self._known[conversation.session]
-        self._settle(conversation)
-        self._pool.free(conversation.table)
+    def forget(self, sequence: Sequence) -> None:
+        if self._known.get(sequence.session) is sequence:
+            del self._known[sequence.session]
+        self._settle(sequence)
+        self._pool.free(sequence.table)
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` where a session contradicts itself."""
-        for conversation in self:
-            known = len(conversation.tokens)
-            assert conversation.takes_hidden or conversation.position <= known, f"{conversation.session} caches more than its history"
-            assert not (conversation.idle and conversation.pending), f"{conversation.session} is idle with rows to compute"
-            assert conversation.drafts <= max(0, conversation.pending - 1), f"{conversation.session} guesses more than it has to compute"
+        for sequence in self:
+            known = len(sequence.tokens)
+            assert sequence.takes_hidden or sequence.position <= known, f"{sequence.session} caches more than its history"
+            assert not (sequence.idle and sequence.pending), f"{sequence.session} is idle with rows to compute"
+            assert sequence.drafts <= max(0, sequence.pending - 1), f"{sequence.session} guesses more than it has to compute"
 
     def _begin(self, step: Step, deliver: Deliver) -> None:
-        conversation = self._known.get(step.session)
-        if conversation is not None and _continues(conversation, step):
-            self._go_on(conversation, step, deliver)
+        sequence = self._known.get(step.session)
+        if sequence is not None and _continues(sequence, step):
+            self._go_on(sequence, step, deliver)
             return
         span = step.span or self._model.span
         takes_hidden = isinstance(step.payload, torch.Tensor)
         seed = page_seed(step, shared=self._share_prefixes)
         kind = seed, span, takes_hidden
-        if conversation is not None and (conversation.table.adapter, conversation.span, conversation.takes_hidden) != kind:
-            self.forget(conversation)
-            conversation = None
-        if conversation is not None and conversation.generation != step.generation:
+        if sequence is not None and (sequence.table.adapter, sequence.span, sequence.takes_hidden) != kind:
+            self.forget(sequence)
+            sequence = None
+        if sequence is not None and sequence.generation != step.generation:
             # From where the new generation begins, the cached rows and their tokens are of an older history.
-            self._truncate(conversation, step.began_at)
-        have = 0 if conversation is None else _usable(conversation, step)
+            self._truncate(sequence, step.began_at)
+        have = 0 if sequence is None else _usable(sequence, step)
         if have < step.start:
-            self._refuse(conversation, step, have, deliver)
+            self._refuse(sequence, step, have, deliver)
             return
-        if conversation is None:
+        if sequence is None:
             # In a row of several servers each would find another length of a prefix: only a whole model shares them.
             whole = len(span) == self._model.arch.blocks and not takes_hidden
-            conversation = Conversation(
+            sequence = Sequence(
                 step.session,
                 self._pool.open(seed),
                 span,
@@ -156,47 +156,47 @@ class Sessions:
                 prompt=step.prompt,
                 client=step.client,
             )
-            self._known[step.session] = conversation
-        self._truncate(conversation, step.start)
+            self._known[step.session] = sequence
+        self._truncate(sequence, step.start)
         if isinstance(step.payload, torch.Tensor):
             # A page that could not be copied is cut off. Where token ids come in they are still known, and are computed again.
-            if conversation.position < step.start:
-                self._refuse(conversation, step, conversation.position, deliver)
+            if sequence.position < step.start:
+                self._refuse(sequence, step, sequence.position, deliver)
                 return
-            conversation.hidden = step.payload
-            conversation.tokens[step.start :] = step.tokens
+            sequence.hidden = step.payload
+            sequence.tokens[step.start :] = step.tokens
         else:
-            conversation.hidden = None
-            conversation.tokens[step.start :] = step.payload
-        if conversation.idle or conversation.generation != step.generation:
+            sequence.hidden = None
+            sequence.tokens[step.start :] = step.payload
+        if sequence.idle or sequence.generation != step.generation:
             self._arrivals += 1
-            conversation.unscored = None
-            conversation.generation, conversation.sampled = step.generation, 0
-            conversation.arrival = _asked(step), self._arrivals
-            conversation.gives_hidden = step.wants_hidden or span.end != self._model.arch.blocks
-        self._go_on(conversation, step, deliver)
+            sequence.unscored = None
+            sequence.generation, sequence.sampled = step.generation, 0
+            sequence.arrival = _asked(step), self._arrivals
+            sequence.gives_hidden = step.wants_hidden or span.end != self._model.arch.blocks
+        self._go_on(sequence, step, deliver)
 
-    def _go_on(self, conversation: Conversation, step: Step, deliver: Deliver) -> None:
-        conversation.deliver, conversation.settings, conversation.more = deliver, step.settings, step.more
-        conversation.drafts, conversation.refuted = step.drafts, 0
-        conversation.seen = self._clock.now()
+    def _go_on(self, sequence: Sequence, step: Step, deliver: Deliver) -> None:
+        sequence.deliver, sequence.settings, sequence.more = deliver, step.settings, step.more
+        sequence.drafts, sequence.rejected = step.drafts, 0
+        sequence.seen = self._clock.now()
 
-    def _truncate(self, conversation: Conversation, position: int) -> None:
+    def _truncate(self, sequence: Sequence, position: int) -> None:
         """Keep what is cached below `position`; less where the last page is shared and no page is free for a copy of it."""
-        self._cache.copy_pages(self._pool.truncate(conversation.table, min(position, conversation.position)))
+        self._cache.copy_pages(self._pool.truncate(sequence.table, min(position, sequence.position)))
 
-    def _refuse(self, conversation: Conversation | None, step: Step, have: int, deliver: Deliver) -> None:
+    def _refuse(self, sequence: Sequence | None, step: Step, have: int, deliver: Deliver) -> None:
         """The step begins behind what is here. Its generation has taken no row, and begins anew where the caller sends again."""
         self._counters.gaps += 1
-        if conversation is not None:
-            self.rest(conversation)
-            conversation.generation = step.generation
+        if sequence is not None:
+            self.finish(sequence)
+            sequence.generation = step.generation
         deliver(Gap(step.session, step.generation, have))
 
 
-def _usable(conversation: Conversation, step: Step) -> int:
+def _usable(sequence: Sequence, step: Step) -> int:
     """How many of the cached rows the step can go on from: those whose token ids are known, where it brings ids of its own."""
-    return min(conversation.position, len(conversation.tokens)) if step.tokens else conversation.position
+    return min(sequence.position, len(sequence.tokens)) if step.tokens else sequence.position
 
 
 def _asked(step: Step) -> int:
@@ -205,17 +205,17 @@ def _asked(step: Step) -> int:
     return min(max(step.asked, now - _MOVED_WITHIN), now) if step.asked else now
 
 
-def _continues(conversation: Conversation, step: Step) -> bool:
+def _continues(sequence: Sequence, step: Step) -> bool:
     """Take a further chunk of a step whose rows are not all computed yet behind them; whether it is one."""
-    follows = step.generation == conversation.generation and step.start == conversation.position + conversation.pending
-    if not follows or not conversation.pending or isinstance(step.payload, torch.Tensor) != conversation.takes_hidden:
+    follows = step.generation == sequence.generation and step.start == sequence.position + sequence.pending
+    if not follows or not sequence.pending or isinstance(step.payload, torch.Tensor) != sequence.takes_hidden:
         return False
     if not isinstance(step.payload, torch.Tensor):
-        conversation.tokens += step.payload
+        sequence.tokens += step.payload
         return True
-    if step.tokens and len(conversation.tokens) < step.start:  # the ids of rows before it are not known
+    if step.tokens and len(sequence.tokens) < step.start:  # the ids of rows before it are not known
         return False
-    assert conversation.hidden is not None, "rows are pending that nobody sent"
-    conversation.hidden = torch.cat([conversation.hidden, step.payload])
-    conversation.tokens[step.start :] = step.tokens
+    assert sequence.hidden is not None, "rows are pending that nobody sent"
+    sequence.hidden = torch.cat([sequence.hidden, step.payload])
+    sequence.tokens[step.start :] = step.tokens
     return True

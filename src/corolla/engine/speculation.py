@@ -9,25 +9,26 @@ step, whose forward of a few rows takes about as long as one of a single row, gi
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from corolla.engine.batch import ScheduledSequence
 from corolla.engine.sampler import Sampled, SampleRequest, sample
-from corolla.engine.sequence import Conversation
+from corolla.engine.sequence import Sequence
 
-Sample = Callable[[torch.Tensor, Sequence[SampleRequest]], list[Sampled | None]]
+Sample = Callable[[torch.Tensor, abc.Sequence[SampleRequest]], list[Sampled | None]]
 """`sampler.sample`."""
-Guess = Callable[[Sequence[int], int, int], tuple[int, ...]]
+Guess = Callable[[abc.Sequence[int], int, int], tuple[int, ...]]
 """Tokens that may follow a history and the token after it, and how many of them at most."""
 
 _BACK = 4096  # tokens that are looked through: a tenth of a millisecond
 _PAIR = 2
 
 
-def guess(history: Sequence[int], token: int, most: int) -> tuple[int, ...]:
+def guess(history: abc.Sequence[int], token: int, most: int) -> tuple[int, ...]:
     """Up to `most` tokens that may follow `history` and `token`; none where no two tokens like the last two stand earlier."""
     recent = [*history[-_BACK:], token]
     coded = array("q", recent)
@@ -46,7 +47,7 @@ def guess(history: Sequence[int], token: int, most: int) -> tuple[int, ...]:
 class _Verified:
     """A session's rows [1 + drafts] of logits from row `at` on, and the tokens that are certain so far."""
 
-    conversation: Conversation
+    sequence: Sequence
     work: ScheduledSequence
     at: int
     sampled: list[Sampled] = field(default_factory=list)
@@ -55,22 +56,22 @@ class _Verified:
     @property
     def request(self) -> SampleRequest:
         """For the first row that nothing is sampled from yet."""
-        conversation, later = self.conversation, self.work.logits - 1 - len(self.sampled)
-        history = conversation.history
-        assert conversation.settings is not None, "a token is sampled for a step without settings"
-        return SampleRequest(conversation.settings, self.work.rows.end - later, history[: len(history) - later] if later else history)
+        sequence, later = self.sequence, self.work.logits - 1 - len(self.sampled)
+        history = sequence.history
+        assert sequence.settings is not None, "a token is sampled for a step without settings"
+        return SampleRequest(sequence.settings, self.work.rows.end - later, history[: len(history) - later] if later else history)
 
     @property
     def goes_on(self) -> bool:
         """Whether the next row follows on what was sampled."""
         if self.damaged or len(self.sampled) == self.work.logits:
             return False
-        guessed = self.conversation.tokens[self.work.rows.end - self.work.logits + len(self.sampled)]
+        guessed = self.sequence.tokens[self.work.rows.end - self.work.logits + len(self.sampled)]
         return guessed == self.sampled[-1].token_id
 
 
 def verified(
-    scheduled: Sequence[tuple[Conversation, ScheduledSequence]], logits: torch.Tensor | None, sample: Sample = sample
+    scheduled: abc.Sequence[tuple[Sequence, ScheduledSequence]], logits: torch.Tensor | None, sample: Sample = sample
 ) -> list[list[Sampled] | None]:
     """What each of the works that want logits gives: one token, and another for each guess that turned out right. None where
     a row has NaN or infinity, from which nothing can be drawn.
@@ -78,9 +79,9 @@ def verified(
     `logits` [rows, vocabulary] has the rows that they want, one work's behind another's.
     """
     everyone, at = [], 0
-    for conversation, work in scheduled:
+    for sequence, work in scheduled:
         if work.logits:
-            everyone.append(_Verified(conversation, work, at))
+            everyone.append(_Verified(sequence, work, at))
             at += work.logits
     going = everyone
     while going and logits is not None:
