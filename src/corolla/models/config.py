@@ -1,4 +1,4 @@
-"""What a model's blocks compute, as data: one frozen `Architecture` for every supported family.
+"""What a model's blocks compute, as data: one frozen `ModelConfig` for every supported family.
 
 `models/families.py` reads it off a transformers config; `models/block.py` computes it.
 """

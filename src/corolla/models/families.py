@@ -1,4 +1,4 @@
-"""The supported families: from a transformers config to an `Architecture`.
+"""The supported families: from a transformers config to a `ModelConfig`.
 
 One function a family; each refuses, with a sentence, the variants whose mathematics it does not have.
 """

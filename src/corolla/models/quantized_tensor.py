@@ -95,7 +95,7 @@ def nf4_values(device: torch.device) -> torch.Tensor:
 
 
 def joined(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    """Matrices of one format and of as many inputs, below one another. Raises `UnsupportedModel` like `Codes.rows`."""
+    """Matrices of one format and of as many inputs, below one another. Raises `UnsupportedModel` like `QuantizedTensor.rows`."""
     first = parts[0]
     if first.format == "nf4" and any(part.codes.numel() * 2 % NF4_BLOCK for part in parts):
         raise UnsupportedModel(f"nf4 keeps {NF4_BLOCK} values together, and matrices of other sizes cannot be joined: use int8")

@@ -40,7 +40,7 @@ _AT_ONCE = 0.5  # seconds that it gets where everything has to end at once
 class RunningServer:
     """A server that is up, until `close`. `addresses` are what others join through.
 
-    Raises what `Holder.load` does, and `NetworkError` when the first announcement does not go out.
+    Raises what `SpanManager.load` does, and `NetworkError` when the first announcement does not go out.
     """
 
     def __init__(
