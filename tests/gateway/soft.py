@@ -9,7 +9,7 @@ import torch
 from corolla.models.checkpoint import read_config
 from corolla.models.families import architecture
 from corolla.models.prompts import SoftPrompt, save_prompt
-from corolla.tuning.run_record import RECORD, Record, Status
+from corolla.tuning.run_record import RECORD, RunRecord, Status
 
 
 def make_prompt(directory: Path, model: Path, tokens: int, *, deep: bool = False) -> None:
@@ -24,7 +24,7 @@ def make_record(directory: Path, status: Status = "done") -> None:
     """A record of 40 steps, or of the first 20 of a run that has not ended."""
     directory.mkdir(exist_ok=True)
     done = 40 if status == "done" else 20
-    record = Record(directory / RECORD, settings={"steps": 40}, status=status)
+    record = RunRecord(directory / RECORD, settings={"steps": 40}, status=status)
     for step in range(1, done + 1):
         record.point(step=step, loss=4 - step / 20, learning_rate=0.1, seconds=0.5, tokens=64)
     record.update(

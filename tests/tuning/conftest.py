@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 
 from corolla.tuning.dialogues import DataSettings
 from corolla.tuning.prompt_tuning import TuneSettings, tune
-from corolla.tuning.run_record import Record
+from corolla.tuning.run_record import RunRecord
 from tests.models import tiny
 
-Tune = Callable[..., Record]
+Tune = Callable[..., RunRecord]
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def tuning(models: dict[str, Path], dialogues: Path, tmp_path: Path, quiet: Cons
         resume: bool = False,
         data: dict[str, Any] | None = None,
         **settings: Any,
-    ) -> Record:
+    ) -> RunRecord:
         read = DataSettings(**{"data": str(dialogues), "max_length": 160, "held_out": 0.1, "held_out_samples": 3, **(data or {})})
         chosen = TuneSettings(**{"prompt_tokens": 4, "batch": 3, "steps": 6, "report_to": "none", **settings})
         return tune(str(models[model]), tmp_path / out, read, chosen, quiet, resume=resume, callbacks=callbacks)

@@ -25,7 +25,7 @@ from corolla.errors import CallerError, CheckpointError, DataError, InvalidSetti
 from corolla.tuning.finetune import FinetuneSettings, finetune
 from corolla.tuning.finetune_run import TRAINING
 from corolla.tuning.recipe import Phase, Recipe
-from corolla.tuning.run_record import Record
+from corolla.tuning.run_record import RunRecord
 
 RECIPE: dict[str, Any] = {
     "name": "test",
@@ -63,18 +63,18 @@ def run(
     checkpointing: bool = False,
     callbacks: Any = (),
     **recipe: Any,
-) -> Record:
+) -> RunRecord:
     chosen, settings = Recipe(**{**RECIPE, **recipe}), FinetuneSettings(**SETTINGS, lora=lora, gradient_checkpointing=checkpointing)
     return finetune(str(model), [str(data)], output, chosen, settings, Console(quiet=True), resume=resume, callbacks=callbacks)
 
 
 @pytest.fixture(scope="module")
-def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
+def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
     output = tmp_path_factory.mktemp("runs") / "tuned"
     return output, run(model, data, output)
 
 
-def test_a_run_learns_and_writes_down_what_it_did(finished: tuple[Path, Record]) -> None:
+def test_a_run_learns_and_writes_down_what_it_did(finished: tuple[Path, RunRecord]) -> None:
     output, record = finished
     assert record.base is not None
     assert min(entry["loss"] for entry in record.evaluations) < record.base["loss"] - 0.1
@@ -85,7 +85,7 @@ def test_a_run_learns_and_writes_down_what_it_did(finished: tuple[Path, Record])
     assert {"corolla", "torch", "transformers"} <= set(written["versions"])
 
 
-def test_the_directory_is_an_ordinary_one_without_pickles(finished: tuple[Path, Record]) -> None:
+def test_the_directory_is_an_ordinary_one_without_pickles(finished: tuple[Path, RunRecord]) -> None:
     output, _ = finished
     names = {path.name for path in output.rglob("*")}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md", "recipe.yaml", "SHA256SUMS"} <= names
@@ -97,7 +97,7 @@ def test_the_directory_is_an_ordinary_one_without_pickles(finished: tuple[Path, 
     assert str(output.parent) not in card
 
 
-def test_the_template_lies_in_the_tokenizers_configuration_too(finished: tuple[Path, Record]) -> None:
+def test_the_template_lies_in_the_tokenizers_configuration_too(finished: tuple[Path, RunRecord]) -> None:
     template = json.loads((finished[0] / "tokenizer_config.json").read_text())["chat_template"]
     assert "{%- generation -%}" in template
     assert template == (finished[0] / "chat_template.jinja").read_text()
@@ -108,14 +108,16 @@ def test_the_template_lies_in_the_tokenizers_configuration_too(finished: tuple[P
     assert tokenizer.decode(trained) == "hi</s>"
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(finished: tuple[Path, Record], model: Path, data: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_nothing_but_memory(
+    finished: tuple[Path, RunRecord], model: Path, data: Path, tmp_path: Path
+) -> None:
     run(model, data, tmp_path / "out", checkpointing=True)
     ours, theirs = (load_file(each / "model.safetensors") for each in (tmp_path / "out", finished[0]))
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6, msg=name)
 
 
-def test_the_pipeline_of_transformers_talks_by_the_template(finished: tuple[Path, Record]) -> None:
+def test_the_pipeline_of_transformers_talks_by_the_template(finished: tuple[Path, RunRecord]) -> None:
     output, _ = finished
     chat = pipeline("text-generation", str(output), device="cpu")
     question = [{"role": "user", "content": "hello, this is 3"}]
@@ -126,14 +128,14 @@ def test_the_pipeline_of_transformers_talks_by_the_template(finished: tuple[Path
     assert ids == encode(TEMPLATES["sft-chat"], TextTokenizer(output), "", [Turn("user", "hello, this is 3")])
 
 
-def test_the_best_weights_are_those_saved(finished: tuple[Path, Record], model: Path, data: Path, tmp_path: Path) -> None:
+def test_the_best_weights_are_those_saved(finished: tuple[Path, RunRecord], model: Path, data: Path, tmp_path: Path) -> None:
     output, record = finished
     again = run(output, data, tmp_path / "again", template="tokenizer")
     assert again.base is not None
     assert again.base["loss"] == pytest.approx(min(entry["loss"] for entry in record.evaluations), rel=1e-4)
 
 
-def test_the_same_run_gives_the_same_bytes(finished: tuple[Path, Record], model: Path, data: Path, tmp_path: Path) -> None:
+def test_the_same_run_gives_the_same_bytes(finished: tuple[Path, RunRecord], model: Path, data: Path, tmp_path: Path) -> None:
     run(model, data, tmp_path / "same")
     assert (tmp_path / "same" / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
 
@@ -157,7 +159,7 @@ run(*map(Path, sys.argv[1:4]), callbacks=[Signalling(signal.SIGKILL, int(sys.arg
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(finished: tuple[Path, Record], model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(finished: tuple[Path, RunRecord], model: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "killed"
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root / 'tests'}:{root}"}
@@ -179,7 +181,7 @@ run(*map(Path, sys.argv[1:4]))
 """
 
 
-def test_two_processes_share_a_run(finished: tuple[Path, Record], model: Path, data: Path, tmp_path: Path) -> None:
+def test_two_processes_share_a_run(finished: tuple[Path, RunRecord], model: Path, data: Path, tmp_path: Path) -> None:
     root, script = Path(__file__).parents[2], tmp_path / "run.py"
     script.write_text(_SHARED)
     command = [
@@ -236,7 +238,7 @@ def test_prepared_sequences(model: Path, tmp_path: Path) -> None:
     assert record.data["phases"][0]["held_out"]["sequences"] == 2
 
 
-def test_interrupting_saves_and_resuming_ends_alike(finished: tuple[Path, Record], model: Path, data: Path, tmp_path: Path) -> None:
+def test_interrupting_saves_and_resuming_ends_alike(finished: tuple[Path, RunRecord], model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(model, data, tmp_path / "out", callbacks=[Signalling(signal.SIGINT, 3)])
     assert json.loads((tmp_path / "out" / "finetuning.json").read_text())["status"] == "interrupted"
@@ -247,7 +249,7 @@ def test_interrupting_saves_and_resuming_ends_alike(finished: tuple[Path, Record
 
 
 @pytest.mark.parametrize("small_disk", ["900k"], indirect=True)  # a checkpoint finds room, and no second one beside it
-def test_a_full_disk_loses_nothing(finished: tuple[Path, Record], model: Path, data: Path, small_disk: Path) -> None:
+def test_a_full_disk_loses_nothing(finished: tuple[Path, RunRecord], model: Path, data: Path, small_disk: Path) -> None:
     with pytest.raises(StorageError, match="cannot be written: No space left on device"):
         run(model, data, small_disk / "out")
     assert not (small_disk / "out" / "config.json").exists()

@@ -17,13 +17,13 @@ from corolla.models.families import architecture
 from corolla.models.prompts import load_prompt
 from corolla.remote.models import AutoDistributedConfig
 from corolla.tuning.checkpoints import last_checkpoint
-from corolla.tuning.run_record import Record, read_record
+from corolla.tuning.run_record import RunRecord, read_record
 from tests.tuning.conftest import Tune
 
 NO_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle")
 
 
-def losses(record: Record) -> list[float]:
+def losses(record: RunRecord) -> list[float]:
     return [entry["loss"] for entry in record.curve]
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from corolla.tuning.dialogues import DataSettings
 from corolla.tuning.prompt_tuning import TuneSettings, tune
-from corolla.tuning.run_record import Record, read_record
+from corolla.tuning.run_record import RunRecord, read_record
 from corolla.types import Span
 from tests.swarm.forked import ForkedSwarm
 from tests.swarm.harness import COROLLA, DEADLINE, OVER_HIVEMIND, Swarm
@@ -41,7 +41,7 @@ class Killing(TrainerCallback):
             handle = model.register_forward_hook(lambda *arguments: (kill(), handle.remove())[-1])
 
 
-def losses(record: Record) -> list[float]:
+def losses(record: RunRecord) -> list[float]:
     return [entry["loss"] for entry in record.curve]
 
 
@@ -71,7 +71,7 @@ def test_two_at_once_are_as_if_undisturbed(tuning: Tune, models: dict[str, Path]
         assert record.samples == undisturbed.samples
 
 
-async def _tune(model: Path, out: Path, dialogues: Path, console: Console, address: str, killing: Killing) -> Record:
+async def _tune(model: Path, out: Path, dialogues: Path, console: Console, address: str, killing: Killing) -> RunRecord:
     # While an event loop runs, or hivemind makes one and leaves it open.
     data = DataSettings(data=str(dialogues), max_length=160, held_out=0.1, held_out_samples=3)
     settings = TuneSettings(mode="deep_ptune", prompt_tokens=4, batch=3, steps=6, report_to="none")

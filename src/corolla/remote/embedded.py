@@ -37,7 +37,7 @@ PEER = "embedded"
 
 
 class EmbeddedNetwork:
-    """A `Network` whose only other peer is `engine`, which holds every block; also the `Router` that leads there."""
+    """A `Network` whose only other peer is `engine`, which holds every block; also the `SpanRouter` that leads there."""
 
     me = "client"
 
