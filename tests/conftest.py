@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from hypothesis import settings
 # Before torch is imported, here and in the processes that tests start. Tiny models gain nothing from threads, and where a
 # machine's cores are shared every operation waits for the slowest of them: tests/engine took minutes instead of seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that starts the tests in the background has them ignore interrupts, and all processes below them; some tests send one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, so that a failure is a change's; `--hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", derandomize=True, database=None)

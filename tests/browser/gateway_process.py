@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.swarm.harness import COROLLA, DEADLINE, Swarm
+from tests import forked
+from tests.swarm.harness import DEADLINE, Swarm
 
 
 @contextmanager
@@ -18,15 +18,9 @@ def gateway_process(model: str, swarm: Swarm, folder: Path, *options: str, end: 
     """Yields the page's address. It gets the signal `end` with the block, and has `DEADLINE` seconds to follow it."""
     ready, log = folder / "gateway-ready", folder / "gateway.log"
     ready.unlink(missing_ok=True)
-    command = [*COROLLA, "gateway", model, "--peers", swarm.address, "--port", "0", "--database", str(folder / "gateway.sqlite")]
+    command = ["gateway", model, "--peers", swarm.address, "--port", "0", "--database", str(folder / "gateway.sqlite")]
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            [*command, "--ready-file", str(ready), "--drain", "1", *options],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+        process = forked.start(*command, "--ready-file", str(ready), "--drain", "1", *options, output=output)
     try:
         deadline = time.monotonic() + DEADLINE
         while not ready.exists():

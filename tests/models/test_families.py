@@ -24,20 +24,32 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return tiny.save(request.param, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.fixture(scope="module")
+def logits_of_stock(directory: Path) -> list[torch.Tensor]:
+    """For each prompt."""
+    return [Reference(directory).forward(prompt) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def tokens_of_stock(directory: Path) -> list[list[int]]:
+    """The 128 after each prompt."""
+    reference = Reference(directory)
+    return [reference.greedy(prompt, 128) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("cuts", CUTS, ids=CUT_NAMES)
-def test_logits_equal_stock(directory: Path, cuts: tuple[int, ...]) -> None:
+def test_logits_equal_stock(directory: Path, logits_of_stock: list[torch.Tensor], cuts: tuple[int, ...]) -> None:
     chain = Chain.load(directory, cuts, dtype="float32")
-    for prompt in PROMPTS:
-        expected = Reference(directory).forward(prompt)
+    for prompt, expected in zip(PROMPTS, logits_of_stock, strict=True):
         logits = chain.all_logits(prompt)
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("cuts", CUTS, ids=CUT_NAMES)
-def test_128_greedy_tokens_of_packed_sessions_equal_stock(directory: Path, cuts: tuple[int, ...]) -> None:
-    reference = Reference(directory)
-    expected = [reference.greedy(prompt, 128) for prompt in PROMPTS]
-    assert greedy(Chain.load(directory, cuts, dtype="float32"), PROMPTS, 128) == expected
+def test_128_greedy_tokens_of_packed_sessions_equal_stock(
+    directory: Path, tokens_of_stock: list[list[int]], cuts: tuple[int, ...]
+) -> None:
+    assert greedy(Chain.load(directory, cuts, dtype="float32"), PROMPTS, 128) == tokens_of_stock
 
 
 def test_unsupported_family_is_named() -> None:

@@ -16,8 +16,7 @@ from corolla.remote.models import AutoDistributedModelForCausalLM
 from corolla.remote.prompts import soft_prompts
 from corolla.types import Span
 from tests.remote.stock import IDS, MASK, P, assert_step_equal, stock
-from tests.swarm.forked import ForkedSwarm
-from tests.swarm.harness import OVER_HIVEMIND
+from tests.swarm.harness import OVER_HIVEMIND, Swarm
 
 pytestmark = OVER_HIVEMIND
 LABELS = IDS.masked_fill(MASK == 0, -100)
@@ -30,7 +29,7 @@ class Joined:
     def __init__(self, directory: Path, folder: Path) -> None:
         self.reference = stock(directory)
         with ExitStack() as stack:
-            self.swarm = stack.enter_context(ForkedSwarm(directory, folder, "--dtype", "float32"))
+            self.swarm = stack.enter_context(Swarm(directory, folder, "--dtype", "float32"))
             self.swarm.serve(*dict.fromkeys(span for route in ROUTES for span in route))
             self.swarm.wait_ready()
             self.model = asyncio.run(self._join(directory))

@@ -32,6 +32,8 @@ from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.transport import Deliver, Link
 from corolla.types import GenerationSettings, Message, Step
+from tests import forked
+from tests.forked import Forked
 from tests.swarm.chaos import ChaosProxy
 
 DEADLINE = 120.0  # seconds for a process to start or to end on a loaded machine
@@ -54,7 +56,7 @@ OVER_HIVEMIND = [
 class Server:
     """One `corolla` process, hivemind's process and the daemon below it: a process group of their own."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     ready_file: Path
     log: Path
     blocks: str = ""
@@ -118,12 +120,14 @@ class Server:
 class Swarm:
     """The processes of one swarm around a bootstrap node that stays; all of them end with `close`.
 
-    `options` are those of every `corolla serve`; `secret` is the swarm's.
+    `options` are those of every `corolla serve`; `secret` is the swarm's. The processes are forked from one that has imported
+    everything, unless they are to be `started` as a user starts them.
     """
 
-    def __init__(self, directory: Path, folder: Path, *options: str, secret: str = "") -> None:
+    def __init__(self, directory: Path, folder: Path, *options: str, secret: str = "", started: bool = False) -> None:
         self.directory, self.folder, self.options = directory, folder, options
         self._environment = {**os.environ, "COROLLA_SECRET": secret} if secret else None
+        self._started = started
         self.servers: list[Server] = []  # in order of their start, the dead among them
         self._bootstrap_port = free_port()
         self.bootstrap = self._run_bootstrap()
@@ -174,8 +178,7 @@ class Swarm:
 
     def status(self, *options: str) -> list[dict[str, Any]]:
         """What `corolla status --json` prints."""
-        command = [*COROLLA, "status", "--json", "--peers", self.address, *options]
-        done = subprocess.run(command, capture_output=True, timeout=DEADLINE, text=True)
+        done = forked.run("status", "--json", "--peers", self.address, *options, timeout=DEADLINE)
         assert done.returncode == 0, done.stderr
         records: list[dict[str, Any]] = json.loads(done.stdout)
         return records
@@ -199,15 +202,20 @@ class Swarm:
         """A command that stays, begun."""
         number = sum(1 for _ in self.folder.glob("log-*"))
         ready, log = self.folder / f"ready-{number}", self.folder / f"log-{number}"
+        command = (*command, "--ready-file", str(ready))
+        process: subprocess.Popen[bytes] | Forked
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*COROLLA, *command, "--ready-file", str(ready)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=self._environment,
-            )
+            if self._started:
+                process = subprocess.Popen(
+                    [*COROLLA, *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=self._environment,
+                )
+            else:
+                process = forked.start(*command, output=output, env=self._environment)
         return Server(process, ready, log, blocks, options, proxy)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from corolla.models.adapters import load_adapter
 from corolla.models.checkpoint import read_config
 from corolla.models.families import architecture
 from corolla.types import GenerationSettings
+from tests import forked
 from tests.models import lora, tiny
-from tests.swarm.harness import COROLLA, DEADLINE, OVER_HIVEMIND, Client, Swarm
+from tests.swarm.harness import DEADLINE, OVER_HIVEMIND, Client, Swarm
 
 pytestmark = OVER_HIVEMIND
 TEXT = [3 + i * 7 % 180 for i in range(60)]
@@ -55,14 +55,12 @@ def test_adapters_that_are_held_and_given_survive_a_server(swarm: Swarm, directo
                 kill = {10: lambda chat=chat: swarm.of(chat.route[1]).kill()} if chosen is given else {}
                 assert chat.answer(TEXT, SETTINGS, at=kill).tokens == expected
         assert client.transport.counters.faults >= 1
-    options = ["--peers", swarm.address, "--prompt", "hello", "--json", "--max-new-tokens", "8"]
+    options = [str(directory), "--peers", swarm.address, "--prompt", "hello", "--json", "--max-new-tokens", "8"]
     tokens = TextTokenizer(directory).encode("hello", opening=True)
     for name, reference in (("poet", saved[0]), (str(saved[1]), saved[1])):
-        command = [*COROLLA, "generate", str(directory), *options, "--adapter", name]
-        done = subprocess.run(command, capture_output=True, timeout=DEADLINE, text=True)
+        done = forked.run("generate", *options, "--adapter", name, timeout=DEADLINE)
         answer = json.loads(done.stdout)["token_ids"]
         assert answer == lora.Adapted(directory, reference).greedy(tokens, len(answer)), done.stderr
-    command = [*COROLLA, "generate", str(directory), *options, "--adapter", "cook"]
-    done = subprocess.run(command, capture_output=True, timeout=DEADLINE, text=True)
+    done = forked.run("generate", *options, "--adapter", "cook", timeout=DEADLINE)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "they have: poet" in done.stderr

@@ -26,7 +26,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def swarm(directory: Path, tmp_path: Path) -> Iterator[Swarm]:
-    with Swarm(directory, tmp_path, "--dtype", "float32") as swarm:
+    with Swarm(directory, tmp_path, "--dtype", "float32", started=True) as swarm:
         yield swarm
 
 
@@ -67,7 +67,7 @@ def test_servers_join_through_a_bootstrap_node_and_strangers_do_not(directory: P
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_of_a_process_that_was_ended(directory: Path, tmp_path: Path, number: signal.Signals) -> None:
-    with Swarm(directory, tmp_path) as swarm:
+    with Swarm(directory, tmp_path, started=True) as swarm:
         node = swarm.bootstrap.wait_ready()
         family = psutil.Process(node.process.pid).children(recursive=True)
         assert len(family) >= 2  # hivemind's process and its daemon

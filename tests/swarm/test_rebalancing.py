@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 from corolla.models.reference import Reference
 from corolla.types import GenerationSettings
 from tests.models import tiny
 from tests.swarm.client_process import PROMPT
-from tests.swarm.harness import COROLLA, OVER_HIVEMIND, Client, Observer, Server, Swarm
+from tests.swarm.harness import OVER_HIVEMIND, Client, Observer, Server, Swarm
 
 pytestmark = OVER_HIVEMIND
 
@@ -19,14 +18,7 @@ SETTINGS = GenerationSettings(max_tokens_to_generate=20)
 
 def serve_half(swarm: Swarm) -> Server:
     """A server that chooses two blocks of the four."""
-    number = len(swarm.servers)
-    ready, log = swarm.folder / f"half-ready-{number}", swarm.folder / f"half-{number}.log"
-    command = [*COROLLA, "serve", str(swarm.directory), "--peers", swarm.address, "--capacity", "2", "--ready-file", str(ready)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, *swarm.options], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    swarm.servers.append(Server(process, ready, log))
+    swarm.servers.append(swarm.run("serve", str(swarm.directory), "--peers", swarm.address, "--capacity", "2", *swarm.options))
     return swarm.servers[-1]
 
 

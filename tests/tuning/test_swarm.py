@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from corolla.tuning.dialogues import DataSettings
 from corolla.tuning.prompt_tuning import TuneSettings, tune
 from corolla.tuning.run_record import RunRecord, read_record
 from corolla.types import Span
-from tests.swarm.forked import ForkedSwarm
-from tests.swarm.harness import COROLLA, DEADLINE, OVER_HIVEMIND, Swarm
+from tests import forked
+from tests.swarm.harness import DEADLINE, OVER_HIVEMIND, Swarm
 from tests.tuning.conftest import Tune
 
 pytestmark = OVER_HIVEMIND
@@ -47,14 +46,14 @@ def losses(record: RunRecord) -> list[float]:
 
 def test_two_at_once_are_as_if_undisturbed(tuning: Tune, models: dict[str, Path], dialogues: Path, tmp_path: Path, quiet: Console) -> None:
     alone = [tuning(f"alone-{seed}", mode="deep_ptune", data={"seed": seed}) for seed in (0, 1)]
-    with ForkedSwarm(models["llama"], tmp_path, "--dtype", "float32") as swarm:
+    with Swarm(models["llama"], tmp_path, "--dtype", "float32") as swarm:
         swarm.serve("0:2", "2:4", "2:4", "2:4")
         swarm.wait_ready()
         options = ["--data", str(dialogues), "--max-length", "160", "--held-out", "0.1", "--held-out-samples", "3", "--deep", "--seed", "1"]
         options += ["--prompt-tokens", "4", "--batch", "3", "--steps", "6", "--report-to", "none", "--dtype", "float32"]
-        command = [*COROLLA, "tune", str(models["llama"]), *options, "--output", str(tmp_path / "other"), "--peers", swarm.address]
+        command = ["tune", str(models["llama"]), *options, "--output", str(tmp_path / "other"), "--peers", swarm.address]
         with (tmp_path / "log-of-other").open("wb") as log:
-            other = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            other = forked.start(*command, output=log)
         killing = Killing(swarm)
         try:
             mine = asyncio.run(_tune(models["llama"], tmp_path / "mine", dialogues, quiet, swarm.address, killing))
