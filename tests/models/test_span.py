@@ -76,14 +76,15 @@ def test_bloom_without_its_prefix(bloom: Path) -> None:
 
 def test_bloom_at_the_shape_of_560m_equals_stock(tmp_path: Path) -> None:
     # The real shape of the blocks; fewer words, which the blocks do not see.
-    tiny.save("bloom", tmp_path, hidden_size=1024, n_layer=24, n_head=16, vocab_size=2000)
-    rewrite(tmp_path, lambda tensors: {name: t * 0.25 if t.ndim > 1 else t for name, t in tensors.items()})
+    tiny.save("bloom", tmp_path, spread=0.03, hidden_size=1024, n_layer=24, n_head=16, vocab_size=2000)
     prompts = [PROMPT, PROMPT[:3]]
-    reference = Reference(tmp_path)
     chain = Chain.load(tmp_path, (10, 24), dtype="float32")
-    expected = reference.forward(PROMPT)
+    expected = Reference(tmp_path).forward(PROMPT)
     assert (chain.all_logits(PROMPT) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert greedy(Chain([stage.model for stage in chain.stages]), prompts, 128) == [reference.greedy(p, 128) for p in prompts]
+    for prompt, tokens in zip(prompts, greedy(Chain([stage.model for stage in chain.stages]), prompts, 128), strict=True):
+        # Each is what stock says after the ones before it: all of them in one pass, where token by token takes half a minute.
+        said = Reference(tmp_path).forward([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+        assert said.argmax(dim=-1).tolist() == tokens
 
 
 def test_a_tensor_of_the_wrong_shape_is_named(bloom: Path) -> None:

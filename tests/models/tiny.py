@@ -58,19 +58,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save(name: str, directory: Path, **changes: Any) -> Path:
-    """A checkpoint of `CONFIGS[name]` with weights large enough that logits differ clearly."""
+def save(name: str, directory: Path, *, spread: float = 0.12, **changes: Any) -> Path:
+    """A checkpoint of `CONFIGS[name]` with weights large enough that logits differ clearly; a wide model needs a smaller `spread`."""
     model_type, settings = CONFIGS[name]
     config = AutoConfig.for_model(model_type, **{"vocab_size": VOCABULARY, "eos_token_id": 2, "pad_token_id": 0, **settings, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for name_of, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.12)
+                parameter.normal_(std=spread)
             else:
                 # Norms and biases away from their neutral values, or a forgotten one would not show.
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-            del name_of
     model.save_pretrained(directory)
     return directory

@@ -326,7 +326,7 @@ def main() -> int:
 def soak(folder: Path, config: SoakConfig) -> Report:
     """A swarm with two servers for each span, and the churn on it."""
     directory = tiny.save("llama", folder / "model", max_position_embeddings=4096)
-    with Swarm(directory, folder, "--dtype", "float32") as swarm:
+    with Swarm(directory, folder, "--dtype", "float32", started=True) as swarm:
         servers = swarm.serve(*SPANS, *SPANS)
         swarm.wait_ready()
         with Client(swarm) as client:
