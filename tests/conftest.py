@@ -13,6 +13,51 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# What `make check` leaves out, by the beginning of a test's id: whatever starts processes, and trainings.
+LONG = (
+    "browser/",
+    "cli/test_batch.py::test_a_job_that_was_killed",
+    "cli/test_chat.py::test_the_default_model",
+    "cli/test_logs.py::test_hiveminds",
+    "cli/test_main.py::test_help_imports",
+    "cli/test_prepare.py::test_help_imports",
+    "cli/test_reach.py::test_a_clock",
+    "cli/test_reach.py::test_a_real_swarm",
+    "cli/test_serve.py::test_a_server_that",
+    "cli/test_tune.py::test_it_is_interrupted",
+    "cli/test_up.py",
+    "data/test_prepare_processes.py",
+    "examples/",
+    "gateway/",
+    "models/test_smollm2.py::test_convert",
+    "models/test_smollm2.py::test_fetch_without",
+    "models/test_smollm2.py::test_importing",
+    "models/test_span.py::test_a_span_takes_memory",
+    "models/test_span.py::test_bloom_at_the_shape",
+    "remote/test_models.py::test_importing",
+    "remote/test_swarm.py",
+    "server/test_cores.py::test_servers_share",
+    "swarm/test_adapters.py",
+    "swarm/test_bounds.py",
+    "swarm/test_chaos.py",
+    "swarm/test_churn.py",
+    "swarm/test_crowd.py",
+    "swarm/test_dht.py",
+    "swarm/test_directory.py",
+    "swarm/test_faults.py",
+    "swarm/test_fuzz.py",
+    "swarm/test_hostile_p2p.py",
+    "swarm/test_invariance.py",
+    "swarm/test_membership.py",
+    "swarm/test_p2p.py",
+    "swarm/test_processes.py",
+    "swarm/test_prompts.py",
+    "swarm/test_quantized.py",
+    "swarm/test_reachability.py",
+    "swarm/test_rebalancing.py",
+    "tuning/",
+)
+
 # Before torch is imported, here and in the processes that tests start. Tiny models gain nothing from threads, and where a
 # machine's cores are shared every operation waits for the slowest of them: tests/engine took minutes instead of seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +68,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples in every run, so that a failure is a change's; `--hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(LONG):
+            item.add_marker("long")
 
 
 @pytest.fixture(autouse=True)

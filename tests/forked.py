@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -57,7 +58,9 @@ class Forked:
     def _ended(self, timeout: float | None) -> int | None:
         with self._lock:
             if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
-                self.returncode = int(os.read(self._status, 16) or -signal.SIGKILL)  # nothing: the launcher is gone, and so are its children
+                self.returncode = int(
+                    os.read(self._status, 16) or -signal.SIGKILL
+                )  # nothing: the launcher is gone, and so are its children
                 os.close(self._status)
             return self.returncode
 
@@ -79,9 +82,7 @@ class _Launcher:
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", "tests.forked", str(theirs.fileno())]
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
-        )
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         atexit.register(self._close)
 
@@ -174,10 +175,8 @@ def _reap(statuses: dict[int, int]) -> None:
         if child == 0:
             return
         pipe = statuses.pop(child)
-        try:
+        with suppress(BrokenPipeError):  # nobody waits for it any more
             os.write(pipe, str(os.waitstatus_to_exitcode(status)).encode())
-        except BrokenPipeError:  # nobody waits for it any more
-            pass
         os.close(pipe)
 
 

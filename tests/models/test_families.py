@@ -46,9 +46,7 @@ def test_logits_equal_stock(directory: Path, logits_of_stock: list[torch.Tensor]
 
 
 @pytest.mark.parametrize("cuts", CUTS, ids=CUT_NAMES)
-def test_128_greedy_tokens_of_packed_sessions_equal_stock(
-    directory: Path, tokens_of_stock: list[list[int]], cuts: tuple[int, ...]
-) -> None:
+def test_128_greedy_tokens_of_packed_sessions_equal_stock(directory: Path, tokens_of_stock: list[list[int]], cuts: tuple[int, ...]) -> None:
     assert greedy(Chain.load(directory, cuts, dtype="float32"), PROMPTS, 128) == tokens_of_stock
 
 

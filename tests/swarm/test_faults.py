@@ -216,6 +216,7 @@ def test_an_answer_waits_for_blocks_that_nobody_holds_until_its_deadline(ring: R
         assert error.value.missing == (Span(1, 3),)
 
 
+@pytest.mark.alone  # it compares the tokens per second of one moment with those of another
 def test_a_slow_server_is_left_for_a_quick_one(ring: Ring) -> None:
     with ring.client.chat() as chat:
         chat.answer(OPENING, FIRST)
