@@ -99,6 +99,7 @@ class _Launcher:
 
     def _close(self) -> None:
         self._socket.close()
+        self._process.kill()  # a process that was forked from this one may still hold its end of the socket
         self._process.wait()
 
 
