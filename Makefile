@@ -53,7 +53,7 @@ bench: environment  ## the table of docs/performance.md, measured here
 
 fuzz: environment  ## odd frames, messages and requests against servers and gateways, half an hour of them
 	$(BIN)/python -m tests.swarm.fuzz_frames 1000000
-	$(BIN)/python -m tests.swarm.fuzz_messages --messages 100000 $(ARGS)
+	ONEDNN_PRIMITIVE_CACHE_CAPACITY=128 LRU_CACHE_CAPACITY=128 $(BIN)/python -m tests.swarm.fuzz_messages --messages 100000 $(ARGS)
 	$(BIN)/python -m tests.server.positions 1000
 	$(BIN)/python -m tests.gateway.fuzz_requests 10000
 

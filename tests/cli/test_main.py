@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,20 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         "finally:\n    assert not {'torch', 'transformers', 'tokenizers', 'hivemind'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(("given", "kept"), [({}, "128"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9"}, "9")])
+def test_compiled_kernels_are_kept_within_bounds(given: dict[str, str], kept: str) -> None:
+    """Before torch is loaded, which reads that once; whoever set it otherwise is obeyed."""
+    code = (
+        "import os, sys; sys.argv[1:] = ['models']; import corolla.cli.main as main\n"
+        "assert 'torch' not in sys.modules\n"
+        "try:\n    main.app()\n"
+        "finally:\n    print('kept', os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    )
+    others = {name: value for name, value in os.environ.items() if name != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60, env=others | given)
+    assert done.stdout.splitlines()[-1] == f"kept {kept}"
 
 
 def test_an_error_is_one_line_and_exit_code_2(corolla: Callable[..., Any], model: Any) -> None:
