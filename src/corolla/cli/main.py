@@ -30,7 +30,6 @@ from corolla.cli.tune import tune
 from corolla.cli.up import up
 from corolla.errors import CorollaError
 
-
 # oneDNN compiles a kernel for each number of rows, and PyTorch and it keep 1,024 of them each. Calls of 400 different lengths through a
 # model of four tiny blocks made a process grow by 470 MB; with 128 it is 70 MB, and answers come as quickly. Read when torch is loaded.
 _KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
