@@ -75,7 +75,8 @@ def should_move(records: Iterable[ServerRecord], me: ServerRecord, *, now: float
     """
     if me.state == "draining" and me.active:
         return None
-    present = [record for record in _alive(records, now) if record.peer != me.peer and quality(record) == quality(me)]
+    mine = quality(me)
+    present = [record for record in _alive(records, now) if record.peer != me.peer and quality(record) == mine]
     staying = _staying(present)
     if all(coverage([*staying, me], me.blocks)):
         target = _strengthening(staying, me, capacity, factor)
