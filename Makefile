@@ -39,10 +39,11 @@ test: lint  ## every check, then every test
 quick: environment
 	$(PYTEST) --dist worksteal -m 'not long' $(ARGS)
 
-lint: environment  ## ruff and mypy
+lint: environment  ## ruff, mypy and the contracts of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: environment  ## let ruff write the format
 	$(BIN)/ruff check --fix .

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from corolla.barrier import unexpected
+from corolla.client.patience import Patience
 from corolla.client.session import Session
-from corolla.client.swarm import Patience, SwarmTransport
+from corolla.client.swarm import SwarmTransport
 from corolla.errors import CorollaError, NoRoute
 from corolla.swarm.network import LocalHub
 from corolla.swarm.routing import Hop, Route

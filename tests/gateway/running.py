@@ -23,7 +23,8 @@ from corolla.gateway.model_registry import Models, served_model
 from corolla.gateway.serve import server_config
 from corolla.gateway.service import Gateway, GatewayConfig
 from corolla.models.span import load_span
-from corolla.server.node import SpanServer, SpanServerConfig
+from corolla.server.node import SpanServer
+from corolla.server.session_table import SpanServerConfig
 from corolla.swarm.network import LocalHub
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Route, find_route

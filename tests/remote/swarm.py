@@ -11,7 +11,8 @@ from corolla.engine.engine import Engine, EngineConfig
 from corolla.models.span import load_span
 from corolla.remote.calls import RemoteCalls
 from corolla.remote.servers import RemoteConfig, Servers
-from corolla.server.node import SpanServer, SpanServerConfig
+from corolla.server.node import SpanServer
+from corolla.server.session_table import SpanServerConfig
 from corolla.swarm.bans import BanPolicy, Bans
 from corolla.swarm.network import LocalHub, LocalNetwork, OnLost, OnMessage
 from corolla.swarm.records import ServerRecord

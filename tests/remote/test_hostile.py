@@ -11,7 +11,8 @@ import torch
 
 from corolla.barrier import unexpected
 from corolla.errors import Busy, CorollaError, InvalidSetting, NoRoute, StorageError, Unauthorized
-from corolla.remote.mailbox import Fault, Mailbox
+from corolla.remote.incoming import Fault
+from corolla.remote.mailbox import Mailbox, open_mailbox
 from corolla.swarm.arrays import to_array
 from corolla.swarm.convert import failed_of
 from corolla.swarm.wire import Ask, ForwardFrame, GapFrame, HiddenFrame, Pong, ResultFrame, StepFrame, Whereabouts, WireMessage
@@ -165,7 +166,7 @@ def test_calls_go_around_a_full_server_too(make_swarm: MakeSwarm, llama: Path) -
 def test_an_error_that_nobody_expected_on_the_networks_thread_is_counted_and_ends_nothing(make_swarm: MakeSwarm, llama: Path) -> None:
     local, hidden = make_swarm(llama, {"a": (0, 4)}), inputs(1)
     before = unexpected["a message for the PyTorch client"]
-    with local.servers.mailbox("1") as mailbox:
+    with open_mailbox(local.servers, "1") as mailbox:
         mailbox.open_to(["a"], 9)
         local.servers._receive("a", ResultFrame(1, None))  # type: ignore[arg-type]
     assert unexpected["a message for the PyTorch client"] == before + 1

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from corolla.client.patience import Patience
 from corolla.client.session import Session
-from corolla.client.swarm import Patience, SwarmTransport
+from corolla.client.swarm import SwarmTransport
 from corolla.engine.sampler import SampleRequest, sample
 from corolla.models.reference import Reference
 from corolla.swarm.wire import (

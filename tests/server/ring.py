@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from corolla.client.patience import Patience
 from corolla.client.session import Session
-from corolla.client.swarm import Patience, SwarmTransport
+from corolla.client.swarm import SwarmTransport
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.parts import EngineParts
 from corolla.engine.speculation import Guess, guess
 from corolla.errors import NoRoute
 from corolla.models.span import load_span
-from corolla.server.node import SpanServer, SpanServerConfig
+from corolla.server.node import SpanServer
+from corolla.server.session_table import SpanServerConfig
 from corolla.swarm.network import LocalHub
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Quality, Route, WantedAdapter, find_route, seconds_along

@@ -22,7 +22,8 @@ from corolla.engine.prompts import PromptStore
 from corolla.models.linear import PlainLinear
 from corolla.models.span import SpanModel, load_span
 from corolla.server.calls import CallsConfig, CallService
-from corolla.server.node import SpanServer, SpanServerConfig
+from corolla.server.node import SpanServer
+from corolla.server.session_table import SpanServerConfig
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.network import LocalHub
 from corolla.swarm.wire import BackwardFrame, FailedFrame, ForwardFrame, Leaving, PromptNameFrame, ResultFrame, WireMessage

@@ -12,7 +12,8 @@ import torch
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.models.reference import Reference
 from corolla.models.span import load_span
-from corolla.server.node import SpanServer, SpanServerConfig
+from corolla.server.node import SpanServer
+from corolla.server.session_table import SpanServerConfig
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.network import LocalHub, LocalNetwork
 from corolla.swarm.wire import FailedFrame, ForwardFrame, GapFrame, HiddenFrame, Hop, ResultFrame, StepFrame, WireMessage

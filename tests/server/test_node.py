@@ -18,7 +18,8 @@ from corolla.engine.sequence import Deliver
 from corolla.errors import CapacityError, InvalidSetting
 from corolla.models.reference import Reference
 from corolla.models.span import load_span
-from corolla.server.node import SpanServer, SpanServerConfig
+from corolla.server.node import SpanServer
+from corolla.server.session_table import SpanServerConfig
 from corolla.swarm.wire import CloseFrame
 from corolla.types import FinishReason, GenerationSettings, Message, Span
 from tests.models import tiny

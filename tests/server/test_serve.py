@@ -15,8 +15,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from corolla.barrier import unexpected
+from corolla.client.patience import Patience
 from corolla.client.session import Session
-from corolla.client.swarm import Patience, SwarmTransport
+from corolla.client.swarm import SwarmTransport
 from corolla.engine.engine import EngineConfig
 from corolla.engine.parts import EngineParts
 from corolla.errors import InvalidSetting

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from corolla.errors import Busy
-from corolla.server.node import SpanServerConfig
-from corolla.server.session_table import SessionRoute, SessionTable
+from corolla.server.session_table import SessionRoute, SessionTable, SpanServerConfig
 from corolla.swarm.wire import CancelFrame, CloseFrame, Hop, StepFrame
 from corolla.types import Span
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from corolla.swarm.bans import Bans
+from corolla.swarm.connection import P2PConfig
 from corolla.swarm.handshake import MESSAGE_BYTES, Handshake
-from corolla.swarm.p2p import PROTOCOL, P2PConfig, P2PNetwork
+from corolla.swarm.p2p import PROTOCOL, P2PNetwork
 from corolla.swarm.wire import Ping, Pong, WireMessage
 
 # hivemind scripts a function as it is imported, which torch 2.13 calls deprecated.

@@ -33,13 +33,15 @@ from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 
 from corolla import barrier
+from corolla.client.patience import Patience
 from corolla.client.session import Session
-from corolla.client.swarm import Patience, SwarmTransport
+from corolla.client.swarm import SwarmTransport
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.errors import CallerError
 from corolla.models.reference import Reference
 from corolla.models.span import load_span
-from corolla.server.node import SpanServer, SpanServerConfig
+from corolla.server.node import SpanServer
+from corolla.server.session_table import SpanServerConfig
 from corolla.swarm import frames
 from corolla.swarm.network import LocalHub, LocalNetwork
 from corolla.swarm.records import ServerRecord

@@ -12,12 +12,14 @@ import msgspec
 import pytest
 import torch
 
+from corolla.client.patience import Patience
 from corolla.client.session import Session
-from corolla.client.swarm import Patience, SwarmTransport
+from corolla.client.swarm import SwarmTransport
 from corolla.engine.engine import Engine, EngineConfig, EngineParts
 from corolla.engine.speculation import Guess, guess
 from corolla.models.span import load_span
-from corolla.server.node import SpanServer, SpanServerConfig
+from corolla.server.node import SpanServer
+from corolla.server.session_table import SpanServerConfig
 from corolla.swarm.arrays import to_array
 from corolla.swarm.network import LocalHub
 from corolla.swarm.records import ServerRecord

@@ -17,7 +17,8 @@ from corolla.client.session import Session
 from corolla.engine.engine import EngineConfig
 from corolla.errors import CallerError
 from corolla.models.reference import Reference
-from corolla.server.node import SpanServer, SpanServerConfig
+from corolla.server.node import SpanServer
+from corolla.server.session_table import SpanServerConfig
 from corolla.swarm import frames
 from corolla.swarm.arrays import to_array
 from corolla.swarm.wire import CloseFrame, ForwardFrame, Hop, SettingsFrame, StepFrame, TimingFrame, TokenFrame, WireMessage

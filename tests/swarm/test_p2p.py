@@ -18,8 +18,8 @@ from corolla.barrier import unexpected
 from corolla.errors import CallerError, NetworkError
 from corolla.swarm import frames
 from corolla.swarm.bans import BanPolicy, Bans
+from corolla.swarm.connection import P2PConfig
 from corolla.swarm.handshake import MESSAGE_BYTES
-from corolla.swarm.p2p import P2PConfig
 from corolla.swarm.wire import Array, HiddenFrame, Ping, Pong, Refused, WireMessage
 from tests.swarm.daemons import PATIENCE, Hostile, Peer
 from tests.swarm.harness import OVER_HIVEMIND
@@ -175,7 +175,7 @@ def test_bytes_that_are_no_frame_ban_their_sender(
         hostile = asyncio.run(attack())
     assert hostile in target.lost
     assert target.network.bans.left(hostile)
-    assert [getattr(entry, "peer", None) for entry in caplog.records if entry.name == "corolla.swarm.channels"] == [hostile]
+    assert [getattr(entry, "peer", None) for entry in caplog.records if entry.name == "corolla.swarm.connection"] == [hostile]
     honest.ping(target.me, 10)
 
 

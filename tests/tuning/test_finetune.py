@@ -22,8 +22,8 @@ from corolla.chat.templates import TEMPLATES, Turn, encode
 from corolla.client.tokenizer import TextTokenizer
 from corolla.data.hdf5 import write_sequences
 from corolla.errors import CallerError, CheckpointError, DataError, InvalidSetting, StorageError, TrainingError
-from corolla.tuning.finetune import FinetuneSettings, finetune
-from corolla.tuning.finetune_run import TRAINING
+from corolla.tuning.finetune import finetune
+from corolla.tuning.finetune_run import TRAINING, FinetuneSettings
 from corolla.tuning.recipe import Phase, Recipe
 from corolla.tuning.run_record import RunRecord
 

@@ -10,8 +10,11 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from corolla.client.parts import Parts
+from corolla.client.patience import ClientCounters, Patience, Router
+from corolla.client.peers import PeerBook
 from corolla.client.progress import Progress, Standstill
 from corolla.client.reply_progress import ReplyProgress
 from corolla.client.reply_validation import Asked, ReplyFrame, believed, suspects
@@ -27,8 +30,10 @@ from corolla.errors import (
     ProtocolError,
     ServerFault,
 )
-from corolla.swarm.bans import blameworthy
+from corolla.swarm.bans import Bans, blameworthy
 from corolla.swarm.convert import error_of, from_message, from_prompt_name, from_settings, to_reply
+from corolla.swarm.network import Network
+from corolla.swarm.pings import RoundTrips
 from corolla.swarm.routing import Quality, Route, WantedAdapter
 from corolla.swarm.transport import Deliver
 from corolla.swarm.wire import (
@@ -44,9 +49,6 @@ from corolla.swarm.wire import (
 )
 from corolla.types import AdapterPart, Close, Failed, Gap, Give, Message, PromptPart, Span, Step
 
-if TYPE_CHECKING:
-    from corolla.client.swarm import SwarmTransport
-
 log = logging.getLogger(__name__)
 
 _SETBACKS = 2  # answers that got lost, until a server is suspected: a stream between two honest ones may break once
@@ -54,10 +56,40 @@ _LEAST_FULL = 0.25  # seconds that a full server is gone around, whatever it say
 _MOST_FORGOTTEN = 4  # times that servers asked for what they were sent, until others are asked
 
 
+class LinkOwner(Protocol):
+    """All links of one client share these; see `SwarmTransport`."""
+
+    network: Network
+    router: Router
+    bans: Bans
+    patience: Patience
+    vocabulary: int | None
+    timed: bool
+    counters: ClientCounters
+    round_trips: RoundTrips
+    peers: PeerBook
+    parts: Parts
+
+    @property
+    def avoided(self) -> frozenset[str]: ...
+
+    def route(
+        self,
+        needed_tokens: int,
+        like: Quality | None = None,
+        adapter: WantedAdapter | None = None,
+        around: Collection[str] = (),
+    ) -> Route: ...
+
+    def enter(self, session: str, link: SwarmLink) -> None: ...
+
+    def leave(self, link: SwarmLink) -> None: ...
+
+
 class SwarmLink:
     """One session's way through the swarm. See `transport.Link`."""
 
-    def __init__(self, transport: SwarmTransport, deliver: Deliver) -> None:
+    def __init__(self, transport: LinkOwner, deliver: Deliver) -> None:
         self._transport = transport
         self._deliver = deliver
         self._lock = threading.RLock()

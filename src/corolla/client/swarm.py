@@ -11,13 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Protocol
 
 from corolla.barrier import barrier
 from corolla.client.deadline import Pauses
 from corolla.client.link import SwarmLink
 from corolla.client.parts import Parts
+from corolla.client.patience import ClientCounters, Patience, Router
 from corolla.client.peers import PeerBook
 from corolla.errors import NetworkError, NoRoute, ServerFault
 from corolla.swarm.bans import Bans
@@ -44,45 +43,6 @@ log = logging.getLogger(__name__)
 
 _AFTER_PAUSE = 10.0  # seconds after this process stood still, in which connections break by its own fault
 _TRUSTED = 8  # doubted peers that are tried one at a time, before all of them are
-
-
-class Router(Protocol):
-    """Chooses routes for sessions."""
-
-    def route(self, avoid: Collection[str], needed_tokens: int, like: Quality | None = None, adapter: WantedAdapter | None = None) -> Route:
-        """The route to take, around the peers of `avoid`, with room for so many tokens, of the quality `like` if there is one, over
-        servers that have the `adapter` or take it. Raises `NoRoute`.
-        """
-        ...
-
-    def quicker(self, route: Route, avoid: Collection[str], needed_tokens: int, adapter: WantedAdapter | None = None) -> Route | None:
-        """A route that is so much quicker than `route` has become that a session should move there."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """When a route is doubted, in seconds."""
-
-    silence: float = 2.0  # without progress, until the route's servers are asked whether they live
-    answer: float = 1.0  # for them to say so; who does not is as good as dead
-    # Without progress, until they are asked how far the session is, and again as much later. Where none got further by then, a server that
-    # says it works, or says nothing, is left if others hold its blocks; what nobody works on is asked for again.
-    lost: float = 20.0
-    reconsider: float = 5.0  # on a route, until a quicker one is looked for
-    leaving: float = 60.0  # for which a server that said it leaves, or says nothing at all, is avoided
-    full: float = 10.0  # that a server is believed to be full at most, whatever it says
-
-
-@dataclass(slots=True)
-class ClientCounters:
-    """What happened since the transport was made."""
-
-    replays: int = 0  # histories that were sent again from the beginning
-    faults: int = 0  # servers that were given up by a session
-    moves: int = 0  # sessions that went on elsewhere because a server left, had become slow, was full or refused them
-    lies: int = 0  # answers that no honest server gives; each is one of the faults
-    full: int = 0  # times that a server had no room and another one was taken at once
-    refusals: int = 0  # errors that blamed the caller, and were tried at another route
 
 
 class SwarmTransport:

@@ -39,7 +39,7 @@ __all__ = ["gateway_app", "openai_chat", "openai_completions"]  # the last two a
 
 def gateway_app(gateway: Gateway, *, static: Path = STATIC) -> ASGIApp:
     """The ASGI application of a gateway."""
-    gateway.writings = MessageRuns(gateway)
+    runs = MessageRuns(gateway)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -47,7 +47,7 @@ def gateway_app(gateway: Gateway, *, static: Path = STATIC) -> ASGIApp:
         tasks = [asyncio.create_task(gateway.keeper.run()), asyncio.create_task(_prune(gateway))]
         yield
         await gateway.close()
-        await gateway.writings.settle()
+        await runs.settle()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -55,6 +55,7 @@ def gateway_app(gateway: Gateway, *, static: Path = STATIC) -> ASGIApp:
 
     app = FastAPI(title="Corolla", version=corolla.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.gateway = gateway
+    app.state.message_runs = runs
     for router in (openai, petals.router, petals_socket.router, ui.router, ui_looks.router, playground.router):
         app.include_router(router)
     _add_operations(app)

@@ -7,7 +7,10 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
+
+from fastapi import Depends
+from starlette.requests import HTTPConnection
 
 from corolla.barrier import barrier
 from corolla.chat.conversation import Conversation
@@ -266,3 +269,11 @@ def prompt_of(
             conversation.answer(text)
     tokens = model.tokenizer.encode_plain(begun) if begun else []
     return conversation.prompt(min(room, conversation.context_length // 2) + len(tokens)) + tokens
+
+
+def _runs(connection: HTTPConnection) -> MessageRuns:
+    runs: MessageRuns = connection.app.state.message_runs
+    return runs
+
+
+TheRuns = Annotated[MessageRuns, Depends(_runs)]

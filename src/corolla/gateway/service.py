@@ -31,7 +31,6 @@ from corolla.gateway.sse import KEEP_ALIVE_SECONDS
 from corolla.gateway.tuned import PromptLibrary
 
 if TYPE_CHECKING:
-    from corolla.gateway.message_runs import MessageRuns
     from corolla.models.prompts import SoftPrompt
 
 Result = TypeVar("Result")
@@ -55,8 +54,6 @@ class GatewayConfig:
 
 class Gateway:
     """What the routes share. Made and closed in the event loop; `database` stays open."""
-
-    writings: MessageRuns  # set by `app.gateway_app`, whose conversations they are
 
     def __init__(self, models: Models, database: Database, config: GatewayConfig) -> None:
         self.models, self.database, self.config = models, database, config

@@ -22,7 +22,7 @@ from corolla.gateway.error_responses import ANSWERING
 from corolla.gateway.inference import SETTINGS
 from corolla.gateway.keeping import EVERY
 from corolla.gateway.keys import LOGIN_SECONDS
-from corolla.gateway.message_runs import chat_settings
+from corolla.gateway.message_runs import MessageRuns, TheRuns, chat_settings
 from corolla.gateway.middleware import COOKIE, cookie_of
 from corolla.gateway.model_registry import ServedModel
 from corolla.gateway.service import Gateway, TheCaller, TheGateway
@@ -153,14 +153,14 @@ async def conversations(
 
 
 @router.post("/conversations", status_code=201)
-async def create(asked: NewConversation, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+async def create(asked: NewConversation, gateway: TheGateway, runs: TheRuns, caller: TheCaller) -> dict[str, Any]:
     """A new conversation, and its first question if there is a `text`: then there is none where that cannot be answered."""
     values = _checked(gateway, asked.model_dump(exclude_unset=True, exclude={"leaf", "text"}))
     if asked.text is None:
         return {**await gateway.conversations.create(caller.id, values), "messages": []}
     made = await gateway.conversations.create(caller.id, values)
     try:
-        begun = await ask(made["id"], Question(text=asked.text), gateway, caller)
+        begun = await ask(made["id"], Question(text=asked.text), gateway, runs, caller)
     except CorollaError:
         await gateway.conversations.delete(caller.id, made["id"])
         raise
@@ -168,19 +168,19 @@ async def create(asked: NewConversation, gateway: TheGateway, caller: TheCaller)
 
 
 @router.post("/conversations/import", status_code=201, response_class=Response, responses={201: _WHOLE})
-async def import_conversation(asked: Imported, gateway: TheGateway, caller: TheCaller) -> Response:
+async def import_conversation(asked: Imported, gateway: TheGateway, runs: TheRuns, caller: TheCaller) -> Response:
     """A conversation that was exported, as a new one."""
     values = await asyncio.to_thread(asked.model_dump)
     if values["model"] not in [model.name for model in gateway.models]:
         values["model"] = None  # it is served elsewhere; here it goes on with what there is
     values |= _checked(gateway, {"settings": values["settings"] or {}, "template": values["template"]})
-    return _whole(gateway, await gateway.conversations.import_one(caller.id, values), status_code=201)
+    return _whole(gateway, runs, await gateway.conversations.import_one(caller.id, values), status_code=201)
 
 
 @router.get("/conversations/{conversation}", response_class=Response, responses={200: _WHOLE})
-async def get(conversation: str, gateway: TheGateway, caller: TheCaller) -> Response:
+async def get(conversation: str, gateway: TheGateway, runs: TheRuns, caller: TheCaller) -> Response:
     """A conversation with all its messages."""
-    return _whole(gateway, await gateway.conversations.get(caller.id, conversation))
+    return _whole(gateway, runs, await gateway.conversations.get(caller.id, conversation))
 
 
 @router.patch("/conversations/{conversation}")
@@ -190,22 +190,22 @@ async def change(conversation: str, asked: ConversationBody, gateway: TheGateway
 
 
 @router.delete("/conversations/{conversation}", status_code=204)
-async def delete(conversation: str, gateway: TheGateway, caller: TheCaller) -> Response:
+async def delete(conversation: str, gateway: TheGateway, runs: TheRuns, caller: TheCaller) -> Response:
     """Delete it; an answer that is being written stops."""
     for message in await gateway.conversations.delete(caller.id, conversation):
-        gateway.writings.stop(message)
+        runs.stop(message)
     return Response(status_code=204)
 
 
 @router.get("/conversations/{conversation}/export", response_class=Response, responses={200: _WHOLE})
-async def export(conversation: str, gateway: TheGateway, caller: TheCaller) -> Response:
+async def export(conversation: str, gateway: TheGateway, runs: TheRuns, caller: TheCaller) -> Response:
     """A conversation as a file."""
     known = await gateway.conversations.get(caller.id, conversation)
     name = re.sub(r"[^A-Za-z0-9]+", "-", known["title"]).strip("-")[:60] or "conversation"
-    return _whole(gateway, known, headers={"Content-Disposition": f'attachment; filename="{name}.json"'})
+    return _whole(gateway, runs, known, headers={"Content-Disposition": f'attachment; filename="{name}.json"'})
 
 
-def _whole(gateway: Gateway, conversation: dict[str, Any], **options: Any) -> Response:
+def _whole(gateway: Gateway, runs: MessageRuns, conversation: dict[str, Any], **options: Any) -> Response:
     """A conversation with its messages, a page of them after the other: all may be many megabytes."""
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -213,7 +213,7 @@ def _whole(gateway: Gateway, conversation: dict[str, Any], **options: Any) -> Re
         before = b"\n"
         async for page in gateway.conversations.pages(conversation["id"]):
             for message in page:
-                if (writing := gateway.writings.get(message["id"])) is not None:
+                if (writing := runs.get(message["id"])) is not None:
                     message["text"] = writing.text
                 yield before + json.dumps(message).encode()
                 before = b",\n"
@@ -223,48 +223,48 @@ def _whole(gateway: Gateway, conversation: dict[str, Any], **options: Any) -> Re
 
 
 @router.post("/conversations/{conversation}/messages", status_code=202)
-async def ask(conversation: str, asked: Question, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+async def ask(conversation: str, asked: Question, gateway: TheGateway, runs: TheRuns, caller: TheCaller) -> dict[str, Any]:
     """Ask something: at the end of the branch that is looked at, or after `parent`."""
     if not asked.text.strip():
         raise EmptyPrompt
-    gateway.writings.check(caller.id)
+    runs.check(caller.id)
     at_leaf = "parent" not in asked.model_fields_set
     question, answer = await gateway.conversations.add_question(caller.id, conversation, asked.parent, asked.text, at_leaf=at_leaf)
-    await gateway.writings.begin(caller.id, conversation, answer)
+    await runs.begin(caller.id, conversation, answer)
     return {"user": question, "answer": answer}
 
 
 @router.post("/messages/{message}/regenerate", status_code=202)
-async def regenerate(message: str, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+async def regenerate(message: str, gateway: TheGateway, runs: TheRuns, caller: TheCaller) -> dict[str, Any]:
     """Another answer to the same question, beside this one."""
-    gateway.writings.check(caller.id)
+    runs.check(caller.id)
     conversation, answer = await gateway.conversations.add_answer(caller.id, message)
-    await gateway.writings.begin(caller.id, conversation, answer)
+    await runs.begin(caller.id, conversation, answer)
     return {"answer": answer}
 
 
 @router.post("/messages/{message}/resume", status_code=202)
-async def resume(message: str, gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
+async def resume(message: str, gateway: TheGateway, runs: TheRuns, caller: TheCaller) -> dict[str, Any]:
     """Go on with an answer that ended before its end."""
-    gateway.writings.check(caller.id)
+    runs.check(caller.id)
     conversation, answer = await gateway.conversations.reopen(caller.id, message)
-    await gateway.writings.begin(caller.id, conversation, answer)
+    await runs.begin(caller.id, conversation, answer)
     return {"answer": answer}
 
 
 @router.post("/messages/{message}/stop", status_code=204)
-async def stop(message: str, gateway: TheGateway, caller: TheCaller) -> Response:
+async def stop(message: str, gateway: TheGateway, runs: TheRuns, caller: TheCaller) -> Response:
     """End an answer where it is."""
     await gateway.conversations.check_writer(caller.id, message)
-    gateway.writings.stop(message)
+    runs.stop(message)
     return Response(status_code=204)
 
 
 @router.get("/messages/{message}/events", response_class=Response, responses=_EVENTS)
-async def events(message: str, gateway: TheGateway, caller: TheCaller) -> Response:
+async def events(message: str, gateway: TheGateway, runs: TheRuns, caller: TheCaller) -> Response:
     """How an answer gets on."""
     for _ in range(_TRIES):
-        writing = gateway.writings.get(message)
+        writing = runs.get(message)
         if writing is not None and writing.answer.request.owner == caller.id:
             return EventStream(writing.watch(gateway.config.keep_alive, gateway.closing))
         known = await gateway.conversations.message(caller.id, message)

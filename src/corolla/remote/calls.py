@@ -17,8 +17,10 @@ from typing import TypeVar
 import torch
 
 from corolla.errors import InvalidSetting, PromptNeeded, ProtocolError, ServerFault
-from corolla.remote.mailbox import Declined, Fault, Forgot
+from corolla.remote.incoming import Declined, Fault, Forgot
+from corolla.remote.mailbox import open_mailbox
 from corolla.remote.prompt_upload import DeepPrompt
+from corolla.remote.retries import Retries
 from corolla.remote.servers import Servers
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.routing import Quality
@@ -122,7 +124,7 @@ class RemoteCalls:
         self, span: Span, lengths: tuple[int, ...], hidden_TxE: torch.Tensor, prompt: DeepPrompt | None, keep: bool
     ) -> tuple[torch.Tensor, Trail]:
         servers, parts, entered = self.servers, list[CallPart](), hidden_TxE
-        retries, quality = servers.retries(), None
+        retries, quality = Retries(servers), None
         at = span.start
         while at < span.end:
             taken = servers.take(Span(at, span.end))
@@ -147,7 +149,7 @@ class RemoteCalls:
     def _backward(self, trail: Trail, gradient_TxE: torch.Tensor, prompt: DeepPrompt | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         servers, parts, given = self.servers, list(trail.parts), gradient_TxE
         of_prompts: list[torch.Tensor] = []
-        retries = servers.retries()
+        retries = Retries(servers)
         while parts:
             part = parts[-1]
             call = _Call(servers.number(), part.hop, trail.lengths, prompt)
@@ -196,7 +198,7 @@ class RemoteCalls:
         for given_again in (False, True):
             if call.prompt is not None:
                 servers.given.give(call.prompt, (hop,))
-            with servers.mailbox(str(call.number)) as mailbox:
+            with open_mailbox(servers, str(call.number)) as mailbox:
                 mailbox.open_to((hop.peer,), room_of(expected, like.shape[1]))
                 servers.network.send(hop.peer, frame)
                 try:

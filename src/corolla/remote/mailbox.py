@@ -4,63 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from threading import Lock
-from typing import TYPE_CHECKING, TypeAlias
 
 from corolla.client.deadline import LOOK, Pauses
 from corolla.client.progress import Progress
 from corolla.client.reply_validation import believed
-from corolla.errors import CallerError, CapacityError, CorollaError, DeadlineExceeded, Forgotten, NetworkError, ProtocolError
+from corolla.errors import CallerError, CapacityError, DeadlineExceeded, Forgotten, NetworkError, ProtocolError
+from corolla.remote.incoming import Answer, Declined, Fault, Forgot, Incoming, Lost, StandsStill
+from corolla.remote.servers import Servers
 from corolla.swarm.convert import error_of
-from corolla.swarm.wire import Ask, FailedFrame, GapFrame, HiddenFrame, ResultFrame, Whereabouts
-
-if TYPE_CHECKING:
-    from corolla.remote.servers import Servers
-
-Answer: TypeAlias = ResultFrame | HiddenFrame | GapFrame
+from corolla.swarm.wire import Ask, FailedFrame, HiddenFrame, ResultFrame, Whereabouts
 
 _MOST_BESIDE = 256  # messages without rows that wait to be read
 
 
-class Fault(Exception):
-    """The server `peer` failed with `error`: another one may be asked."""
-
-    def __init__(self, peer: str, error: CorollaError) -> None:
-        super().__init__(f"{peer}: {error}")
-        self.peer, self.error = peer, error
-
-
-class Declined(Exception):
-    """The server `peer` is full, or says that what it was sent is the caller's fault: another one may do it."""
-
-    def __init__(self, peer: str, error: CapacityError | CallerError) -> None:
-        super().__init__(f"{peer}: {error}")
-        self.peer, self.error = peer, error
-
-
-class Forgot(Exception):
-    """The server `peer` lacks what the client has, and is to be sent it again: no fault."""
-
-    def __init__(self, peer: str, error: Forgotten) -> None:
-        super().__init__(f"{peer}: {error}")
-        self.peer, self.error = peer, error
-
-
-class StandsStill(Exception):
-    """The servers of a session live and have nothing to compute for it: a message got lost between them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """A peer computes nothing more for this client: why."""
-
-    error: CorollaError
-
-
-Incoming: TypeAlias = Answer | FailedFrame | Whereabouts | Lost
+@contextmanager
+def open_mailbox(servers: Servers, key: str) -> Iterator[Mailbox]:
+    """Where answers go whose call or session is `key`, until the block ends."""
+    mailbox = Mailbox(servers)
+    with servers.receiving(key, mailbox.put):
+        yield mailbox
 
 
 class Mailbox:

@@ -24,9 +24,7 @@ from transformers import (
 from corolla.errors import UnsupportedModel
 from corolla.models.catalog import resolve
 from corolla.models.families import supported_families
-from corolla.remote.bare import DistributedModel
-from corolla.remote.base import Distributed, distributed
-from corolla.remote.heads import DistributedForCausalLM, DistributedForSequenceClassification
+from corolla.remote.modeling import Distributed, DistributedForCausalLM, DistributedForSequenceClassification, DistributedModel, distributed
 
 DistributedBloomModel = distributed(DistributedModel, BloomModel)
 DistributedBloomForCausalLM = distributed(DistributedForCausalLM, BloomForCausalLM)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 import random
 import time
-from typing import TYPE_CHECKING
 
 from corolla.errors import CapacityError
-from corolla.remote.mailbox import Declined, Fault
-
-if TYPE_CHECKING:
-    from corolla.remote.servers import Servers
+from corolla.remote.incoming import Declined, Fault
+from corolla.remote.servers import Servers
 
 log = logging.getLogger(__name__)
 

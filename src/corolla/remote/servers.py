@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,9 +14,8 @@ from typing import Protocol
 from corolla.barrier import barrier
 from corolla.client.peers import PeerBook
 from corolla.errors import InvalidSetting, NetworkError, NoRoute, ServerFault
-from corolla.remote.mailbox import Incoming, Lost, Mailbox
+from corolla.remote.incoming import Incoming, Lost
 from corolla.remote.prompt_upload import GivenPrompts
-from corolla.remote.retries import Retries
 from corolla.swarm.bans import Bans
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
@@ -121,7 +120,7 @@ class Servers:
         self.given = GivenPrompts(network.send)
         self._router = router
         self._numbers = itertools.count(1)
-        self._mailboxes: dict[str, Mailbox] = {}
+        self._receivers: dict[str, Callable[[str, Incoming], None]] = {}
         self._quality: Quality | None = None  # of the servers that were found last
         self._taken: Counter[str] = Counter()  # calls of ours under way
         self._lock = threading.Lock()
@@ -216,19 +215,15 @@ class Servers:
             return self._router.route(_Avoided(self.config, banned), needed_tokens, self._quality)
 
     @contextmanager
-    def mailbox(self, key: str) -> Iterator[Mailbox]:
-        """Where answers go whose call or session is `key`, until the block ends."""
+    def receiving(self, key: str, receive: Callable[[str, Incoming], None]) -> Iterator[None]:
+        """Until the block ends, answers of the call or session `key` go to `receive(sender, message)`, on the network's thread."""
         with self._lock:
-            mailbox = self._mailboxes[key] = Mailbox(self)
+            self._receivers[key] = receive
         try:
-            yield mailbox
+            yield
         finally:
             with self._lock:
-                del self._mailboxes[key]
-
-    def retries(self) -> Retries:
-        """For one call or step."""
-        return Retries(self)
+                del self._receivers[key]
 
     # On the network's thread from here on.
 
@@ -254,9 +249,9 @@ class Servers:
 
     def _deliver(self, key: str, sender: str, message: Incoming) -> None:
         with self._lock:
-            mailbox = self._mailboxes.get(key)
-        if mailbox is not None:
-            mailbox.put(sender, message)
+            receive = self._receivers.get(key)
+        if receive is not None:
+            receive(sender, message)
 
     def _lose(self, peer: str) -> None:
         with barrier("a server's loss"), suppress(NetworkError):
@@ -267,9 +262,9 @@ class Servers:
 
     def _tell_all(self, peer: str, message: Lost) -> None:
         with self._lock:
-            mailboxes = list(self._mailboxes.values())
-        for mailbox in mailboxes:
-            mailbox.put(peer, message)
+            receivers = list(self._receivers.values())
+        for receive in receivers:
+            receive(peer, message)
 
 
 def _inside(hops: Collection[RouteHop], span: Span) -> tuple[Hop, ...]:

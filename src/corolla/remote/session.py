@@ -18,8 +18,10 @@ import torch
 
 from corolla.errors import InvalidSetting, NetworkError, PromptTooLong, ProtocolError
 from corolla.remote.calls import RemoteCalls, checked, room_of, wire_dtype_of
-from corolla.remote.mailbox import Declined, Fault, Forgot, Mailbox, StandsStill
+from corolla.remote.incoming import Declined, Fault, Forgot, StandsStill
+from corolla.remote.mailbox import Mailbox, open_mailbox
 from corolla.remote.prompt_upload import DeepPrompt
+from corolla.remote.retries import Retries
 from corolla.remote.servers import Servers
 from corolla.swarm.arrays import to_array
 from corolla.swarm.wire import MAX_STEP_TOKENS, CloseFrame, GapFrame, HiddenFrame, Hop, StepFrame
@@ -171,7 +173,7 @@ class InferenceSession:
             turns = []
             for sequence, rows in zip(self._sequences, new, strict=True):
                 if len(rows):
-                    mailbox = open_mailboxes.enter_context(servers.mailbox(sequence.name))
+                    mailbox = open_mailboxes.enter_context(open_mailbox(servers, sequence.name))
                     turns.append(_Turn(servers, sequence, mailbox, rows))
             servers.network.send_all([message for turn in turns for message in turn.messages()])
             return [turn.finish() for turn in turns]
@@ -236,7 +238,7 @@ class _Turn:
 
     def __init__(self, servers: Servers, sequence: _Sequence, mailbox: Mailbox, new_TxE: torch.Tensor) -> None:
         self._servers, self._sequence, self._mailbox, self._new = servers, sequence, mailbox, new_TxE
-        self._retries = servers.retries()
+        self._retries = Retries(servers)
         self._gaps = 0
         self._start = 0
 

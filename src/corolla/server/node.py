@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import msgspec
 
@@ -20,7 +20,7 @@ from corolla.engine.engine import Engine
 from corolla.errors import CallerError, CorollaError, NetworkError, ServerFault
 from corolla.server.calls import CallService
 from corolla.server.replies import InFlightStep, NodeCounters, ReplyRouter
-from corolla.server.session_table import SessionRoute, SessionTable
+from corolla.server.session_table import SessionRoute, SessionTable, SpanServerConfig
 from corolla.server.validation import check_rows, check_shape
 from corolla.swarm.convert import failed_of, to_adapter_part, to_message, to_prompt_part, to_step, to_timings
 from corolla.swarm.network import Network
@@ -42,24 +42,11 @@ from corolla.swarm.wire import (
     PromptFrame,
     StepFrame,
     Whereabouts,
-    WireDtype,
     WireMessage,
 )
 from corolla.types import Close
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpanServerConfig:
-    """`wire_dtype` is that of the hidden states sent on: the model's own where the answer must not depend on the route."""
-
-    wire_dtype: WireDtype
-    sessions: int = 4096  # open at once, idle ones among them; one more is Busy
-    idle: float = 3600.0  # seconds after which a session of which nothing came, and nothing is cached, is forgotten
-    sessions_per_client: int = 1024
-    sessions_per_server: int = 2048  # that one server before this one brings
-    retry_after: float = 1.0  # seconds, told to who is turned away
 
 
 class SpanServer:

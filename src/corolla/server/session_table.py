@@ -6,19 +6,27 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from corolla.errors import Busy, InvalidSetting, NetworkError, ServerFault, Unauthorized
 from corolla.swarm.convert import to_prompt_name, to_settings
-from corolla.swarm.wire import CancelFrame, CloseFrame, Hop, StepFrame
+from corolla.swarm.wire import CancelFrame, CloseFrame, Hop, StepFrame, WireDtype
 from corolla.types import GenerationSettings, PromptName, Span
-
-if TYPE_CHECKING:
-    from corolla.server.node import SpanServerConfig
 
 _REMEMBERED = 4096  # closed sessions, whose late steps are refused
 _FOR_EVER = 2**63 - 1  # a generation that none comes after
 _OLDEST_ASKED = 120_000  # milliseconds before a step's arrival
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanServerConfig:
+    """`wire_dtype` is that of the hidden states sent on: the model's own where the answer must not depend on the route."""
+
+    wire_dtype: WireDtype
+    sessions: int = 4096  # open at once, idle ones among them; one more is Busy
+    idle: float = 3600.0  # seconds after which a session of which nothing came, and nothing is cached, is forgotten
+    sessions_per_client: int = 1024
+    sessions_per_server: int = 2048  # that one server before this one brings
+    retry_after: float = 1.0  # seconds, told to who is turned away
 
 
 @dataclass(slots=True, eq=False)

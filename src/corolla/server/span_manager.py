@@ -20,7 +20,8 @@ from corolla.models.adapters import load_adapter
 from corolla.models.linear import WeightFormat
 from corolla.models.span import load_span
 from corolla.server.measuring import Meter, measure_throughput
-from corolla.server.node import SpanServer, SpanServerConfig
+from corolla.server.node import SpanServer
+from corolla.server.session_table import SpanServerConfig
 from corolla.swarm.convert import failed_of
 from corolla.swarm.network import Network
 from corolla.swarm.probing import Probes

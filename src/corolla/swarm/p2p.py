@@ -15,20 +15,17 @@ import logging
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from corolla.barrier import barrier
 from corolla.errors import CallerError, CorollaError, DeadlineExceeded, NetworkError, Unauthorized
 from corolla.swarm import frames
-from corolla.swarm.accepting import Accepting
 from corolla.swarm.bans import Bans
-from corolla.swarm.channels import Channel, Channels
+from corolla.swarm.connection import Accepting, Channel, Channels, P2PConfig, Reading
 from corolla.swarm.dialling import connect, open_stream
 from corolla.swarm.handshake import Handshake, Role
 from corolla.swarm.limits import Sparing
 from corolla.swarm.network import OnLost, OnMessage
-from corolla.swarm.reading import Reading
 from corolla.swarm.wire import Refused, Unknown, WireMessage
 
 if TYPE_CHECKING:
@@ -42,30 +39,6 @@ _ONE_WRITE = 256 * 2**10  # bytes: frames that wait together go out together
 _KNOWN = 4096  # peers whose addresses are remembered
 log = logging.getLogger(__name__)
 log.addFilter(Sparing())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class P2PConfig:
-    """What two peers agree on, and what one may take of the other. What honest peers use of it: docs/security.md."""
-
-    secret: bytes | None = None  # None is an open swarm
-    dial_timeout: float = 5.0  # seconds, the handshake included
-    handshake_timeout: float = 10.0  # seconds for who dials us: longer than it takes to give up
-    write_timeout: float = 10.0  # seconds until a peer that reads nothing is as good as dead; `slowest` adds to it
-    frame_timeout: float = 20.0  # seconds for the rest of a frame once it began; `slowest` adds to it
-    slowest: int = 128 * 2**10  # bytes a second that every link between peers carries
-    frame_limit: int = 256 * 2**20  # bytes of one frame
-    unfinished_limit: int = 512 * 2**20  # bytes of frames that came in part, of all peers; of one of them `frame_limit`. See `bound`
-    newcomers_limit: int = 32 * 2**20  # of them, of all peers together that have shown nothing yet; larger frames come one at a time
-    large_slowest: int = 2**20  # bytes a second of such a larger frame
-    queue: int = 1024  # frames waiting to be sent to one peer
-    queue_limit: int = 256 * 2**20  # bytes of them; of a peer that has shown nothing yet, `newcomers_limit`
-    queues_limit: int = 2**30  # bytes waiting to be sent to all peers. See `bound`
-    frames_per_second: float = 10_000.0  # of one peer; one that sends more is read more slowly
-    peers: int = 1024  # connected at once
-    dials: int = 128  # under way at once
-    strangers: int = 128  # streams at once that have not proved the secret yet
-    streams_per_peer: int = 4  # that one peer may open at once; it needs one
 
 
 class P2PNetwork:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from corolla.barrier import barrier
 from corolla.errors import NetworkError
+from corolla.swarm.connection import P2PConfig
 from corolla.swarm.directory import HivemindDirectory
 from corolla.swarm.hosts import announced_addresses, listen_addresses
-from corolla.swarm.p2p import P2PConfig, P2PNetwork
+from corolla.swarm.p2p import P2PNetwork
 from corolla.swarm.records import ServerRecord
 
 _DEADLINE = 30.0  # seconds for one operation of the directory

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
@@ -25,56 +25,12 @@ from corolla.models.devices import settled_device
 from corolla.models.families import architecture
 from corolla.swarm.records import fingerprint
 from corolla.tuning.finetune_data import Loader, PhaseData, parse_source
-from corolla.tuning.finetune_run import FinetuneRun, load_model
+from corolla.tuning.finetune_run import FinetuneRun, FinetuneSettings, load_model
 from corolla.tuning.memory import Need, available, check_fits
 from corolla.tuning.recipe import Recipe
-from corolla.tuning.reporting import check_reporter
 from corolla.tuning.run_record import RunRecord, begun_in
 
 RECORD = "finetuning.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinetuneSettings:
-    """What does not change what is learned, but `lora`, which trains low-rank factors (Hu et al., 2021) in place of the weights.
-
-    Args:
-        micro_batch: sequences of one forward on each device; None is the recipe's batch.
-        gradient_checkpointing: compute blocks anew in the backward, for less memory.
-        lora_rank, lora_alpha: the factors' rank, and their scale times the rank.
-        evaluate_every: steps between two evaluations and checkpoints; None is ten in each phase.
-        report_to: one of `reporting.REPORTERS`.
-        device: "cpu" or "cuda"; the CPU by default.
-        check_memory: refuse what would not fit.
-
-    Raises `InvalidSetting` for a value outside its range.
-    """
-
-    lora: bool = False
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    micro_batch: int | None = None
-    gradient_checkpointing: bool = False
-    evaluate_every: int | None = None
-    report_to: str = "none"
-    device: Literal["cpu", "cuda"] | None = None
-    licence: str | None = None
-    check_memory: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("lora_rank", "lora_alpha", "micro_batch", "evaluate_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidSetting(name.replace("_", "-"), f"{value} is not at least 1")
-        if self.device not in (None, "cpu", "cuda"):
-            raise InvalidSetting("device", f"{self.device!r} is neither cpu nor cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InvalidSetting("device", "this machine has no GPU that torch can use; leave it out")
-        check_reporter(self.report_to)
-
-    @property
-    def on(self) -> torch.device:
-        return torch.device(self.device or "cpu")
 
 
 def finetune(

@@ -9,8 +9,9 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
@@ -22,7 +23,7 @@ from transformers.utils import logging
 from corolla.chat.templates import Template
 from corolla.data.saving import write_sums
 from corolla.data.tokens import TrainingTokenizer
-from corolla.errors import CheckpointError, StorageError, TrainingError
+from corolla.errors import CheckpointError, InvalidSetting, StorageError, TrainingError
 from corolla.models.saving import disk_error, replacing, save_tensors
 from corolla.tuning.batches import Collator, SequenceDataset, wants_mask
 from corolla.tuning.chat_template import jinja_of
@@ -33,13 +34,12 @@ from corolla.tuning.finetune_data import PhaseData
 from corolla.tuning.finetune_trainer import FinetuneTrainer
 from corolla.tuning.model_card import CARD, model_card
 from corolla.tuning.recipe import Recipe
-from corolla.tuning.reporting import Interruption, TrainingBar
+from corolla.tuning.reporting import Interruption, TrainingBar, check_reporter
 from corolla.tuning.run_record import RunRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from corolla.tuning.finetune import FinetuneSettings
 
 TRAINING = "training"  # the directory of checkpoints in the output, while there is something to go on with
 RECIPE = "recipe.yaml"
@@ -70,6 +70,49 @@ def load_model(directory: Path, recipe: Recipe, settings: FinetuneSettings) -> t
         if settings.gradient_checkpointing:
             model.enable_input_require_grads()
     return model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneSettings:
+    """What does not change what is learned, but `lora`, which trains low-rank factors (Hu et al., 2021) in place of the weights.
+
+    Args:
+        micro_batch: sequences of one forward on each device; None is the recipe's batch.
+        gradient_checkpointing: compute blocks anew in the backward, for less memory.
+        lora_rank, lora_alpha: the factors' rank, and their scale times the rank.
+        evaluate_every: steps between two evaluations and checkpoints; None is ten in each phase.
+        report_to: one of `reporting.REPORTERS`.
+        device: "cpu" or "cuda"; the CPU by default.
+        check_memory: refuse what would not fit.
+
+    Raises `InvalidSetting` for a value outside its range.
+    """
+
+    lora: bool = False
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    micro_batch: int | None = None
+    gradient_checkpointing: bool = False
+    evaluate_every: int | None = None
+    report_to: str = "none"
+    device: Literal["cpu", "cuda"] | None = None
+    licence: str | None = None
+    check_memory: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("lora_rank", "lora_alpha", "micro_batch", "evaluate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidSetting(name.replace("_", "-"), f"{value} is not at least 1")
+        if self.device not in (None, "cpu", "cuda"):
+            raise InvalidSetting("device", f"{self.device!r} is neither cpu nor cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InvalidSetting("device", "this machine has no GPU that torch can use; leave it out")
+        check_reporter(self.report_to)
+
+    @property
+    def on(self) -> torch.device:
+        return torch.device(self.device or "cpu")
 
 
 class FinetuneRun:

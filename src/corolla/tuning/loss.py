@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from corolla.data.tokens import IGNORED
 from corolla.models.families import architecture
-from corolla.remote.base import Distributed
+from corolla.remote.modeling import Distributed
 
 _VALUES = 2**21  # of logits at a time, 8 MB in float32
 _LEAST_ROWS = 32  # whatever the vocabulary: a product of fewer reads the head's weights too often

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from corolla.data.tokens import Tokens
 from corolla.errors import PromptError, TrainingError
 from corolla.models.prompts import SoftPrompt
-from corolla.remote.heads import DistributedForCausalLM
+from corolla.remote.modeling import DistributedForCausalLM
 from corolla.remote.prompts import SoftPrompts
 from corolla.tuning.checkpoints import CheckpointingTrainer
 from corolla.tuning.dialogues import collate

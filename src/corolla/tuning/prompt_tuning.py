@@ -25,7 +25,7 @@ from corolla.models.checkpoint import Progress, json_object
 from corolla.models.devices import settled_device
 from corolla.models.families import architecture
 from corolla.models.prompts import save_prompt
-from corolla.remote.heads import DistributedForCausalLM
+from corolla.remote.modeling import DistributedForCausalLM
 from corolla.remote.models import AutoDistributedConfig, AutoDistributedModelForCausalLM
 from corolla.remote.prompts import TuningMode, soft_prompts
 from corolla.swarm.records import fingerprint

@@ -12,7 +12,7 @@ from corolla.chat.templates import Template, Turn, encode, stop_ids
 from corolla.data.examples import Example
 from corolla.data.render import instructions
 from corolla.data.tokens import TrainingTokenizer
-from corolla.remote.heads import DistributedForCausalLM
+from corolla.remote.modeling import DistributedForCausalLM
 
 _TURNS = 3  # of a conversation, before the reply
 _TOKENS = 48
