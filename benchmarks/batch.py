@@ -26,12 +26,13 @@ from corolla.client.batch_output import BatchOutput
 from corolla.client.batch_requests import read_requests
 from corolla.client.tokenizer import TextTokenizer
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.messages import Message, Reply, Token
 from corolla.models import catalog
 from corolla.models.span import SpanModel, load_span
 from corolla.server.embedded import fast_dtype, open_model
 from corolla.swarm.local import LocalTransport
 from corolla.swarm.transport import Deliver
-from corolla.types import FinishReason, GenerationSettings, Message, Reply, Step, Token
+from corolla.types import FinishReason, GenerationSettings, Step
 
 SESSIONS = (16, 32, 64, 128)
 _WORDS = ("river", "stone", "bridge", "market", "winter", "letter", "garden", "engine", "copper", "harbour", "teacher", "violin", "kettle")

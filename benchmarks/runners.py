@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.messages import Close, Gap, Reply, Token
 from corolla.models.span import SpanModel
-from corolla.types import Close, Failed, Gap, GenerationSettings, Reply, Step, Token
+from corolla.types import Failed, GenerationSettings, Step
 
 
 @dataclass(slots=True)

@@ -14,12 +14,12 @@ import psutil
 from corolla.client.session import Session
 from corolla.client.swarm import SwarmTransport
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.messages import Hop, StepFrame, Token, WireMessage
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer, SpanServerConfig
 from corolla.swarm import frames
 from corolla.swarm.network import LocalHub
-from corolla.swarm.routing import Hop, Quality, Route, WantedAdapter
-from corolla.swarm.wire import StepFrame, TokenFrame, WireMessage
+from corolla.swarm.routing import Quality, Route, WantedAdapter
 from corolla.types import GenerationSettings, Span
 from swarm_bench import PROMPT, Bench
 from swarm_servers import COROLLA, CorollaSwarm, even_spans
@@ -65,7 +65,7 @@ def wire_bytes(bench: Bench) -> None:
     steps = [(message, size) for message, size in hub.sent if isinstance(message, StepFrame) and len(message.tokens) == 1]
     hidden = [float(size) for message, size in steps if message.hidden is not None]
     ring = [float(size) for message, size in steps if message.hidden is None]
-    tokens = [float(size) for message, size in hub.sent if isinstance(message, TokenFrame)]
+    tokens = [float(size) for message, size in hub.sent if isinstance(message, Token)]
 
     with bench.processes() as processes:
         swarm = bench.swarm(processes, 3, dtype="bfloat16", proxied=True)

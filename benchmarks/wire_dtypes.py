@@ -18,10 +18,10 @@ import torch
 from common import Table
 from corolla.client.tokenizer import TextTokenizer
 from corolla.engine.calls import CallSequences, forward
+from corolla.messages import WireDtype
 from corolla.models import catalog
 from corolla.models.span import SpanModel, load_span
 from corolla.swarm.arrays import from_array, to_array
-from corolla.swarm.wire import WireDtype
 from corolla.types import Span
 
 TEXTS = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))

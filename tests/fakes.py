@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 
 from corolla.errors import CorollaError
+from corolla.messages import Cancel, Close, Gap, Message, Token
 from corolla.swarm.local import LocalTransport
 from corolla.swarm.transport import Deliver
-from corolla.types import Cancel, Close, Failed, FinishReason, Gap, Message, Step, Token
+from corolla.types import Failed, FinishReason, Step
 
 Script = Callable[[list[int]], Iterable[int]]
 """From a session's history to the tokens of the answer; an endless one runs until it is cancelled or the limit is reached."""

@@ -11,7 +11,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src"
 FILES = sorted((SOURCE / "corolla").rglob("*.py"))
 
-THIN = ("types", "errors", "barrier", "client", "chat", "swarm/transport", "swarm/frames", "swarm/wire", "cli/main")
+THIN = ("types", "errors", "barrier", "client", "chat", "swarm/transport", "swarm/frames", "messages", "cli/main")
 HEAVY = ("torch", "transformers", "hivemind")
 
 

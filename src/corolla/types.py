@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import msgspec
 
 from corolla.errors import CorollaError, InvalidSetting
 
 if TYPE_CHECKING:
     import torch
+
+MAX_STEP_TOKENS = 8192  # rows of one step; a longer history goes in several, the settings with the last
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -163,13 +167,12 @@ def _shown(value: object) -> str:
 # Soft prompts. Their rows stand at the first positions of a session, whose history begins with as many placeholder ids.
 
 
-@dataclass(frozen=True, slots=True)
-class PromptName:
+class PromptName(msgspec.Struct, frozen=True, omit_defaults=True, rename={"tokens": "k"}):
     """What a step calls its soft prompt: `name` is the same for the same content, among the prompts of one client."""
 
-    name: str
-    tokens: int  # positions that it takes, from 0 on
-    deep: bool  # whether every block adds rows of its own at these positions
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]  # positions that it takes, from 0 on
+    deep: bool = False  # whether every block adds rows of its own at these positions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -269,25 +272,6 @@ class Call:
     kept: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Stop the answer that is being written; what is cached stays cached."""
-
-    session: str
-    generation: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """Forget the session: its pages are free at once.
-
-    With a `generation`, a later one stays: a step on a new route may come before the message that ends the old one.
-    """
-
-    session: str
-    generation: int | None = None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Give:
     """A soft prompt or an adapter for a server that lacks it; the session's next step names it."""
@@ -296,53 +280,7 @@ class Give:
     part: PromptPart | AdapterPart
 
 
-Message = Step | Cancel | Close | Give
-
 # Replies. `position` and `start` count tokens from the beginning of the session.
-
-
-@dataclass(frozen=True, slots=True)
-class HopTiming:
-    """Where one server's share of a step went, in seconds."""
-
-    peer: str
-    queue: float  # until the forward began
-    compute: float
-    transfer: float  # the way to the server: half of the round trip last measured
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A sampled token and the place it takes in the session's history."""
-
-    session: str
-    generation: int
-    position: int
-    token_id: int
-    logprob: float  # natural logarithm, of the distribution that was sampled from before temperature and cuts
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    finish: FinishReason | None = None
-    timings: tuple[HopTiming, ...] = ()  # of the servers of the route, where they were asked for; with the last token of a step
-    more: bool = False  # another token of the same step follows
-    drafts: tuple[int, ...] = ()  # guesses of the tokens that follow it, to be computed in the next step
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """What the model made of a token that was given; as in `Token`."""
-
-    logprob: float
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """The scores of a prompt's tokens from position `start` on, at most 64 at once. The first token of a session has none."""
-
-    session: str
-    generation: int
-    start: int
-    scores: tuple[Score, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -358,24 +296,6 @@ class Hidden:
     drafts: int = 0  # as in `Step`
 
 
-@dataclass(frozen=True, slots=True)
-class Cached:
-    """The answer to a step without settings: the session is cached up to `position`."""
-
-    session: str
-    generation: int
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """The server has fewer tokens than the step's start: send again from `have`."""
-
-    session: str
-    generation: int
-    have: int
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Failed:
     """The step ended in an error; the session's cache may be gone, the client's history is not."""
@@ -383,6 +303,3 @@ class Failed:
     session: str
     generation: int
     error: CorollaError
-
-
-Reply = Token | Scores | Hidden | Cached | Gap | Failed

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from corolla.cli.hops import Hops
-from corolla.types import HopTiming
+from corolla.messages import HopTiming
 
 
 def test_means_over_tokens_in_milliseconds_in_the_order_of_the_route() -> None:

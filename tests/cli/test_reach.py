@@ -16,8 +16,8 @@ import pytest
 from corolla.cli.addresses import Address
 from corolla.cli.findings import Finding, Verdict
 from corolla.cli.reach import blocks, examine_swarm, ping, reach
+from corolla.messages import Ping, Pong, WireMessage
 from corolla.swarm.network import LocalHub, Network
-from corolla.swarm.wire import Ping, Pong, WireMessage
 from tests.cli.test_status import record
 from tests.models import tiny
 from tests.swarm.harness import Swarm

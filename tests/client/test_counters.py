@@ -3,8 +3,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from corolla.client.counters import ask_counters
+from corolla.messages import AskCounters, Counters, WireMessage
 from corolla.swarm.network import LocalHub, Network
-from corolla.swarm.wire import AskCounters, Counters, WireMessage
 
 DEADLINE = 30.0
 

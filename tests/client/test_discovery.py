@@ -7,10 +7,10 @@ import pytest
 
 from corolla.client.discovery import KnownServers, blocks_of
 from corolla.errors import NetworkError, NoRoute, UnsupportedModel
+from corolla.messages import Array, ForwardFrame, Pong, ResultFrame, WireMessage
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.probing import ProbeConfig, Probes
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.wire import Array, ForwardFrame, Pong, ResultFrame, WireMessage
 from tests.swarm.simulation import make_record
 
 DEADLINE = 30.0

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from corolla.client.progress import Progress, Standstill
-from corolla.swarm.wire import Whereabouts
+from corolla.messages import Whereabouts
 
 KNOWN = 40  # tokens of the prompt
 

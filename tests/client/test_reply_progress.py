@@ -4,19 +4,19 @@ import pytest
 
 from corolla.client.reply_progress import ReplyProgress
 from corolla.client.reply_validation import MOST_GAPS, Asked
-from corolla.swarm.wire import GapFrame, ScoresFrame, TokenFrame
+from corolla.messages import Gap, Score, Scores, Token
 from corolla.types import GenerationSettings
 
 SCORED = GenerationSettings(prompt_logprobs=True)
-GAP = GapFrame("s", 1, 0)
+GAP = Gap("s", 1, 0)
 
 
-def token(position: int) -> TokenFrame:
-    return TokenFrame("s", 1, position, 1, -0.5)
+def token(position: int) -> Token:
+    return Token("s", 1, position, 1, -0.5)
 
 
-def scores(start: int, count: int) -> ScoresFrame:
-    return ScoresFrame("s", 1, start, ((-0.5, ()),) * count)
+def scores(start: int, count: int) -> Scores:
+    return Scores("s", 1, start, (Score(-0.5),) * count)
 
 
 @pytest.fixture

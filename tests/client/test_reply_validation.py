@@ -7,8 +7,8 @@ import pytest
 from corolla import errors
 from corolla.client.reply_validation import Asked, ReplyFrame, believed, problem_of, shown, suspects
 from corolla.errors import Busy, CorollaError, InvalidSetting, PromptTooLong, ServerFault
+from corolla.messages import FailedFrame, Gap, HopTiming, Score, Scores, Token
 from corolla.swarm.convert import error_of
-from corolla.swarm.wire import FailedFrame, GapFrame, ScoresFrame, TimingFrame, TokenFrame
 from corolla.types import FinishReason, GenerationSettings
 
 SETTINGS = GenerationSettings(max_tokens_to_generate=4, top_logprobs=1, prompt_logprobs=True, stop_token_ids=(9,))
@@ -62,12 +62,12 @@ def test_long_words_are_cut() -> None:
     assert len(shown("x" * 10**6)) == 400
 
 
-def token(position: int = 20, token_id: int = 1, **fields: Any) -> TokenFrame:
-    return TokenFrame("s", 1, position, token_id, fields.pop("logprob", -0.5), **fields)
+def token(position: int = 20, token_id: int = 1, **fields: Any) -> Token:
+    return Token("s", 1, position, token_id, fields.pop("logprob", -0.5), **fields)
 
 
-def scores(start: int, count: int, *alternatives: tuple[int, float]) -> ScoresFrame:
-    return ScoresFrame("s", 1, start, ((-0.5, alternatives),) * count)
+def scores(start: int, count: int, *alternatives: tuple[int, float]) -> Scores:
+    return Scores("s", 1, start, (Score(-0.5, alternatives),) * count)
 
 
 def of(frame: ReplyFrame, *, asked: Asked = ASKED, from_head: bool = True, gaps: float = 0.0) -> str | None:
@@ -82,9 +82,9 @@ HONEST = [
     token(finish=FinishReason.LENGTH),  # where the context ends
     token(position=21),  # the one before may have been lost
     scores(11, 9, (3, -0.5)),
-    GapFrame("s", 1, 10),
-    GapFrame("s", 1, 0),
-    GapFrame("s", 1, 23),  # a chunk, or a token of the ring, may have been lost
+    Gap("s", 1, 10),
+    Gap("s", 1, 0),
+    Gap("s", 1, 23),  # a chunk, or a token of the ring, may have been lost
 ]
 
 
@@ -108,7 +108,7 @@ LIES = [
     scores(11, 10),
     scores(11, 0),
     scores(11, 1, (2**40, -0.5)),
-    GapFrame("s", 1, 24),
+    Gap("s", 1, 24),
 ]
 
 
@@ -123,11 +123,11 @@ def test_what_nobody_asked_for() -> None:
     assert of(token(), asked=Asked(10, 20, None, None))
     assert of(token(token_id=2**40), asked=plain)
     assert of(token(), from_head=False)
-    timings = (TimingFrame("s", 0.0, 0.1, 0.0),)
+    timings = (HopTiming("s", 0.0, 0.1, 0.0),)
     assert of(token(timings=timings))
     assert of(token(timings=timings), asked=Asked(10, 20, SETTINGS, 100, timed=("s",))) is None
-    assert of(GapFrame("s", 1, 0), from_head=False, gaps=16) is None
-    assert of(GapFrame("s", 1, 0), from_head=False, gaps=17)
+    assert of(Gap("s", 1, 0), from_head=False, gaps=16) is None
+    assert of(Gap("s", 1, 0), from_head=False, gaps=17)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from fakes import FakeEngine
 
 from corolla.client.session import Session
 from corolla.errors import Busy, DeadlineExceeded, EmptyPrompt, InvalidSetting, NetworkError, PromptTooLong, ServerFault
-from corolla.types import Cancel, Close, FinishReason, Gap, GenerationSettings, Score, Scores, Token
+from corolla.messages import Cancel, Close, Gap, Score, Scores, Token
+from corolla.types import FinishReason, GenerationSettings
 
 SETTINGS = GenerationSettings(max_tokens_to_generate=3, stop_token_ids=(99,))
 
@@ -23,7 +24,8 @@ STOPPED = """
 import sys, threading
 from corolla.client.session import Session
 from corolla.swarm.local import LocalTransport
-from corolla.types import FinishReason, GenerationSettings, Step, Token
+from corolla.messages import Token
+from corolla.types import FinishReason, GenerationSettings, Step
 
 def answer(step, deliver):
     sys.stdin.readline()

@@ -14,9 +14,9 @@ from corolla.client.patience import Patience
 from corolla.client.session import Session
 from corolla.client.swarm import SwarmTransport
 from corolla.errors import CorollaError, NoRoute
+from corolla.messages import Cancel, Close, FailedFrame, Hop, StepFrame, Token, WireMessage
 from corolla.swarm.network import LocalHub
-from corolla.swarm.routing import Hop, Route
-from corolla.swarm.wire import CancelFrame, CloseFrame, FailedFrame, StepFrame, TokenFrame, WireMessage
+from corolla.swarm.routing import Route
 from corolla.types import FinishReason, GenerationSettings, Span, Step
 from tests.swarm.hostile import eventually
 
@@ -64,7 +64,7 @@ class Client:
             if said == "busy":
                 self.server.send(sender, FailedFrame(message.session, message.generation, "Busy", "full", 0.1))
             elif said == "token":
-                self.server.send(sender, TokenFrame(message.session, message.generation, 1, 7, -0.5, finish=FinishReason.LENGTH))
+                self.server.send(sender, Token(message.session, message.generation, 1, 7, -0.5, finish=FinishReason.LENGTH))
 
 
 @pytest.fixture
@@ -87,14 +87,14 @@ def test_an_unexpected_error_ends_one_session(client: Client, said: str) -> None
 
 def test_replies_to_sessions_that_nobody_has_are_answered_by_their_end(client: Client) -> None:
     """Somebody opened them in this client's name, or they are of its earlier life."""
-    client.server.send("client", TokenFrame("forged", 3, 1, 7, -0.5))
-    eventually(lambda: CloseFrame("forged", 3) in client.got)
+    client.server.send("client", Token("forged", 3, 1, 7, -0.5))
+    eventually(lambda: Close("forged", 3) in client.got)
     assert client.ask() == [7]
 
 
 def test_only_peers_that_were_heard_lately_are_remembered(client: Client) -> None:
     for number in range(5000):
-        client.hub.join(str(number)).send("client", CancelFrame("s", 1))
+        client.hub.join(str(number)).send("client", Cancel("s", 1))
     client.ask()
     assert client.transport.peers.heard("0") == float("-inf")
     assert client.transport.peers.heard("4999") > 0

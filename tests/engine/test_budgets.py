@@ -13,9 +13,10 @@ from corolla.engine.adapters import AdapterLimits, AdapterStore
 from corolla.engine.budgets import Budgets, Ledger
 from corolla.engine.counters import coarse
 from corolla.errors import Busy
+from corolla.messages import Cached, Cancel, Close, Token
 from corolla.models.adapters import digest_of, joined_digest
 from corolla.models.span import SpanModel, load_span
-from corolla.types import AdapterPart, Cached, Cancel, Close, Span, Step, Token
+from corolla.types import AdapterPart, Span, Step
 from tests.engine.test_engine import GREEDY, Driver, alone, prompt
 
 MIB = 2**20
@@ -78,7 +79,7 @@ def test_rows_that_wait_are_counted_in_bytes_and_given_back(directory: Path) -> 
     driver.engine.run_once()
     assert driver.engine.gauges["bytes_waiting"] > 30 * MIB
     for number in range(sessions):
-        driver.engine.receive((Cancel, Close)[number % 2](str(number)))
+        driver.engine.receive((Cancel, Close)[number % 2](str(number), 0))
     driver.run()
     assert driver.engine.gauges["bytes_waiting"] == 0
     assert driver.replies["other"] == [Cached("other", 0, 500)]
@@ -136,7 +137,7 @@ def test_a_session_that_is_idle_for_an_hour_without_pages_is_forgotten(model: Sp
     for session in ("kept", "unused"):
         driver.engine.receive(Step(session, 0, prompt(0, 20), settings=GREEDY), driver.replies[session].append)
         if session == "unused":
-            driver.engine.receive(Cancel(session))
+            driver.engine.receive(Cancel(session, 0))
         driver.run()
     assert driver.engine.gauges["sessions_cached"] == 2
     driver.engine._clock._awake += 3700.0

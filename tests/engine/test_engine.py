@@ -15,9 +15,10 @@ from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.parts import EngineParts
 from corolla.engine.speculation import Guess, guess
 from corolla.errors import Busy, CorollaError, EmptyPrompt, InvalidSetting, PromptTooLong, ServerFault
+from corolla.messages import Cached, Cancel, Close, Gap, Reply, Token
 from corolla.models.reference import Reference
 from corolla.models.span import SpanModel, load_span
-from corolla.types import Cached, Cancel, Close, Failed, FinishReason, Gap, GenerationSettings, Hidden, Reply, Span, Step, Token
+from corolla.types import Failed, FinishReason, GenerationSettings, Hidden, Span, Step
 from tests.models import tiny
 
 GREEDY = GenerationSettings(max_tokens_to_generate=40)
@@ -204,7 +205,7 @@ def test_cancel_frees_what_the_answer_had_reserved(model: SpanModel) -> None:
     driver.send("a", prompt(0, 100))
     driver.run(3)
     had = len(driver.tokens("a"))
-    driver.engine.receive(Cancel("a"))
+    driver.engine.receive(Cancel("a", 0))
     driver.run()
     assert len(driver.tokens("a")) == had
     driver.engine.receive(Close("a"))

@@ -17,23 +17,10 @@ from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.page_pool import PagePool, PageTable
 from corolla.engine.parts import EngineParts
 from corolla.errors import CorollaError, ServerFault
+from corolla.messages import Cached, Cancel, Close, Reply, Token
 from corolla.models.adapters import digest_of, joined_digest
 from corolla.models.span import SpanModel
-from corolla.types import (
-    AdapterPart,
-    Cached,
-    Cancel,
-    Close,
-    Factors,
-    Failed,
-    GenerationSettings,
-    PromptName,
-    PromptPart,
-    Reply,
-    Span,
-    Step,
-    Token,
-)
+from corolla.types import AdapterPart, Factors, Failed, GenerationSettings, PromptName, PromptPart, Span, Step
 from tests.engine.test_engine import Driver, alone, prompt
 
 ERRORS = [IndexError, KeyError, AssertionError, RuntimeError, MemoryError, OSError]
@@ -210,7 +197,7 @@ def is_dead(engine: Engine) -> None:
         engine.receive(Step("late", 0, [1, 2]), print)
     with pytest.raises(ServerFault, match="the engine ended"):
         engine.call(iter(()))
-    engine.receive(Cancel("a"))
+    engine.receive(Cancel("a", 0))
     engine.receive(Close("a"))
     assert not engine.run_once()
 

@@ -10,8 +10,9 @@ from corolla.engine.clock import AwakeClock
 from corolla.engine.page_pool import PagePool
 from corolla.engine.scheduler import Scheduler
 from corolla.engine.sequence import Sequence
+from corolla.messages import Cached
 from corolla.models.span import SpanModel
-from corolla.types import Cached, GenerationSettings, Span, Step
+from corolla.types import GenerationSettings, Span, Step
 from tests.engine.test_engine import Driver, alone, prompt
 
 

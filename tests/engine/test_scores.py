@@ -10,9 +10,10 @@ import torch
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.sampler import score
 from corolla.errors import ServerFault
+from corolla.messages import Reply, Scores, Token
 from corolla.models.reference import Reference
 from corolla.models.span import load_span
-from corolla.types import GenerationSettings, Reply, Scores, Step, Token
+from corolla.types import GenerationSettings, Step
 from tests.models import tiny
 
 PROMPT = [5 + i * 11 % 180 for i in range(90)]

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.parts import EngineParts
 from corolla.engine.speculation import Guess, guess
 from corolla.errors import InvalidSetting
+from corolla.messages import Cancel, Gap, Reply, Token
 from corolla.models.span import SpanModel, load_span
-from corolla.types import Cancel, FinishReason, Gap, GenerationSettings, Hidden, Reply, Span, Step, Token
+from corolla.types import FinishReason, GenerationSettings, Hidden, Span, Step
 from tests.engine.test_engine import Driver, prompt
 from tests.models import tiny
 
@@ -46,7 +48,7 @@ def replies(model: SpanModel, tokens: Sequence[int], settings: GenerationSetting
     driver.run()
     tokens_of = [reply for reply in driver.replies["a"] if isinstance(reply, Token)]
     assert len(tokens_of) == len(driver.replies["a"])
-    return [replace(token, more=False, drafts=()) for token in tokens_of]
+    return [msgspec.structs.replace(token, more=False, drafts=()) for token in tokens_of]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ def test_a_cancelled_answer_leaves_nothing_that_was_guessed(model: SpanModel) ->
     driver = Driver(model, knowing([*asked, *plain], right=2))
     driver.send("a", asked)
     driver.run(turns=4)
-    driver.engine.receive(Cancel("a"))
+    driver.engine.receive(Cancel("a", 0))
     driver.run()
     had = driver.tokens("a")
     assert had == plain[: len(had)]
@@ -255,7 +257,7 @@ def test_guesses_go_through_spans_and_the_head_says_which_were_right(directory: 
         assert first.whereabouts("a", 0) == last.whereabouts("a", 0) == (start + len(tokens), 0)
         answered += drawn
         tokens, start, drafts = [answered[-1].token_id, *answered[-1].drafts], answered[-1].position, len(answered[-1].drafts)
-    assert [replace(token, more=False, drafts=()) for token in answered] == plain
+    assert [msgspec.structs.replace(token, more=False, drafts=()) for token in answered] == plain
     assert steps < LENGTH / 2
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.messages import WireMessage
 from corolla.models.span import load_span
 from corolla.remote.calls import RemoteCalls
 from corolla.remote.servers import RemoteConfig, Servers
@@ -17,7 +18,6 @@ from corolla.swarm.bans import BanPolicy, Bans
 from corolla.swarm.network import LocalHub, LocalNetwork, OnLost, OnMessage
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Quality, Route, find_route
-from corolla.swarm.wire import WireMessage
 from corolla.types import Span
 from tests.swarm.simulation import make_record
 

@@ -11,11 +11,11 @@ from msgspec import structs
 
 from corolla.engine.calls import backward, forward
 from corolla.errors import ActivationsGone, Busy, CorollaError, InvalidSetting, NoRoute, PromptNeeded, ServerFault
+from corolla.messages import BackwardFrame, ForwardFrame, Leaving, PromptFrame, ResultFrame, WireMessage
 from corolla.models.span import load_span
 from corolla.remote.servers import RemoteConfig
 from corolla.swarm.arrays import to_array
 from corolla.swarm.convert import failed_of
-from corolla.swarm.wire import BackwardFrame, ForwardFrame, Leaving, PromptFrame, ResultFrame, WireMessage
 from corolla.types import Span
 from tests.engine.stock import example, finish
 from tests.remote.conftest import MakeSwarm

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, StoppingCriteria, TextStreamer
 
 from corolla.errors import InvalidSetting, PromptTooLong
+from corolla.messages import StepFrame, WireMessage
 from corolla.remote.models import AutoDistributedModelForCausalLM
-from corolla.swarm.wire import StepFrame, WireMessage
 from tests.remote.conftest import MakeSwarm
 from tests.remote.swarm import Local
 

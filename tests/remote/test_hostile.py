@@ -11,11 +11,11 @@ import torch
 
 from corolla.barrier import unexpected
 from corolla.errors import Busy, CorollaError, InvalidSetting, NoRoute, StorageError, Unauthorized
+from corolla.messages import Ask, ForwardFrame, Gap, HiddenFrame, Pong, ResultFrame, StepFrame, Whereabouts, WireMessage
 from corolla.remote.incoming import Fault
 from corolla.remote.mailbox import Mailbox, open_mailbox
 from corolla.swarm.arrays import to_array
 from corolla.swarm.convert import failed_of
-from corolla.swarm.wire import Ask, ForwardFrame, GapFrame, HiddenFrame, Pong, ResultFrame, StepFrame, Whereabouts, WireMessage
 from corolla.types import Span
 from tests.remote.conftest import MakeSwarm
 from tests.remote.swarm import Local
@@ -108,8 +108,8 @@ def rows(step: StepFrame, **changes: object) -> HiddenFrame:
         lambda step: rows(step, hidden=to_array(torch.zeros(54, 63), "float32")),
         lambda step: rows(step, start=step.start + 1),
         lambda step: ResultFrame(1, step.hidden),  # of a call that there is not
-        lambda step: GapFrame(step.session, step.generation, step.start + 54),
-        lambda step: GapFrame(step.session, step.generation, step.start),
+        lambda step: Gap(step.session, step.generation, step.start + 54),
+        lambda step: Gap(step.session, step.generation, step.start),
         lambda step: None,
         lambda step: Whereabouts(step.session, step.generation, 0, 54),  # it works, it says
     ],
@@ -140,7 +140,7 @@ def test_a_flood_is_bounded_and_the_fault_of_its_sender(make_swarm: MakeSwarm, l
     piece = to_array(torch.zeros(54, 64), "float32")
     for _ in range(5000):
         mailbox.put("a", HiddenFrame("s", 1, 0, piece))
-        mailbox.put("b", GapFrame("s", 1, 0))
+        mailbox.put("b", Gap("s", 1, 0))
         mailbox.put("stranger", HiddenFrame("s", 1, 0, piece))
     assert mailbox.waiting < 600
     with pytest.raises(Fault, match="more than it was asked for"):

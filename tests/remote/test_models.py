@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, get_sch
 
 import corolla
 from corolla.errors import InvalidSetting, PromptError, UnsupportedModel
+from corolla.messages import BackwardFrame, ForwardFrame
 from corolla.remote.models import (
     AutoDistributedConfig,
     AutoDistributedModel,
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
 )
-from corolla.swarm.wire import BackwardFrame, ForwardFrame
 from tests.models import tiny
 from tests.remote.conftest import MakeSwarm
 from tests.remote.stock import IDS, MASK, P, assert_step_equal, stock

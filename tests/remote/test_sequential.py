@@ -9,8 +9,8 @@ import torch
 
 from corolla.engine.calls import CallSequences
 from corolla.errors import InvalidSetting
+from corolla.messages import BackwardFrame, ForwardFrame, WireMessage
 from corolla.remote.sequential import RemoteSequential
-from corolla.swarm.wire import BackwardFrame, ForwardFrame, WireMessage
 from corolla.types import Span
 from tests.engine.stock import StockBlocks
 from tests.remote.conftest import MakeSwarm

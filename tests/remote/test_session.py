@@ -11,11 +11,11 @@ import torch
 
 from corolla.engine.calls import CallSequences, forward
 from corolla.errors import Busy, InvalidSetting, NoRoute, PromptTooLong
+from corolla.messages import PromptFrame, StepFrame, WireMessage
 from corolla.models.span import load_span
 from corolla.remote.sequential import RemoteSequential
 from corolla.remote.session import InferenceSession
 from corolla.swarm.convert import failed_of
-from corolla.swarm.wire import PromptFrame, StepFrame, WireMessage
 from corolla.types import Span
 from tests.engine.stock import finish
 from tests.remote.conftest import MakeSwarm

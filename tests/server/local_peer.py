@@ -6,10 +6,10 @@ import asyncio
 import threading
 
 from corolla.errors import NetworkError
+from corolla.messages import Array, ForwardFrame, ResultFrame, WireMessage
 from corolla.swarm.directory import LocalDirectory
 from corolla.swarm.network import LocalHub, LocalNetwork
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.wire import Array, ForwardFrame, ResultFrame, WireMessage
 
 
 def answer_probe(network: LocalNetwork, sender: str, message: WireMessage) -> None:

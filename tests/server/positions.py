@@ -19,24 +19,15 @@ from corolla.client.patience import Patience
 from corolla.client.session import Session
 from corolla.client.swarm import SwarmTransport
 from corolla.engine.sampler import SampleRequest, sample
+from corolla.messages import Cancel, Close, FailedFrame, Gap, Scores, StepFrame, Token, WireMessage
 from corolla.models.reference import Reference
-from corolla.swarm.wire import (
-    CancelFrame,
-    CloseFrame,
-    FailedFrame,
-    GapFrame,
-    ScoresFrame,
-    StepFrame,
-    TokenFrame,
-    WireMessage,
-)
 from corolla.types import GenerationSettings
 from tests.models import tiny
 from tests.server.ring import Swarm
 
 SPLITS = {1: ("0:4",), 2: ("0:2", "2:4"), 3: ("0:1", "1:3", "3:4"), 4: ("0:1", "1:2", "2:3", "3:4")}
 KINDS = ("lost", "late", "very late", "twice", "again soon", "again later", "refused")
-OF_A_SESSION = (StepFrame, TokenFrame, CancelFrame, CloseFrame, GapFrame, FailedFrame, ScoresFrame)
+OF_A_SESSION = (StepFrame, Token, Cancel, Close, Gap, FailedFrame, Scores)
 A_STEP_OR_TWO, OVERTAKEN, AFTER_RECOVERY = 0.003, 0.02, 0.5  # seconds
 PATIENCE = Patience(silence=0.15, answer=0.3, lost=0.2, reconsider=60.0)
 TIMEOUT = 60.0  # seconds for a token, on a loaded machine

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.messages import FailedFrame, ForwardFrame, Gap, HiddenFrame, Hop, ResultFrame, StepFrame, WireMessage
 from corolla.models.reference import Reference
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer
 from corolla.server.session_table import SpanServerConfig
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.network import LocalHub, LocalNetwork
-from corolla.swarm.wire import FailedFrame, ForwardFrame, GapFrame, HiddenFrame, Hop, ResultFrame, StepFrame, WireMessage
 from corolla.types import Span
 from tests.models import tiny
 
@@ -82,7 +82,7 @@ def test_going_back_and_on_is_the_rule_of_positions(client: Client, reference: t
     again = client.step(30, entering[30:35], 2)
     torch.testing.assert_close(again, leaving[30:35], rtol=1e-4, atol=1e-5)
     answer = client.step(50, entering[50:], 3)
-    assert isinstance(answer, GapFrame)
+    assert isinstance(answer, Gap)
     assert answer.have == 35
 
 

@@ -16,12 +16,12 @@ from corolla.client.session import Session
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.sequence import Deliver
 from corolla.errors import CapacityError, InvalidSetting
+from corolla.messages import Close, Message
 from corolla.models.reference import Reference
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer
 from corolla.server.session_table import SpanServerConfig
-from corolla.swarm.wire import CloseFrame
-from corolla.types import FinishReason, GenerationSettings, Message, Span
+from corolla.types import FinishReason, GenerationSettings, Span
 from tests.models import tiny
 from tests.server.ring import PROMPT, SAMPLED, SETTINGS, TIMEOUT, Swarm, answer
 from tests.swarm.simulation import make_record
@@ -222,7 +222,7 @@ def test_the_end_of_an_old_route_does_not_end_a_new_one(swarm: Swarm, directory:
     with Session(swarm.transport, "") as session:
         tokens = [token.token_id for token in session.generate(PROMPT, SETTINGS, timeout=TIMEOUT)]
         for server in ("a", "b", "c"):  # it comes late
-            swarm.transport.network.send(server, CloseFrame(session.name, 0))
+            swarm.transport.network.send(server, Close(session.name, 0))
         before = swarm.engines["b"].counters.rows
         tokens += [token.token_id for token in session.generate([7], SETTINGS, timeout=TIMEOUT)]
         assert swarm.engines["b"].counters.rows - before < len(PROMPT)
@@ -232,7 +232,7 @@ def test_the_end_of_an_old_route_does_not_end_a_new_one(swarm: Swarm, directory:
 def test_a_close_that_overtakes_the_first_step_leaves_nothing_open(swarm: Swarm, directory: Path) -> None:
     """Its steps are stale then; the answer is asked for again, in a later generation."""
     with Session(swarm.transport, "") as session:
-        swarm.transport.network.send("b", CloseFrame(session.name, 1))
+        swarm.transport.network.send("b", Close(session.name, 1))
         assert [token.token_id for token in session.generate(PROMPT, SETTINGS, timeout=TIMEOUT)] == Reference(directory).greedy(PROMPT, 30)
         assert not swarm.transport.bans.banned()
     wait_until(lambda: swarm.servers["b"].sessions == 0)

@@ -12,8 +12,8 @@ import pytest
 
 from corolla.client.session import Session
 from corolla.errors import NetworkError
+from corolla.messages import Hop, StepFrame, WireMessage
 from corolla.models.reference import Reference
-from corolla.swarm.wire import Hop, StepFrame, WireMessage
 from corolla.types import GenerationSettings
 from tests.models import tiny
 from tests.server.positions import Servers, guess_badly, servers

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from corolla.errors import Busy
+from corolla.messages import Cancel, Close, Hop, StepFrame
 from corolla.server.session_table import SessionRoute, SessionTable, SpanServerConfig
-from corolla.swarm.wire import CancelFrame, CloseFrame, Hop, StepFrame
 from corolla.types import Span
 
 ROUTE = (Hop("a", 0, 2), Hop("b", 2, 4))
@@ -22,8 +22,8 @@ def step(ways: SessionTable, generation: int, session: str = "s") -> SessionRout
 
 
 @pytest.mark.parametrize("sender", ["client", "a"])
-@pytest.mark.parametrize("kind", [CloseFrame, CancelFrame])
-def test_what_ends_a_generation_before_its_first_step_came_ends_it(sender: str, kind: type[CloseFrame | CancelFrame]) -> None:
+@pytest.mark.parametrize("kind", [Close, Cancel])
+def test_what_ends_a_generation_before_its_first_step_came_ends_it(sender: str, kind: type[Close | Cancel]) -> None:
     known = ways()
     assert not known.end(sender, kind("s", 3))
     assert step(known, 3) is None
@@ -36,7 +36,7 @@ def test_a_cancelled_generation_takes_no_step_any_more() -> None:
     way = step(known, 1)
     assert way is not None
     way.take(StepFrame("s", 1, 0, (5,)))
-    assert known.end("client", CancelFrame("s", 1))
+    assert known.end("client", Cancel("s", 1))
     assert known.of_step("a", StepFrame("s", 1, 1, (6,)), lambda way: None) is None
     assert step(known, 1) is None
     assert step(known, 2) is not None
@@ -45,7 +45,7 @@ def test_a_cancelled_generation_takes_no_step_any_more() -> None:
 def test_a_cancel_of_the_next_generation_is_remembered_with_the_session() -> None:
     known = ways()
     step(known, 1)
-    assert known.end("client", CancelFrame("s", 2))
+    assert known.end("client", Cancel("s", 2))
     assert step(known, 2) is None
     assert step(known, 3) is not None
 
@@ -105,7 +105,7 @@ def test_places_are_counted_by_client_and_given_back() -> None:
     with pytest.raises(Busy):
         step(known, 1, "u")
     step(known, 2, "t")
-    known.end("client", CloseFrame("t"))
+    known.end("client", Close("t"))
     assert step(known, 1, "u") is not None
     known.lose("client")
     assert len(known) == 0
@@ -135,42 +135,42 @@ def test_sessions_that_were_not_used_for_long_are_found() -> None:
 def test_a_close_without_a_generation_is_for_good() -> None:
     known = ways()
     step(known, 1)
-    assert known.end("client", CloseFrame("s"))
+    assert known.end("client", Close("s"))
     assert [step(known, generation) for generation in (1, 2, 99)] == [None] * 3
 
 
 def test_only_the_client_closes_for_good() -> None:
     known = ways()
-    assert not known.end("a", CloseFrame("s"))
+    assert not known.end("a", Close("s"))
     assert step(known, 1) is not None
-    assert not known.end("a", CloseFrame("s"))
+    assert not known.end("a", Close("s"))
     assert len(known) == 1
 
 
 def test_a_close_may_overtake_a_step_of_a_session_that_is_known() -> None:
     known = ways()
     step(known, 1)
-    assert known.end("client", CloseFrame("s", 2))
+    assert known.end("client", Close("s", 2))
     assert step(known, 2) is None
     step(known, 3)
-    assert known.end("client", CloseFrame("s", 2))  # it comes late, and ends nothing
+    assert known.end("client", Close("s", 2))  # it comes late, and ends nothing
     assert len(known) == 1
 
 
 def test_who_is_not_on_the_way_ends_nothing() -> None:
     known = ways()
-    assert not known.end("stranger", CloseFrame("s", 3))
-    assert not known.end("stranger", CancelFrame("s", 3))
+    assert not known.end("stranger", Close("s", 3))
+    assert not known.end("stranger", Cancel("s", 3))
     step(known, 3)
-    assert not known.end("stranger", CloseFrame("s"))
+    assert not known.end("stranger", Close("s"))
     assert len(known) == 1
 
 
 def test_sessions_that_never_were_push_out_none_that_were() -> None:
     known = ways()
     step(known, 1)
-    known.end("client", CloseFrame("s", 1))
+    known.end("client", Close("s", 1))
     for number in range(5000):
-        known.end("stranger", CloseFrame(f"made up {number}", 1))
+        known.end("stranger", Close(f"made up {number}", 1))
     assert step(known, 1) is None
     assert len(known._over_unknown) == 4096

@@ -11,13 +11,7 @@ from msgspec.structs import replace
 
 from corolla.engine.engine import EngineConfig
 from corolla.errors import AdapterError, InvalidSetting, NetworkError
-from corolla.models.adapters import load_adapter
-from corolla.models.checkpoint import read_config
-from corolla.models.families import architecture
-from corolla.server.span_manager import Offer, OfferedAdapter, SpanManager
-from corolla.swarm.network import LocalHub
-from corolla.swarm.probing import Probes
-from corolla.swarm.wire import (
+from corolla.messages import (
     Array,
     AskCounters,
     Counters,
@@ -31,6 +25,12 @@ from corolla.swarm.wire import (
     StepFrame,
     WireMessage,
 )
+from corolla.models.adapters import load_adapter
+from corolla.models.checkpoint import read_config
+from corolla.models.families import architecture
+from corolla.server.span_manager import Offer, OfferedAdapter, SpanManager
+from corolla.swarm.network import LocalHub
+from corolla.swarm.probing import Probes
 from corolla.types import Span
 from tests.models import lora, tiny
 

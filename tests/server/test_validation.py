@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from corolla.errors import InvalidSetting, ServerFault
+from corolla.messages import Hop, StepFrame, WireDtype
 from corolla.models.checkpoint import read_config
 from corolla.models.config import ModelConfig
 from corolla.models.families import architecture
 from corolla.server.session_table import SessionRoute
 from corolla.server.validation import check_rows
 from corolla.swarm.arrays import from_array, to_array
-from corolla.swarm.wire import Hop, StepFrame, WireDtype
 from corolla.types import Step
 from tests.models import tiny
 

@@ -10,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from corolla.messages import Ping, Pong, WireMessage
 from corolla.swarm.bans import Bans
 from corolla.swarm.connection import P2PConfig
 from corolla.swarm.handshake import MESSAGE_BYTES, Handshake
 from corolla.swarm.p2p import PROTOCOL, P2PNetwork
-from corolla.swarm.wire import Ping, Pong, WireMessage
 
 # hivemind scripts a function as it is imported, which torch 2.13 calls deprecated.
 with warnings.catch_warnings():

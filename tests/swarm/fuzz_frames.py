@@ -10,45 +10,46 @@ import sys
 from collections import Counter as Tally
 from collections.abc import Iterator
 
+from corolla import messages
 from corolla.errors import CorollaError, ProtocolError
-from corolla.swarm import convert, frames, wire
-from corolla.swarm.arrays import from_array
-from corolla.swarm.wire import (
+from corolla.messages import (
     AdapterFrame,
     Array,
     Ask,
     AskCounters,
     BackwardFrame,
-    CachedFrame,
-    CancelFrame,
-    CloseFrame,
+    Cached,
+    Cancel,
+    Close,
     Counters,
     FailedFrame,
     ForwardFrame,
-    GapFrame,
+    Gap,
     HiddenFrame,
     Hop,
+    HopTiming,
     Leaving,
     Ping,
     Pong,
     ProductFrame,
     PromptFrame,
-    PromptNameFrame,
     Refused,
     ResultFrame,
-    ScoresFrame,
+    Score,
+    Scores,
     SettingsFrame,
     StepFrame,
-    TimingFrame,
-    TokenFrame,
+    Token,
     Unknown,
     Whereabouts,
     WireMessage,
 )
-from corolla.types import FinishReason
+from corolla.swarm import convert, frames
+from corolla.swarm.arrays import from_array
+from corolla.types import FinishReason, PromptName
 
 
-def array(dtype: wire.WireDtype, rows: int, values: int) -> Array:
+def array(dtype: messages.WireDtype, rows: int, values: int) -> Array:
     size = Array(dtype, (rows, values)).nbytes
     return Array(dtype, (rows, values), memoryview(bytes(index % 251 for index in range(size))))
 
@@ -59,29 +60,29 @@ MESSAGES: tuple[WireMessage, ...] = (
     StepFrame("session", 1, 7, (5, 6, 7), array("bfloat16", 3, 6), drafts=2),
     StepFrame("session", 2, 0, (5, 6), array("bfloat16", 2, 6), SettingsFrame(seed=3, stop_token_ids=(7,)), ROUTE, 1, "client", "a"),
     StepFrame("session", 2, 0, (5,), array("q8", 1, 70), SettingsFrame(stop_token_ids=(2, 3)), ROUTE, 2, "client"),
-    StepFrame("session", 2, 0, (0, 0, 5), route=ROUTE, client="client", prompt=PromptNameFrame("f00d", 2, True)),
-    PromptFrame(PromptNameFrame("f00d", 2, True), 0, 2, array("float32", 6, 4), has_input=True),
+    StepFrame("session", 2, 0, (0, 0, 5), route=ROUTE, client="client", prompt=PromptName("f00d", 2, True)),
+    PromptFrame(PromptName("f00d", 2, True), 0, 2, array("float32", 6, 4), has_input=True),
     AdapterFrame(
         "f00d", (bytes(32), bytes(range(32))), 1, (ProductFrame("qkv", 2, 3, 4), ProductFrame("out", 1, 4, 3)), array("float32", 3, 8)
     ),
-    CancelFrame("session", 3),
-    ScoresFrame("session", 3, 1, ((-0.5, ((7, -0.5), (8, -1.5))), (-2.0, ()))),
-    CloseFrame("session"),
-    CloseFrame("session", 4),
+    Cancel("session", 3),
+    Scores("session", 3, 1, (Score(-0.5, ((7, -0.5), (8, -1.5))), Score(-2.0))),
+    Close("session"),
+    Close("session", 4),
     Ask("session", 4),
     Whereabouts("session", 4, 17, 3),
-    TokenFrame("session", 1, 9, 42, -0.5, ((42, -0.5), (7, -1.25)), FinishReason.STOP, (TimingFrame("first", 0.1, 0.2, 0.3),)),
+    Token("session", 1, 9, 42, -0.5, ((42, -0.5), (7, -1.25)), FinishReason.STOP, (HopTiming("first", 0.1, 0.2, 0.3),)),
     HiddenFrame("session", 1, 4, array("float32", 2, 3)),
     HiddenFrame("session", 1, 4, array("float16", 3, 2)),
-    CachedFrame("session", 1, 12),
-    GapFrame("session", 1, 3, "second"),
+    Cached("session", 1, 12),
+    Gap("session", 1, 3),
     FailedFrame("session", 1, "Busy", "all places are taken", 0.5, "second"),
     FailedFrame("session", 1, "InvalidSetting", "top_p: no", None, "second", {"setting": "top_p"}),
     ForwardFrame(7, 2, 4, (3, 2), array("bfloat16", 5, 4)),
     BackwardFrame(8, 2, 4, (3, 2), array("float32", 10, 4)),
-    ForwardFrame(9, 2, 4, (3, 2), array("bfloat16", 5, 4), prompt=PromptNameFrame("f00d", 2, True), keep=True),
-    BackwardFrame(10, 2, 4, (3, 2), array("float32", 5, 4), prompt=PromptNameFrame("f00d", 2, True), kept=9),
-    ResultFrame(7, array("float16", 5, 4), (TimingFrame("first", 0.1, 0.2, 0.3),)),
+    ForwardFrame(9, 2, 4, (3, 2), array("bfloat16", 5, 4), prompt=PromptName("f00d", 2, True), keep=True),
+    BackwardFrame(10, 2, 4, (3, 2), array("float32", 5, 4), prompt=PromptName("f00d", 2, True), kept=9),
+    ResultFrame(7, array("float16", 5, 4), (HopTiming("first", 0.1, 0.2, 0.3),)),
     Leaving(),
     AskCounters(),
     Counters({"pushes": 7}),
@@ -140,16 +141,16 @@ def handle(frame: bytes) -> str:
         return "unknown"
     frames.encode(message)
     try:
-        if isinstance(message, StepFrame | CancelFrame | CloseFrame):
-            convert.to_message(message)
+        if isinstance(message, StepFrame):
+            convert.to_step(message)
         elif isinstance(message, PromptFrame):
             convert.to_prompt_part(message)
         elif isinstance(message, AdapterFrame):
             convert.to_adapter_part(message)
-        elif isinstance(message, ForwardFrame | BackwardFrame | ResultFrame):
+        elif isinstance(message, ForwardFrame | BackwardFrame | ResultFrame | HiddenFrame):
             from_array(message.hidden)
-        elif not isinstance(message, Ask | Whereabouts | Leaving | AskCounters | Counters | Ping | Pong | Refused):
-            convert.to_reply(message)
+        elif isinstance(message, FailedFrame):
+            convert.error_of(message)
     except CorollaError:
         return "invalid"
     return "valid"

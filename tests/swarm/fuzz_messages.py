@@ -38,6 +38,7 @@ from corolla.client.session import Session
 from corolla.client.swarm import SwarmTransport
 from corolla.engine.engine import Engine, EngineConfig
 from corolla.errors import CallerError
+from corolla.messages import Ping, Pong, WireMessage
 from corolla.models.reference import Reference
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer
@@ -46,7 +47,6 @@ from corolla.swarm import frames
 from corolla.swarm.network import LocalHub, LocalNetwork
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Quality, Route, WantedAdapter, find_route
-from corolla.swarm.wire import Ping, Pong, WireMessage
 from corolla.types import GenerationSettings, Span
 from tests.models import tiny
 from tests.swarm.fuzz_strategies import BLOCKS, HONEST, HONEST_SESSIONS, HOSTILE, VOCABULARY, Sent, batches

@@ -15,41 +15,41 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from corolla.models.adapters import Adapter, digest_of, joined_digest
-from corolla.swarm.convert import from_adapter_part
-from corolla.swarm.wire import (
+from corolla.messages import (
     MAX_STEP_TOKENS,
     AdapterFrame,
     Array,
     Ask,
     AskCounters,
     BackwardFrame,
-    CachedFrame,
-    CancelFrame,
-    CloseFrame,
+    Cached,
+    Cancel,
+    Close,
     Counters,
     FailedFrame,
     ForwardFrame,
-    GapFrame,
+    Gap,
     HiddenFrame,
     Hop,
+    HopTiming,
     Leaving,
     Ping,
     Pong,
     ProductFrame,
     PromptFrame,
-    PromptNameFrame,
     Refused,
     ResultFrame,
-    ScoresFrame,
+    Score,
+    Scores,
     SettingsFrame,
     StepFrame,
-    TimingFrame,
-    TokenFrame,
+    Token,
     Whereabouts,
     WireMessage,
 )
-from corolla.types import Factors, FinishReason, Span
+from corolla.models.adapters import Adapter, digest_of, joined_digest
+from corolla.swarm.convert import from_adapter_part
+from corolla.types import Factors, FinishReason, PromptName, Span
 
 BLOCKS, HIDDEN, VOCABULARY, CONTEXT = 4, 64, 199, 512  # of the tiny model
 Spans = Mapping[str, tuple[int, int]]  # of the honest servers, by name
@@ -87,7 +87,7 @@ class Talk:
     generation: int = 1
     position: int = 0
     began: int = 0  # where the generation did
-    prompt: PromptNameFrame | None = None
+    prompt: PromptName | None = None
     adapter: str = ""
     opened: set[int] = field(default_factory=set)  # hops that were told the route of this generation
     kept: list[Sent] = field(default_factory=list)  # forwards that were to be kept
@@ -214,15 +214,15 @@ def odd_routes(spans: Spans) -> list[tuple[Hop, ...]]:
 
 
 timings = st.lists(
-    st.builds(TimingFrame, odd_names, *[st.sampled_from((0.0, 5e-324, 1.0, 1e308))] * 3),
+    st.builds(HopTiming, odd_names, *[st.sampled_from((0.0, 5e-324, 1.0, 1e308))] * 3),
     max_size=2,
 ).map(tuple)
 
 
 @st.composite
-def prompt_names(draw: st.DrawFn, *, deep: bool | None = None) -> PromptNameFrame:
+def prompt_names(draw: st.DrawFn, *, deep: bool | None = None) -> PromptName:
     tokens = mostly(draw, st.integers(1, 4), st.sampled_from((5, 64, 511, 512, 1024, 1025, MAX_STEP_TOKENS)))
-    return PromptNameFrame(draw(st.sampled_from(("p0", "p1", "p2"))), tokens, draw(st.booleans()) if deep is None else deep)
+    return PromptName(draw(st.sampled_from(("p0", "p1", "p2"))), tokens, draw(st.booleans()) if deep is None else deep)
 
 
 @cache
@@ -373,11 +373,11 @@ def adapters(draw: st.DrawFn, talk: Talk) -> Sent:
 
 
 def cancels(draw: st.DrawFn, talk: Talk) -> Sent:
-    return _to_server(draw, talk, CancelFrame(_session(draw, talk), mostly(draw, talk.generation, odd_counts, 5)))
+    return _to_server(draw, talk, Cancel(_session(draw, talk), mostly(draw, talk.generation, odd_counts, 5)))
 
 
 def closes(draw: st.DrawFn, talk: Talk) -> Sent:
-    return _to_server(draw, talk, CloseFrame(_session(draw, talk), draw(st.none() | st.just(talk.generation) | odd_counts)))
+    return _to_server(draw, talk, Close(_session(draw, talk), draw(st.none() | st.just(talk.generation) | odd_counts)))
 
 
 def questions(draw: st.DrawFn, talk: Talk) -> Sent:
@@ -406,7 +406,7 @@ def replies(draw: st.DrawFn, talk: Talk) -> Sent:
     message = draw(
         st.one_of(
             st.builds(
-                TokenFrame,
+                Token,
                 session,
                 generation,
                 odd_counts,
@@ -416,10 +416,10 @@ def replies(draw: st.DrawFn, talk: Talk) -> Sent:
                 st.none() | st.sampled_from(FinishReason),
                 timings,
             ),
-            st.builds(ScoresFrame, session, generation, odd_counts, st.lists(st.tuples(logprobs, alternatives), max_size=3).map(tuple)),
+            st.builds(Scores, session, generation, odd_counts, st.lists(st.builds(Score, logprobs, alternatives), max_size=3).map(tuple)),
             st.builds(HiddenFrame, session, generation, odd_counts, st.just(arrays(draw, 2))),
-            st.builds(CachedFrame, session, generation, odd_counts),
-            st.builds(GapFrame, session, generation, odd_counts, odd_names),
+            st.builds(Cached, session, generation, odd_counts),
+            st.builds(Gap, session, generation, odd_counts),
             st.builds(
                 FailedFrame,
                 session,

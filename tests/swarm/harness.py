@@ -27,12 +27,13 @@ from corolla.client.link import SwarmLink
 from corolla.client.session import Session
 from corolla.client.swarm import SwarmTransport
 from corolla.errors import NetworkError, NoRoute
+from corolla.messages import Message
 from corolla.models.adapters import Adapter
 from corolla.models.prompts import SoftPrompt
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.transport import Deliver, Link
-from corolla.types import GenerationSettings, Message, Step
+from corolla.types import GenerationSettings, Step
 from tests import forked
 from tests.forked import Forked
 from tests.swarm.chaos import ChaosProxy

@@ -17,6 +17,7 @@ from corolla.client.session import Session
 from corolla.client.swarm import SwarmTransport
 from corolla.engine.engine import Engine, EngineConfig, EngineParts
 from corolla.engine.speculation import Guess, guess
+from corolla.messages import FailedFrame, Hop, Ping, Pong, SettingsFrame, StepFrame, WireMessage
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer
 from corolla.server.session_table import SpanServerConfig
@@ -24,7 +25,6 @@ from corolla.swarm.arrays import to_array
 from corolla.swarm.network import LocalHub
 from corolla.swarm.records import ServerRecord
 from corolla.swarm.routing import Quality, Route, find_route
-from corolla.swarm.wire import FailedFrame, Hop, Ping, Pong, SettingsFrame, StepFrame, WireMessage
 from corolla.types import GenerationSettings, Span
 from tests.models import tiny
 from tests.swarm.simulation import make_record

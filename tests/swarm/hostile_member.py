@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 
 from corolla.errors import CallerError, NetworkError
+from corolla.messages import Hop, WireMessage
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.wire import Hop, WireMessage
 from tests.swarm.fuzz_messages import drawn
 from tests.swarm.fuzz_strategies import HONEST, HOSTILE, batches
 

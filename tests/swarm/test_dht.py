@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from corolla.swarm.wire import Ping
+from corolla.messages import Ping
 from tests.swarm.daemons import PATIENCE
 from tests.swarm.harness import OVER_HIVEMIND
 from tests.swarm.test_directory import record

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from corolla.errors import CallerError, NetworkError, ProtocolError
+from corolla.messages import Array, HiddenFrame, Ping, SettingsFrame, StepFrame, Unknown, WireMessage
 from corolla.swarm import frames
 from corolla.swarm.frames import decode, encode, read_body, read_length
-from corolla.swarm.wire import Array, HiddenFrame, Ping, SettingsFrame, StepFrame, Unknown, WireMessage
 from tests.swarm.fuzz_frames import MESSAGES, array, frame_of, fuzz
 
 FUZZED = 20_000

@@ -11,9 +11,9 @@ import msgspec
 import pytest
 import torch
 
+from corolla.messages import Array, StepFrame, WireMessage
 from corolla.models.reference import Reference
 from corolla.swarm.arrays import from_array, to_array
-from corolla.swarm.wire import Array, StepFrame, WireMessage
 from tests.models import tiny
 from tests.swarm.hostile import BIG, COUNT, PATIENCE, PENALIZED, PROMPT, Alter, Swarm, answer, named
 

@@ -16,12 +16,12 @@ import torch
 from corolla.client.session import Session
 from corolla.engine.engine import EngineConfig
 from corolla.errors import CallerError
+from corolla.messages import Close, ForwardFrame, Hop, HopTiming, SettingsFrame, StepFrame, Token, WireMessage
 from corolla.models.reference import Reference
 from corolla.server.node import SpanServer
 from corolla.server.session_table import SpanServerConfig
 from corolla.swarm import frames
 from corolla.swarm.arrays import to_array
-from corolla.swarm.wire import CloseFrame, ForwardFrame, Hop, SettingsFrame, StepFrame, TimingFrame, TokenFrame, WireMessage
 from tests.models import tiny
 from tests.swarm.hostile import (
     BEHIND,
@@ -118,7 +118,7 @@ def test_a_header_that_grows_on_its_way_ends_no_server(swarm: Swarm, directory: 
     mallory = Mallory(swarm.hub)
 
     def longest(characters: int) -> StepFrame:
-        timings = tuple(TimingFrame("x" * ((characters + i) // 255), 0.0, 0.0, 0.0) for i in range(255))
+        timings = tuple(HopTiming("x" * ((characters + i) // 255), 0.0, 0.0, 0.0) for i in range(255))
         return step(route=(Hop("s", 0, 2), Hop("t", 2, 4)), timed=True, timings=timings)
 
     with caplog.at_level(logging.INFO):
@@ -153,7 +153,7 @@ def test_sessions_of_others_are_out_of_reach(swarm: Swarm, whole: SpanServer, di
         first = next(tokens).token_id
         name = session.name
         mallory.send(
-            CloseFrame(name),
+            Close(name),
             step(session=name, generation=BIG),
             step(session=name, generation=BIG, client="honest"),
             step(session=name, generation=1, route=(), start=3),
@@ -181,7 +181,7 @@ def test_sessions_that_wait_for_their_server_before_take_no_places(swarm: Swarm,
     swarm.add("s", 0, 4, cache=16 * (places + 10))
     mallory = Mallory(swarm.hub)
     mallory.send(*(step(session=f"m{i}", route=BEHIND, hop=1, **rows(0.0)) for i in range(places)))
-    eventually(lambda: sum(isinstance(message, TokenFrame) for message in mallory.heard) == places)
+    eventually(lambda: sum(isinstance(message, Token) for message in mallory.heard) == places)
     assert answer(swarm.client("honest")) == Reference(directory).greedy(PROMPT, COUNT)
     swarm.hub.kill("mallory")
     swarm.check_integrity()

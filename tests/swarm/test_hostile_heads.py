@@ -16,18 +16,8 @@ import pytest
 
 from corolla.client.session import Session
 from corolla.errors import Busy, DeadlineExceeded, InvalidSetting, NetworkError, NoRoute, PromptTooLong
+from corolla.messages import Ask, FailedFrame, Gap, Pong, Score, Scores, StepFrame, Token, Whereabouts, WireMessage
 from corolla.models.reference import Reference
-from corolla.swarm.wire import (
-    Ask,
-    FailedFrame,
-    GapFrame,
-    Pong,
-    ScoresFrame,
-    StepFrame,
-    TokenFrame,
-    Whereabouts,
-    WireMessage,
-)
 from corolla.types import FinishReason, GenerationSettings
 from tests.models import tiny
 from tests.swarm.hostile import BIG, COUNT, GREEDY, PATIENCE, PROMPT, Alter, Swarm, answer, named
@@ -59,9 +49,9 @@ def with_token(**fields: Any) -> Alter:
     return instead(lambda token: msgspec.structs.replace(token, **fields))
 
 
-def instead(make: Callable[[TokenFrame], WireMessage | list[WireMessage]], after: int = 3) -> Alter:
+def instead(make: Callable[[Token], WireMessage | list[WireMessage]], after: int = 3) -> Alter:
     def alter(message: WireMessage) -> WireMessage | list[WireMessage]:
-        return make(message) if isinstance(message, TokenFrame) and message.position >= len(PROMPT) + after else message
+        return make(message) if isinstance(message, Token) and message.position >= len(PROMPT) + after else message
 
     return alter
 
@@ -70,14 +60,14 @@ def failure(kind: str, text: str = "no", retry_after: float | None = None) -> Al
     return instead(lambda token: FailedFrame(token.session, token.generation, kind, text, retry_after, "c"))
 
 
-def endless(token: TokenFrame) -> list[WireMessage]:
+def endless(token: Token) -> list[WireMessage]:
     """The answer ends, and goes on as fast as the head likes."""
     more = range(token.position, token.position + 1000)
     return [msgspec.structs.replace(token, finish=None, position=position) for position in more]
 
 
 def scores(start: int, count: int = 1) -> Alter:
-    return instead(lambda token: ScoresFrame(token.session, token.generation, start, ((-1.0, ()),) * count))
+    return instead(lambda token: Scores(token.session, token.generation, start, (Score(-1.0),) * count))
 
 
 LIES = {
@@ -90,7 +80,7 @@ LIES = {
     "an end token that is none": with_token(finish=FinishReason.STOP),
     "tokens beyond the last": instead(endless, after=COUNT - 1),
     "scores that nobody asked for": scores(1),
-    "a gap above what it was sent": instead(lambda token: GapFrame(token.session, token.generation, BIG, "c")),
+    "a gap above what it was sent": instead(lambda token: Gap(token.session, token.generation, BIG)),
     "a soft prompt that nobody named": failure("PromptNeeded"),
     "an adapter that nobody named": failure("AdapterNeeded"),
 }
@@ -135,10 +125,10 @@ def test_scores_that_cannot_be_are_asked_for_elsewhere(swarm: Swarm, alter: Alte
     said: list[WireMessage] = []
 
     def lie(message: WireMessage) -> WireMessage | list[WireMessage]:
-        if not isinstance(message, ScoresFrame):
+        if not isinstance(message, Scores):
             return message
         said.append(message)
-        return alter(TokenFrame(message.session, message.generation, len(PROMPT) + 9, 0, 0.0))
+        return alter(Token(message.session, message.generation, len(PROMPT) + 9, 0, 0.0))
 
     swarm.alters["c"] = lie
     with Session(honest, "") as session:
@@ -163,7 +153,7 @@ def test_a_full_server_is_gone_around_at_once(swarm: Swarm, expected: list[int],
 def test_where_all_servers_are_full_they_are_asked_now_and_then_until_the_deadline(swarm: Swarm) -> None:
     asked: set[tuple[str, int]] = set()
 
-    def full(name: str, token: TokenFrame) -> FailedFrame:
+    def full(name: str, token: Token) -> FailedFrame:
         asked.add((name, token.generation))
         return FailedFrame(token.session, token.generation, "Busy", "full", 0.0, name)
 
@@ -293,11 +283,11 @@ def test_scores_that_come_again_and_again_prolong_no_deadline(swarm: Swarm) -> N
     del swarm.records["c2"]
 
     def drip(message: WireMessage) -> WireMessage | list[WireMessage]:
-        if isinstance(message, ScoresFrame) and len(message.scores) > 1:
+        if isinstance(message, Scores) and len(message.scores) > 1:
             first = msgspec.structs.replace(message, scores=message.scores[:1])
             threading.Thread(target=repeat, args=(first,), daemon=True).start()
             return first
-        return [] if isinstance(message, TokenFrame) else message
+        return [] if isinstance(message, Token) else message
 
     over = threading.Event()
 
@@ -325,7 +315,7 @@ def test_a_server_whose_engine_is_dead_is_left_though_it_answers(swarm: Swarm, e
 
 def test_gaps_for_ever_are_gone_around_and_ban_nobody(swarm: Swarm, expected: list[int]) -> None:
     """The server before it may keep back what it lacks."""
-    swarm.alters["c"] = instead(lambda token: GapFrame(token.session, token.generation, 0, "c"))
+    swarm.alters["c"] = instead(lambda token: Gap(token.session, token.generation, 0))
     honest = swarm.client("honest")
     assert answer(honest) == expected
     assert not honest.bans.banned()
@@ -336,10 +326,10 @@ def test_a_gap_after_each_token_does_not_go_on_for_ever(swarm: Swarm) -> None:
     answered: Counter[int] = Counter()  # by generation
 
     def alter(message: WireMessage) -> WireMessage | list[WireMessage]:
-        if not isinstance(message, TokenFrame):
+        if not isinstance(message, Token):
             return message
         answered[message.generation] += 1
-        gap = GapFrame(message.session, message.generation, 0, "c")
+        gap = Gap(message.session, message.generation, 0)
         return message if answered[message.generation] == 1 else [gap] if answered[message.generation] == 2 else []
 
     swarm.alters["c"] = alter
@@ -352,7 +342,7 @@ def test_a_gap_after_each_token_does_not_go_on_for_ever(swarm: Swarm) -> None:
 def test_an_answer_that_got_lost_is_asked_for_again_and_bans_nobody(swarm: Swarm, expected: list[int]) -> None:
     lost: list[WireMessage] = []
 
-    def lose(token: TokenFrame) -> TokenFrame | list[WireMessage]:
+    def lose(token: Token) -> Token | list[WireMessage]:
         if lost:
             return token
         lost.append(token)
@@ -377,7 +367,7 @@ def test_only_the_head_answers_tokens(swarm: Swarm, expected: list[int]) -> None
 
     def alter(message: WireMessage) -> WireMessage:
         if isinstance(message, StepFrame) and message.hidden is not None:
-            swarm.hub.carry("b", "honest", TokenFrame(message.session, message.generation, len(PROMPT), 1, -0.1))
+            swarm.hub.carry("b", "honest", Token(message.session, message.generation, len(PROMPT), 1, -0.1))
         return message
 
     swarm.alters["b"] = alter

@@ -13,13 +13,13 @@ import pytest
 
 from corolla.client.swarm import SwarmTransport
 from corolla.engine.engine import Engine, EngineConfig
+from corolla.messages import Hop, Ping
 from corolla.models.reference import Reference
 from corolla.models.span import load_span
 from corolla.server.node import SpanServer
 from corolla.swarm import frames
 from corolla.swarm.connection import P2PConfig
 from corolla.swarm.p2p import P2PNetwork
-from corolla.swarm.wire import Hop, Ping
 from corolla.types import Span
 from tests.models import tiny
 from tests.swarm.daemons import Daemon, Hostile

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from corolla.errors import Busy, NetworkError
+from corolla.messages import Close, Gap, Message, Reply
 from corolla.swarm.local import LocalTransport
 from corolla.swarm.transport import Deliver
-from corolla.types import Close, Gap, Message, Reply
 
 
 def echo(message: Message, deliver: Deliver) -> None:

@@ -16,11 +16,11 @@ import pytest
 
 from corolla.barrier import unexpected
 from corolla.errors import CallerError, NetworkError
+from corolla.messages import Array, HiddenFrame, Ping, Pong, Refused, WireMessage
 from corolla.swarm import frames
 from corolla.swarm.bans import BanPolicy, Bans
 from corolla.swarm.connection import P2PConfig
 from corolla.swarm.handshake import MESSAGE_BYTES
-from corolla.swarm.wire import Array, HiddenFrame, Ping, Pong, Refused, WireMessage
 from tests.swarm.daemons import PATIENCE, Hostile, Peer
 from tests.swarm.harness import OVER_HIVEMIND
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from corolla.messages import Array, FailedFrame, ForwardFrame, Ping, Pong, ResultFrame, WireMessage
 from corolla.swarm.probing import ProbeConfig, Probes
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.wire import Array, FailedFrame, ForwardFrame, Ping, Pong, ResultFrame, WireMessage
 from tests.swarm.simulation import make_record
 
 A = make_record("a", 0, 4)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from corolla.errors import CapacityError, NoRoute
+from corolla.messages import Hop
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.routing import UNKNOWN_ROUND_TRIP, Hop, Route, WantedAdapter, coverage, find_route, gaps, quality
+from corolla.swarm.routing import UNKNOWN_ROUND_TRIP, Route, WantedAdapter, coverage, find_route, gaps, quality
 from corolla.types import Span
 from tests.swarm.simulation import make_record
 

@@ -8,11 +8,11 @@ import msgspec
 import pytest
 
 from corolla.errors import NoRoute
+from corolla.messages import Array, FailedFrame, ForwardFrame, Hop, Ping, Pong, ResultFrame, WireMessage
 from corolla.swarm.bans import Bans
 from corolla.swarm.placement import MovePolicy, Mover
 from corolla.swarm.probing import Probes
-from corolla.swarm.routing import Hop, find_route
-from corolla.swarm.wire import Array, FailedFrame, ForwardFrame, Ping, Pong, ResultFrame, WireMessage
+from corolla.swarm.routing import find_route
 from tests.swarm.simulation import EXPIRY, TICK, Simulation, make_record
 
 SEEDS = range(3)

@@ -20,63 +20,45 @@ from corolla.errors import (
     ProtocolError,
     ServerFault,
 )
+from corolla.messages import (
+    MAX_DRAFTS,
+    MAX_STEP_TOKENS,
+    Q8_BLOCK,
+    AdapterFrame,
+    Array,
+    Cached,
+    Cancel,
+    Close,
+    FailedFrame,
+    Gap,
+    HiddenFrame,
+    Hop,
+    HopTiming,
+    Ping,
+    Pong,
+    ProductFrame,
+    Refused,
+    Reply,
+    StepFrame,
+    Token,
+    Unknown,
+    WireDtype,
+    WireMessage,
+)
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.convert import (
     error_of,
     failed_of,
     from_adapter_part,
-    from_message,
-    from_reply,
+    from_hidden,
     from_settings,
     from_step,
     to_adapter_part,
-    to_message,
-    to_reply,
     to_settings,
     to_step,
 )
 from corolla.swarm.frames import LENGTH, decode, encode
-from corolla.swarm.wire import (
-    MAX_DRAFTS,
-    MAX_STEP_TOKENS,
-    Q8_BLOCK,
-    AdapterFrame,
-    Answer,
-    Array,
-    CachedFrame,
-    CancelFrame,
-    CloseFrame,
-    FailedFrame,
-    GapFrame,
-    HiddenFrame,
-    Hop,
-    Ping,
-    Pong,
-    ProductFrame,
-    Refused,
-    StepFrame,
-    TimingFrame,
-    TokenFrame,
-    Unknown,
-    WireDtype,
-    WireMessage,
-)
-from corolla.types import (
-    AdapterPart,
-    Cached,
-    Cancel,
-    Close,
-    Factors,
-    Failed,
-    FinishReason,
-    Gap,
-    GenerationSettings,
-    Hidden,
-    Reply,
-    Span,
-    Step,
-    Token,
-)
+from corolla.types import AdapterPart, Factors, Failed, FinishReason, GenerationSettings, Hidden, Span, Step
 
 DTYPES: tuple[WireDtype, ...] = ("float32", "bfloat16", "float16", "q8")
 EXACT: tuple[WireDtype, ...] = ("float32", "bfloat16", "float16")
@@ -100,7 +82,7 @@ options = st.builds(
     seed=counts,
     stop_token_ids=st.lists(st.integers(0, 2**63 - 1), max_size=3).map(tuple),
 )
-timings = st.lists(st.builds(TimingFrame, names, seconds, seconds, seconds), max_size=3).map(tuple)
+timings = st.lists(st.builds(HopTiming, names, seconds, seconds, seconds), max_size=3).map(tuple)
 
 
 @st.composite
@@ -131,7 +113,7 @@ def steps(draw: st.DrawFn) -> StepFrame:
 
 
 tokens = st.builds(
-    TokenFrame,
+    Token,
     names,
     counts,
     counts,
@@ -153,12 +135,12 @@ failures = st.builds(
 )
 messages = st.one_of(
     steps(),
-    st.builds(CancelFrame, names, counts),
-    st.builds(CloseFrame, names),
+    st.builds(Cancel, names, counts),
+    st.builds(Close, names),
     tokens,
     st.builds(HiddenFrame, names, counts, counts, arrays()),
-    st.builds(CachedFrame, names, counts, counts),
-    st.builds(GapFrame, names, counts, counts, names),
+    st.builds(Cached, names, counts, counts),
+    st.builds(Gap, names, counts, counts),
     failures,
     st.builds(Ping, counts),
     st.builds(Pong, counts),
@@ -310,7 +292,7 @@ def test_a_step_carries_only_so_many_tokens() -> None:
 
 @pytest.mark.parametrize("message", [Cancel("s", 4), Close("s")])
 def test_other_messages_there_and_back(message: Cancel | Close) -> None:
-    assert to_message(from_message(message)) == message
+    assert sent(message) == message
 
 
 @pytest.mark.parametrize(
@@ -323,16 +305,16 @@ def test_other_messages_there_and_back(message: Cancel | Close) -> None:
     ],
 )
 def test_replies_there_and_back(reply: Reply) -> None:
-    frame = sent(from_reply(reply, peer="p"))
-    assert isinstance(frame, Answer)
-    assert to_reply(frame) == reply
+    assert not isinstance(reply, (Hidden, Failed))
+    assert sent(reply) == reply
 
 
 def test_hidden_states_as_a_reply() -> None:
     tensor = random(2, 3, torch.bfloat16)
-    reply = to_reply(from_reply(Hidden("s", 1, 4, tensor), wire_dtype="bfloat16"))
-    assert isinstance(reply, Hidden)
-    assert torch.equal(reply.hidden, tensor)
+    frame = sent(from_hidden(Hidden("s", 1, 4, tensor), "bfloat16"))
+    assert isinstance(frame, HiddenFrame)
+    assert (frame.session, frame.generation, frame.start) == ("s", 1, 4)
+    assert torch.equal(from_array(frame.hidden), tensor)
 
 
 def test_an_adapter_there_and_back_block_by_block() -> None:
@@ -393,10 +375,12 @@ def test_an_error_of_an_unknown_kind_is_a_server_fault() -> None:
 
 
 def test_a_failure_there_and_back() -> None:
-    reply = to_reply(from_reply(Failed("s", 2, Busy(0.5)), peer="p"))
-    assert isinstance(reply, Failed)
-    assert isinstance(reply.error, Busy)
-    assert reply.error.retry_after == 0.5
+    frame = sent(failed_of(Busy(0.5), "s", 2, peer="p"))
+    assert isinstance(frame, FailedFrame)
+    assert (frame.session, frame.generation) == ("s", 2)
+    error = error_of(frame)
+    assert isinstance(error, Busy)
+    assert error.retry_after == 0.5
     long = failed_of(ServerFault("x" * 10_000), "s", 0)
     assert len(error_of(sent(long)).args[0]) == 4096  # type: ignore[arg-type]
     far = error_of(sent(failed_of(PromptTooLong(2**63 + 5, 512), "s", 0)))  # type: ignore[arg-type]

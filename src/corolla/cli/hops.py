@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from corolla.types import HopTiming
+from corolla.messages import HopTiming
 
 
 class Hops:

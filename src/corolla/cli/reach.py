@@ -250,7 +250,7 @@ def ping(network: Network, peers: Sequence[str]) -> dict[str, float | str]:
 
     It listens on `network` from now on. Raises `NetworkError` when that is closed.
     """
-    from corolla.swarm.wire import Ping, Pong, WireMessage
+    from corolla.messages import Ping, Pong, WireMessage
 
     answers: dict[str, float | str] = {}
     everybody = threading.Event()

@@ -35,7 +35,7 @@ _HURRIED = 2.0  # seconds that one has which is told twice to end
 
 
 class WireDtype(Enum):
-    """`swarm.wire.WireDtype`, for the command line."""
+    """`messages.WireDtype`, for the command line."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"

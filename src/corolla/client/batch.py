@@ -15,8 +15,9 @@ from corolla.client.completion import Completion, CompletionResult
 from corolla.client.session import Session
 from corolla.client.tokenizer import TextTokenizer
 from corolla.errors import CallerError, CorollaError, InvalidSetting
+from corolla.messages import Score
 from corolla.swarm.transport import Transport
-from corolla.types import GenerationSettings, Score
+from corolla.types import GenerationSettings
 
 if TYPE_CHECKING:
     from corolla.models.prompts import SoftPrompt

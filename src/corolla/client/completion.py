@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from corolla.client.session import Session
 from corolla.client.text import Detokenizer, StopMatcher
 from corolla.client.tokenizer import TextTokenizer
-from corolla.types import FinishReason, GenerationSettings, Token
+from corolla.messages import Token
+from corolla.types import FinishReason, GenerationSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from corolla.messages import AskCounters, Counters, WireMessage
 from corolla.swarm.network import Network
-from corolla.swarm.wire import AskCounters, Counters, WireMessage
 
 
 def ask_counters(network: Network, servers: list[str], timeout: float) -> dict[str, dict[str, int]]:

@@ -30,24 +30,14 @@ from corolla.errors import (
     ProtocolError,
     ServerFault,
 )
+from corolla.messages import Ask, Cached, Close, FailedFrame, Gap, Message, StepFrame, Token, Whereabouts
 from corolla.swarm.bans import Bans, blameworthy
-from corolla.swarm.convert import error_of, from_message, from_prompt_name, from_settings, to_reply
+from corolla.swarm.convert import error_of, from_settings
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.routing import Quality, Route, WantedAdapter
 from corolla.swarm.transport import Deliver
-from corolla.swarm.wire import (
-    MAX_STEP_TOKENS,
-    Ask,
-    CachedFrame,
-    FailedFrame,
-    GapFrame,
-    Hop,
-    StepFrame,
-    TokenFrame,
-    Whereabouts,
-)
-from corolla.types import AdapterPart, Close, Failed, Gap, Give, Message, PromptPart, Span, Step
+from corolla.types import MAX_STEP_TOKENS, AdapterPart, Failed, Give, PromptPart, Span, Step
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +115,7 @@ class SwarmLink:
                 return
             self._end()
             for peer in self._route.peers if self._route is not None else ():
-                self._transport.network.send(peer, from_message(message))
+                self._transport.network.send(peer, message)
             if isinstance(message, Close):
                 self._transport.leave(self)
 
@@ -141,11 +131,11 @@ class SwarmLink:
             if route is None or sender not in route.peers:
                 return
             if step is None:
-                if isinstance(frame, TokenFrame) and frame.generation == self._finished and frame.position >= self._answers.position:
+                if isinstance(frame, Token) and frame.generation == self._finished and frame.position >= self._answers.position:
                     self._transport.counters.lies += 1
                     self._give_up([sender], ProtocolError("it goes on after an answer has ended"))
                 return
-            if frame.generation != step.generation or isinstance(frame, CachedFrame):
+            if frame.generation != step.generation or isinstance(frame, Cached):
                 return
             if isinstance(frame, FailedFrame):
                 self._fail(step, frame.peer if frame.peer in route.peers else sender, believed(error_of(frame)))
@@ -160,7 +150,7 @@ class SwarmLink:
             if answers.is_ahead(frame):
                 self._set_back([sender], doubt=False)
                 return
-            if isinstance(frame, GapFrame):
+            if isinstance(frame, Gap):
                 # A later chunk of the step, or the answer's next token, got lost: the whole step is sent again.
                 frame = answers.within_step(frame)
                 self._transport.counters.replays += frame.have == 0
@@ -168,12 +158,12 @@ class SwarmLink:
                 answers.get_on(frame)
                 self._progress.restart(time.monotonic())
                 self._forgotten = 0
-            if isinstance(frame, TokenFrame) and frame.finish is not None:
+            if isinstance(frame, Token) and frame.finish is not None:
                 self._end()
                 self._finished = step.generation
                 for peer in route.peers:
                     self._transport.bans.forgive(peer)
-        self._deliver(to_reply(frame))
+        self._deliver(frame)
 
     def told(self, sender: str, answer: Whereabouts) -> None:
         """A server said how the session is getting on."""
@@ -406,7 +396,7 @@ class SwarmLink:
             return
         self._cold = False
         assert self._route is not None
-        hops = tuple(Hop(hop.peer, hop.start, hop.end) for hop in self._route.hops)
+        hops = self._route.hops
         self._step, self._generation = step, step.generation
         self._progress.restart(time.monotonic())
         timed = self._route.peers if self._transport.timed else ()
@@ -424,7 +414,7 @@ class SwarmLink:
                 route=hops,
                 client=self._transport.network.me,
                 adapter=step.adapter,
-                prompt=from_prompt_name(step.prompt),
+                prompt=step.prompt,
                 asked=step.asked,
                 more=not last,
                 timed=self._transport.timed,
@@ -450,6 +440,6 @@ class SwarmLink:
         route, self._route = self._route, None
         for peer in route.peers if route is not None else ():
             try:
-                self._transport.network.send(peer, from_message(Close(self._session, self._generation)))
+                self._transport.network.send(peer, Close(self._session, self._generation))
             except NetworkError:
                 return

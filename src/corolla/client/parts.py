@@ -6,9 +6,9 @@ import time
 from itertools import count
 
 from corolla.client.peers import Recent
+from corolla.messages import Ping, Pong
 from corolla.swarm.convert import from_adapter_part, from_prompt_part
 from corolla.swarm.network import Network
-from corolla.swarm.wire import Ping, Pong
 from corolla.types import AdapterPart, PromptPart, Span
 
 _SLOWEST = 128 * 2**10  # bytes a second that every link between peers carries, as in `swarm.p2p`

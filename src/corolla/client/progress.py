@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from corolla.swarm.wire import Whereabouts
+from corolla.messages import Whereabouts
 
 
 @dataclass(frozen=True, slots=True)

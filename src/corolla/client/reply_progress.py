@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import msgspec
 
 from corolla.client.reply_validation import MOST_GAPS, Asked, problem_of
-from corolla.swarm.wire import GapFrame, ScoresFrame, TokenFrame
+from corolla.messages import Gap, Scores, Token
 
-ContentFrame = TokenFrame | ScoresFrame | GapFrame
+ContentFrame = Token | Scores | Gap
 
 _TOKENS_FOR_A_GAP = 4  # that make up for one
 _STEADY = 64  # tokens, after which older setbacks say nothing any more
@@ -33,32 +33,32 @@ class ReplyProgress:
     def problem_of(self, frame: ContentFrame, *, from_head: bool) -> str | None:
         """What no honest server answers in this frame, if anything."""
         assert self.asked is not None, "an answer is looked at that no step asked for"
-        self.gaps += isinstance(frame, GapFrame)
+        self.gaps += isinstance(frame, Gap)
         return problem_of(frame, self.asked, from_head=from_head, position=self.position, gaps=self.gaps)
 
     def keeps_back(self, frame: ContentFrame) -> bool:
         """Whether a gap is one too many: the server before the one that tells of it may keep back what it lacks."""
-        return isinstance(frame, GapFrame) and self.gaps > MOST_GAPS
+        return isinstance(frame, Gap) and self.gaps > MOST_GAPS
 
-    def within_step(self, gap: GapFrame) -> GapFrame:
+    def within_step(self, gap: Gap) -> Gap:
         """The gap, from where the step begins where it is behind that."""
         assert self.asked is not None, "a gap is looked at that no step met"
         return msgspec.structs.replace(gap, have=min(gap.have, self.asked.start))
 
     def is_repeated(self, frame: ContentFrame) -> bool:
-        if isinstance(frame, TokenFrame):
+        if isinstance(frame, Token):
             return frame.position < self.position
-        return isinstance(frame, ScoresFrame) and frame.start + len(frame.scores) <= self.scored
+        return isinstance(frame, Scores) and frame.start + len(frame.scores) <= self.scored
 
     def is_ahead(self, frame: ContentFrame) -> bool:
         """Whether answers before this one got lost on their way, or were never sent."""
-        if isinstance(frame, TokenFrame):
+        if isinstance(frame, Token):
             return frame.position > self.position or (self._wants_scores and self.scored < self.position)
-        return isinstance(frame, ScoresFrame) and frame.start > self.scored
+        return isinstance(frame, Scores) and frame.start > self.scored
 
-    def get_on(self, frame: TokenFrame | ScoresFrame) -> None:
+    def get_on(self, frame: Token | Scores) -> None:
         """The next answer is there: the only thing that makes up for what went wrong."""
-        if isinstance(frame, ScoresFrame):
+        if isinstance(frame, Scores):
             self.scored = frame.start + len(frame.scores)
             return
         self.position += 1

@@ -22,10 +22,10 @@ from corolla.errors import (
     ProtocolError,
     ServerFault,
 )
-from corolla.swarm.wire import CachedFrame, FailedFrame, GapFrame, ScoresFrame, TokenFrame
+from corolla.messages import Cached, FailedFrame, Gap, Score, Scores, Token
 from corolla.types import FinishReason, GenerationSettings
 
-ReplyFrame = TokenFrame | ScoresFrame | CachedFrame | GapFrame | FailedFrame
+ReplyFrame = Token | Scores | Cached | Gap | FailedFrame
 
 MOST_GAPS = 16  # a server that is short of room evicts a session now and then, not again and again
 _MOST_TOKENS = 2**31  # of a vocabulary that is not known
@@ -104,21 +104,24 @@ def problem_of(frame: ReplyFrame, asked: Asked, *, from_head: bool, position: in
         position: of the next token to come.
         gaps: answered lately, this one among them.
     """
-    if isinstance(frame, GapFrame):
+    if isinstance(frame, Gap):
         if frame.have >= asked.most:
             return f"it lacks rows, and yet says that it has {frame.have}, of {asked.most} that there can be"
         return f"it lost the session again and again, {MOST_GAPS} times with hardly a token between" if gaps > MOST_GAPS else None
-    if isinstance(frame, (FailedFrame, CachedFrame)):
+    if isinstance(frame, (FailedFrame, Cached)):
         return None
     if not from_head:
         return "it answered a token without having the head"
     settings = asked.settings
-    if isinstance(frame, ScoresFrame):
+    if isinstance(frame, Scores):
         if settings is None or not settings.prompt_logprobs:
             return "it scored tokens of a prompt, which nobody asked for"
         if frame.start <= asked.start or frame.start + len(frame.scores) > position or not frame.scores:
             return f"it scored tokens from {frame.start} on of a history from {asked.start} to {position}"
-        return next(filter(None, (_problem_of_logprobs(*score, settings, asked.vocabulary) for score in frame.scores)), None)
+        return next(
+            filter(None, (_problem_of_logprobs(score, settings, asked.vocabulary) for score in frame.scores)),
+            None,
+        )
     if settings is None:
         return "it answered a token that nobody asked for"
     last = asked.most - 1
@@ -130,15 +133,14 @@ def problem_of(frame: ReplyFrame, asked: Asked, *, from_head: bool, position: in
         return f"it answered token {frame.token_id} and {'ended' if frame.finish else 'did not end'} the answer there"
     if not all(timing.peer in asked.timed for timing in frame.timings):
         return "it answered timings that nobody asked for"
-    return _problem_of_logprobs(frame.logprob, frame.top_logprobs, settings, asked.vocabulary)
+    return _problem_of_logprobs(frame, settings, asked.vocabulary)
 
 
-def _problem_of_logprobs(
-    logprob: float, alternatives: Sequence[tuple[int, float]], settings: GenerationSettings, vocabulary: int | None
-) -> str | None:
+def _problem_of_logprobs(scored: Score | Token, settings: GenerationSettings, vocabulary: int | None) -> str | None:
+    alternatives = scored.top_logprobs
     if len(alternatives) > settings.top_logprobs:
         return f"it answered {len(alternatives)} alternatives to a token in place of {settings.top_logprobs}"
-    if not all(map(math.isfinite, (logprob, *(other for _, other in alternatives)))):
+    if not all(map(math.isfinite, (scored.logprob, *(other for _, other in alternatives)))):
         return "it answered a token that it gives no probability"
     outside = next((token for token, _ in alternatives if token >= (vocabulary or _MOST_TOKENS)), None)
     return None if outside is None else f"it answered the alternative {outside} of a vocabulary of {vocabulary}"

@@ -23,24 +23,9 @@ from corolla.errors import (
     PromptNeeded,
     ServerFault,
 )
+from corolla.messages import Cancel, Close, Gap, Reply, Score, Scores, Token
 from corolla.swarm.transport import Transport
-from corolla.types import (
-    AdapterPart,
-    Cancel,
-    Close,
-    Failed,
-    Gap,
-    GenerationSettings,
-    Give,
-    PromptName,
-    PromptPart,
-    Reply,
-    Score,
-    Scores,
-    Span,
-    Step,
-    Token,
-)
+from corolla.types import AdapterPart, Failed, GenerationSettings, Give, PromptName, PromptPart, Span, Step
 
 if TYPE_CHECKING:
     from corolla.models.adapters import Adapter

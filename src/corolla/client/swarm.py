@@ -19,25 +19,13 @@ from corolla.client.parts import Parts
 from corolla.client.patience import ClientCounters, Patience, Router
 from corolla.client.peers import PeerBook
 from corolla.errors import NetworkError, NoRoute, ServerFault
+from corolla.messages import Cached, Close, FailedFrame, Gap, Leaving, Ping, Pong, Scores, Token, Whereabouts, WireMessage
 from corolla.swarm.bans import Bans
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.probing import Probes
 from corolla.swarm.routing import Quality, Route, WantedAdapter
 from corolla.swarm.transport import Deliver
-from corolla.swarm.wire import (
-    CachedFrame,
-    CloseFrame,
-    FailedFrame,
-    GapFrame,
-    Leaving,
-    Ping,
-    Pong,
-    ScoresFrame,
-    TokenFrame,
-    Whereabouts,
-    WireMessage,
-)
 
 log = logging.getLogger(__name__)
 
@@ -132,11 +120,11 @@ class SwarmTransport:
     def _take(self, sender: str, message: WireMessage) -> None:
         self.peers.hear(sender)
         self.probes.receive(sender, message)
-        if isinstance(message, (TokenFrame, ScoresFrame, CachedFrame, GapFrame, FailedFrame)):
+        if isinstance(message, (Token, Scores, Cached, Gap, FailedFrame)):
             if (link := self._link(message.session)) is not None:
                 link.receive(sender, message)
             else:  # of an earlier life, or opened by somebody in this client's name
-                self.network.send(sender, CloseFrame(message.session, message.generation))
+                self.network.send(sender, Close(message.session, message.generation))
         elif isinstance(message, Whereabouts):
             if (link := self._link(message.session)) is not None:
                 link.told(sender, message)

@@ -36,8 +36,9 @@ from corolla.engine.sessions import Sessions
 from corolla.engine.speculation import verified
 from corolla.engine.validation import validated_span
 from corolla.errors import AdapterNeeded, Busy, CapacityError, CorollaError, PromptNeeded, ServerFault
+from corolla.messages import Gap, Message, Scores
 from corolla.models.span import SpanModel
-from corolla.types import AdapterPart, Failed, Gap, GenerationSettings, Give, Message, PromptPart, Scores, Span, Step
+from corolla.types import AdapterPart, Failed, GenerationSettings, Give, PromptPart, Span, Step
 
 _LIGHT_ROWS = 32
 _LINGER = 0.1  # of the last forward's time, until sessions that are expected back are waited for no longer

@@ -10,7 +10,8 @@ import torch
 from corolla.engine.budgets import Ledger
 from corolla.engine.sequence import Deliver
 from corolla.errors import CorollaError
-from corolla.types import Message, Step
+from corolla.messages import Message
+from corolla.types import Step
 
 MESSAGE_BYTES, TOKEN_BYTES = 4096, 40  # what a message takes beside its rows, and a token id
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Iterable
-from dataclasses import replace
 
+import msgspec
 import torch
 
 from corolla.barrier import barrier
@@ -17,7 +17,8 @@ from corolla.engine.sequence import Deliver, Sequence
 from corolla.engine.sessions import Sessions
 from corolla.engine.speculation import Guess
 from corolla.errors import CorollaError, ServerFault
-from corolla.types import Cached, Failed, FinishReason, Hidden, Reply, Token
+from corolla.messages import Cached, Reply, Token
+from corolla.types import Failed, FinishReason, Hidden
 
 
 def tell(deliver: Deliver, reply: Reply) -> None:
@@ -129,7 +130,7 @@ class OutputProcessor:
             left = sequence.settings.max_tokens_to_generate - sequence.sampled - 1
             room = self._context_length - last.position - 2
             if (most := min(drafts, left, room)) > 0:
-                last = replace(last, drafts=self._guess(sequence.history, last.token_id, most)[:most])
+                last = msgspec.structs.replace(last, drafts=self._guess(sequence.history, last.token_id, most)[:most])
             self._counters.drafted += len(last.drafts)
             if sequence.span.start == 0:
                 sequence.tokens += (last.token_id, *last.drafts)

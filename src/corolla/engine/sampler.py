@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from corolla.errors import InvalidSetting, ServerFault
-from corolla.types import GenerationSettings, Score
+from corolla.messages import Score
+from corolla.types import GenerationSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from corolla.engine.batch import ScheduledSequence
 from corolla.engine.model_runner import ModelRunner
 from corolla.engine.sampler import score
 from corolla.engine.sequence import Sequence
-from corolla.types import Scores
+from corolla.messages import Scores
 
 _AT_ONCE = 64  # tokens of one reply: with 20 alternatives each they fit a frame
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from corolla.engine.page_pool import PageTable
-from corolla.types import GenerationSettings, PromptName, Reply, Span
+from corolla.messages import Reply
+from corolla.types import GenerationSettings, PromptName, Span
 
 if TYPE_CHECKING:
     import torch

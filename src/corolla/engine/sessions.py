@@ -15,8 +15,9 @@ from corolla.engine.kv_cache import KVCache
 from corolla.engine.page_pool import PagePool
 from corolla.engine.prompts import page_seed
 from corolla.engine.sequence import Deliver, Sequence
+from corolla.messages import Cancel, Close, Gap, Message
 from corolla.models.span import SpanModel
-from corolla.types import Cancel, Close, Gap, Message, Step
+from corolla.types import Step
 
 _FEW = 64  # rows of a step that lengthen no history by much
 _TOKENS_PER_CLIENT = 2**19  # of all its sessions: 20 MB

@@ -23,7 +23,8 @@ from corolla.gateway.fair_queue import Gate
 from corolla.gateway.metrics import Metrics
 from corolla.gateway.model_registry import ServedModel
 from corolla.gateway.pool import PooledSession, SessionPool
-from corolla.types import GenerationSettings, Score
+from corolla.messages import Score
+from corolla.types import GenerationSettings
 
 if TYPE_CHECKING:
     from corolla.models.prompts import SoftPrompt

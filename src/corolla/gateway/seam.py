@@ -7,8 +7,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from corolla.errors import Interrupted, NetworkError
+from corolla.messages import Cancel, Gap, Message, Reply, Token
 from corolla.swarm.transport import Deliver, Link, Transport
-from corolla.types import Cancel, Failed, Gap, Message, Reply, Step, Token
+from corolla.types import Failed, Step
 
 
 class Seam:

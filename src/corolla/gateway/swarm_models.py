@@ -13,11 +13,11 @@ from corolla.client.discovery import KnownServers, blocks_of, context_length_of,
 from corolla.client.swarm import SwarmTransport
 from corolla.errors import InvalidSetting
 from corolla.gateway.model_registry import Models, served_model
+from corolla.messages import WireMessage
 from corolla.models.checkpoint import json_object
 from corolla.swarm.network import Network, OnLost, OnMessage
 from corolla.swarm.peer import PeerConfig, SwarmPeer
 from corolla.swarm.records import fingerprint
-from corolla.swarm.wire import WireMessage
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 
 from corolla.errors import InvalidSetting, PromptNeeded, ProtocolError, ServerFault
+from corolla.messages import Array, BackwardFrame, ForwardFrame, Hop, ResultFrame, WireDtype
 from corolla.remote.incoming import Declined, Fault, Forgot
 from corolla.remote.mailbox import open_mailbox
 from corolla.remote.prompt_upload import DeepPrompt
@@ -24,8 +25,7 @@ from corolla.remote.retries import Retries
 from corolla.remote.servers import Servers
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.routing import Quality
-from corolla.swarm.wire import MAX_STEP_TOKENS, Array, BackwardFrame, ForwardFrame, Hop, PromptNameFrame, ResultFrame, WireDtype
-from corolla.types import Span
+from corolla.types import MAX_STEP_TOKENS, PromptName, Span
 
 _LEAST_ROWS = 128  # of a call, where there are more
 _CALLS = 4  # of a batch, for each server that it goes through
@@ -234,8 +234,8 @@ class _Call:
         return BackwardFrame(self.number, self.hop.start, self.hop.end, self.lengths, rows, prompt=self._name, kept=kept)
 
     @property
-    def _name(self) -> PromptNameFrame | None:
-        return None if self.prompt is None else self.prompt.frame
+    def _name(self) -> PromptName | None:
+        return None if self.prompt is None else self.prompt.name
 
 
 def _span(parts: Sequence[CallPart]) -> Span:

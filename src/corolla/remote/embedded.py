@@ -14,24 +14,26 @@ import torch
 from corolla.engine.call_handler import CallHandler
 from corolla.engine.engine import Engine
 from corolla.errors import CorollaError, InvalidSetting, NetworkError, ServerFault
-from corolla.swarm.arrays import from_array, to_array
-from corolla.swarm.convert import failed_of, from_reply, to_call, to_message, to_prompt_part, to_step
-from corolla.swarm.network import OnLost, OnMessage
-from corolla.swarm.routing import Hop, Quality, Route
-from corolla.swarm.wire import (
+from corolla.messages import (
     Array,
     BackwardFrame,
-    CloseFrame,
+    Close,
     ForwardFrame,
+    Hop,
     Ping,
     Pong,
     PromptFrame,
+    Reply,
     ResultFrame,
     StepFrame,
     WireDtype,
     WireMessage,
 )
-from corolla.types import Hidden, Reply, Span
+from corolla.swarm.arrays import from_array, to_array
+from corolla.swarm.convert import failed_of, from_hidden, to_call, to_prompt_part, to_step
+from corolla.swarm.network import OnLost, OnMessage
+from corolla.swarm.routing import Quality, Route
+from corolla.types import Failed, Hidden, Span
 
 PEER = "embedded"
 
@@ -69,8 +71,8 @@ class EmbeddedNetwork:
             self._step(message)
         elif isinstance(message, PromptFrame):
             self._engine.prompts.put(self.me, to_prompt_part(message))
-        elif isinstance(message, CloseFrame):
-            self._engine.receive(to_message(message))
+        elif isinstance(message, Close):
+            self._engine.receive(message)
         elif isinstance(message, Ping) and self._engine.alive:
             self._answer(Pong(message.nonce))
 
@@ -111,7 +113,11 @@ class EmbeddedNetwork:
     def _deliver(self, reply: Reply, dtype: WireDtype) -> None:
         if isinstance(reply, Hidden):
             reply = replace(reply, hidden=reply.hidden.clone())  # the engine may write its next rows there
-        self._answer(from_reply(reply, peer=PEER, wire_dtype=dtype))
+            self._answer(from_hidden(reply, dtype))
+        elif isinstance(reply, Failed):
+            self._fail(reply.session, reply.generation, reply.error)
+        else:
+            self._answer(reply)
 
     def _steps(self, frame: ForwardFrame | BackwardFrame) -> Iterator[None]:
         try:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from corolla.errors import CallerError, CapacityError, CorollaError, Forgotten
-from corolla.swarm.wire import FailedFrame, GapFrame, HiddenFrame, ResultFrame, Whereabouts
+from corolla.messages import FailedFrame, Gap, HiddenFrame, ResultFrame, Whereabouts
 
-Answer: TypeAlias = ResultFrame | HiddenFrame | GapFrame
+Answer: TypeAlias = ResultFrame | HiddenFrame | Gap
 
 
 class Fault(Exception):

@@ -13,10 +13,10 @@ from corolla.client.deadline import LOOK, Pauses
 from corolla.client.progress import Progress
 from corolla.client.reply_validation import believed
 from corolla.errors import CallerError, CapacityError, DeadlineExceeded, Forgotten, NetworkError, ProtocolError
+from corolla.messages import Ask, FailedFrame, HiddenFrame, ResultFrame, Whereabouts
 from corolla.remote.incoming import Answer, Declined, Fault, Forgot, Incoming, Lost, StandsStill
 from corolla.remote.servers import Servers
 from corolla.swarm.convert import error_of
-from corolla.swarm.wire import Ask, FailedFrame, HiddenFrame, ResultFrame, Whereabouts
 
 _MOST_BESIDE = 256  # messages without rows that wait to be read
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from corolla.messages import Hop, WireMessage
 from corolla.swarm.convert import from_prompt_part
-from corolla.swarm.wire import Hop, PromptNameFrame, WireMessage
 from corolla.types import PromptName, PromptPart, Span
 
 _REMEMBERED = 64  # of each server: while a prompt is trained, every step makes another one
@@ -32,11 +32,6 @@ class DeepPrompt:
     @property
     def tokens(self) -> int:
         return self._rows.shape[1]
-
-    @property
-    def frame(self) -> PromptNameFrame:
-        """Its name as calls and steps carry it."""
-        return PromptNameFrame(self.name.name, self.name.tokens, deep=True)
 
     def part(self, start: int, end: int) -> PromptPart:
         """What the server of the blocks `[start, end)` needs of it."""

@@ -14,27 +14,14 @@ from typing import Protocol
 from corolla.barrier import barrier
 from corolla.client.peers import PeerBook
 from corolla.errors import InvalidSetting, NetworkError, NoRoute, ServerFault
+from corolla.messages import FailedFrame, Gap, HiddenFrame, Hop, Leaving, Ping, Pong, ResultFrame, Whereabouts, WireDtype, WireMessage
 from corolla.remote.incoming import Incoming, Lost
 from corolla.remote.prompt_upload import GivenPrompts
 from corolla.swarm.bans import Bans
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
 from corolla.swarm.probing import Probes
-from corolla.swarm.routing import Hop as RouteHop
 from corolla.swarm.routing import Quality, Route
-from corolla.swarm.wire import (
-    FailedFrame,
-    GapFrame,
-    HiddenFrame,
-    Hop,
-    Leaving,
-    Ping,
-    Pong,
-    ResultFrame,
-    Whereabouts,
-    WireDtype,
-    WireMessage,
-)
 from corolla.types import Span
 
 _LOOK_AGAIN = 0.25  # seconds between two searches for a route, while there is none
@@ -236,7 +223,7 @@ class Servers:
         self.probes.receive(sender, message)
         if isinstance(message, ResultFrame):
             self._deliver(str(message.call), sender, message)
-        elif isinstance(message, (HiddenFrame, GapFrame, FailedFrame, Whereabouts)):
+        elif isinstance(message, (HiddenFrame, Gap, FailedFrame, Whereabouts)):
             self._deliver(message.session, sender, message)
         elif isinstance(message, Leaving):
             self.peers.leave(sender)
@@ -267,7 +254,7 @@ class Servers:
             receive(peer, message)
 
 
-def _inside(hops: Collection[RouteHop], span: Span) -> tuple[Hop, ...]:
+def _inside(hops: Collection[Hop], span: Span) -> tuple[Hop, ...]:
     """What of a route lies in `span`."""
     inside = [hop for hop in hops if hop.start < span.end and span.start < hop.end]
     return tuple(Hop(hop.peer, max(hop.start, span.start), min(hop.end, span.end)) for hop in inside)

@@ -17,6 +17,7 @@ from types import TracebackType
 import torch
 
 from corolla.errors import InvalidSetting, NetworkError, PromptTooLong, ProtocolError
+from corolla.messages import MAX_STEP_TOKENS, Close, Gap, HiddenFrame, Hop, StepFrame
 from corolla.remote.calls import RemoteCalls, checked, room_of, wire_dtype_of
 from corolla.remote.incoming import Declined, Fault, Forgot, StandsStill
 from corolla.remote.mailbox import Mailbox, open_mailbox
@@ -24,7 +25,6 @@ from corolla.remote.prompt_upload import DeepPrompt
 from corolla.remote.retries import Retries
 from corolla.remote.servers import Servers
 from corolla.swarm.arrays import to_array
-from corolla.swarm.wire import MAX_STEP_TOKENS, CloseFrame, GapFrame, HiddenFrame, Hop, StepFrame
 from corolla.types import Span
 
 _MOST_GAPS = 16  # in one step: a server that is short of room evicts a session now and then, not again and again
@@ -227,7 +227,7 @@ class _Sequence:
         hops, self.hops, self.cached = self.hops, (), 0
         for hop in hops:
             try:
-                self._servers.network.send(hop.peer, CloseFrame(self.name, self.generation))
+                self._servers.network.send(hop.peer, Close(self.name, self.generation))
             except NetworkError:
                 return
 
@@ -271,7 +271,7 @@ class _Turn:
                 asked=asked,
                 more=first + len(piece) < len(rows),
                 output="hidden",
-                prompt=None if sequence.prompt is None else sequence.prompt.frame,
+                prompt=None if sequence.prompt is None else sequence.prompt.name,
                 began=start if first else None,
             )
             frames.append((sequence.hops[0].peer, frame))
@@ -309,7 +309,7 @@ class _Turn:
         while at < self._end:
             peers = [hop.peer for hop in sequence.hops]
             sender, answer = self._mailbox.wait(peers, sequence.generation, sequence.name, self._end)
-            if isinstance(answer, GapFrame):
+            if isinstance(answer, Gap):
                 if answer.have >= self._end:
                     raise Fault(sender, ProtocolError(f"it lacks rows, and yet says that it has {answer.have} of {self._end}"))
                 self._bear_gap(sender)

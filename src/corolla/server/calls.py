@@ -15,9 +15,9 @@ from corolla.engine.budgets import Ledger
 from corolla.engine.call_handler import CallCounters, CallHandler
 from corolla.engine.engine import Engine
 from corolla.errors import Busy, CorollaError, InvalidSetting, NetworkError, PromptTooLong
+from corolla.messages import Array, BackwardFrame, FailedFrame, ForwardFrame, HopTiming, ResultFrame, WireMessage
 from corolla.swarm.arrays import from_array, to_array
 from corolla.swarm.convert import failed_of, to_call
-from corolla.swarm.wire import Array, BackwardFrame, FailedFrame, ForwardFrame, ResultFrame, TimingFrame, WireMessage
 from corolla.types import Span
 
 _RECENTLY = 300.0  # seconds
@@ -157,7 +157,7 @@ class CallService:
             try:
                 next(work)
             except StopIteration as done:
-                timing = TimingFrame(self._me, queued, computed, 0.0)
+                timing = HopTiming(self._me, queued, computed, 0.0)
                 self._answer(call, ResultFrame(call.frame.call, done.value, (timing,)))
                 return
             except CorollaError as error:

@@ -15,7 +15,8 @@ import torch
 
 from corolla.engine.engine import Engine
 from corolla.errors import CapacityError
-from corolla.types import Close, GenerationSettings, Reply, Step
+from corolla.messages import Close, Reply
+from corolla.types import GenerationSettings, Step
 
 _FIRST_STEPS = 12
 _ENOUGH = 8  # forwards that say something about the throughput

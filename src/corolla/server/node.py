@@ -18,21 +18,13 @@ from corolla.barrier import barrier
 from corolla.engine.counters import coarse
 from corolla.engine.engine import Engine
 from corolla.errors import CallerError, CorollaError, NetworkError, ServerFault
-from corolla.server.calls import CallService
-from corolla.server.replies import InFlightStep, NodeCounters, ReplyRouter
-from corolla.server.session_table import SessionRoute, SessionTable, SpanServerConfig
-from corolla.server.validation import check_rows, check_shape
-from corolla.swarm.convert import failed_of, to_adapter_part, to_message, to_prompt_part, to_step, to_timings
-from corolla.swarm.network import Network
-from corolla.swarm.pings import RoundTrips
-from corolla.swarm.probing import Probes
-from corolla.swarm.wire import (
+from corolla.messages import (
     AdapterFrame,
     Ask,
     AskCounters,
     BackwardFrame,
-    CancelFrame,
-    CloseFrame,
+    Cancel,
+    Close,
     Counters,
     FailedFrame,
     ForwardFrame,
@@ -44,7 +36,14 @@ from corolla.swarm.wire import (
     Whereabouts,
     WireMessage,
 )
-from corolla.types import Close
+from corolla.server.calls import CallService
+from corolla.server.replies import InFlightStep, NodeCounters, ReplyRouter
+from corolla.server.session_table import SessionRoute, SessionTable, SpanServerConfig
+from corolla.server.validation import check_rows, check_shape
+from corolla.swarm.convert import failed_of, to_adapter_part, to_prompt_part, to_step
+from corolla.swarm.network import Network
+from corolla.swarm.pings import RoundTrips
+from corolla.swarm.probing import Probes
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +118,7 @@ class SpanServer:
             self._step(sender, message)
         elif isinstance(message, (ForwardFrame, BackwardFrame)):
             self._calls.receive(sender, message)
-        elif isinstance(message, (CancelFrame, CloseFrame)):
+        elif isinstance(message, (Cancel, Close)):
             self._end(sender, message)
         elif isinstance(message, (PromptFrame, AdapterFrame)):
             self._keep(sender, message)
@@ -149,14 +148,14 @@ class SpanServer:
             # A server in the middle of the route may never have been connected to the client: it is told by those that were.
             for hop in way.route if peer == way.client else ():
                 if hop.peer != self._network.me:
-                    self._send(hop.peer, CloseFrame(session, way.generation))
+                    self._send(hop.peer, Close(session, way.generation))
         for session, way in parted:
             unreachable = NetworkError("the servers before or behind it cannot reach it")
             self._send(way.client, failed_of(unreachable, session, way.generation, peer=peer))
 
-    def _end(self, sender: str, frame: CancelFrame | CloseFrame) -> None:
+    def _end(self, sender: str, frame: Cancel | Close) -> None:
         if self._ways.end(sender, frame):
-            self._engine.receive(to_message(frame))
+            self._engine.receive(frame)
 
     def _keep(self, sender: str, frame: PromptFrame | AdapterFrame) -> None:
         """A prompt that is refused is asked for again by the step that names it, and then its sender gives up; where an adapter was
@@ -203,7 +202,7 @@ class SpanServer:
                 client=way.client,
                 began=way.began,
             )
-            in_flight = InFlightStep(way, step, bool(frame.route), time.perf_counter(), to_timings(frame.timings))
+            in_flight = InFlightStep(way, step, bool(frame.route), time.perf_counter(), frame.timings)
             self._engine.receive(step, lambda reply: self._onward.deliver(in_flight, reply))
             way.take(frame)
         except CorollaError as error:

@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from corolla.barrier import barrier
 from corolla.engine.engine import Engine
 from corolla.errors import CallerError, CorollaError, NetworkError
+from corolla.messages import Cancel, Gap, HopTiming, Reply, StepFrame, Token, WireDtype, WireMessage
 from corolla.server.session_table import SessionRoute
-from corolla.swarm.convert import failed_of, from_reply, from_step
+from corolla.swarm.convert import failed_of, from_hidden, from_step
 from corolla.swarm.network import Network
 from corolla.swarm.pings import RoundTrips
-from corolla.swarm.wire import CancelFrame, StepFrame, WireDtype, WireMessage
-from corolla.types import Failed, Gap, Hidden, HopTiming, Reply, Step, Token
+from corolla.types import Failed, Hidden, Step
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,17 @@ class ReplyRouter:
             return
         if isinstance(reply, Token) and len(way.route) > 1 and not followed:
             self._close_ring(way, reply)
-        self._hold(way.client, from_reply(reply, peer=self._network.me, wire_dtype=self._wire_dtype, timings=timings))
+        self._hold(way.client, self._message(reply, timings))
+
+    def _message(self, reply: Reply, timings: tuple[HopTiming, ...]) -> WireMessage:
+        """The reply as its client gets it. Raises `ServerFault` like `to_array`."""
+        if isinstance(reply, Failed):
+            return failed_of(reply.error, reply.session, reply.generation, peer=self._network.me)
+        if isinstance(reply, Hidden):
+            return from_hidden(reply, self._wire_dtype, timings)
+        if isinstance(reply, Token) and (timings or reply.more or reply.drafts):
+            return msgspec.structs.replace(reply, timings=timings, more=False, drafts=())
+        return reply
 
     def _pass_on(self, under_way: InFlightStep, reply: Hidden, timings: tuple[HopTiming, ...]) -> None:
         """The rows that are computed so far go to the next server; it samples after the last of them."""
@@ -127,7 +139,7 @@ class ReplyRouter:
             self._hold(way.route[0].peer, StepFrame(token.session, token.generation, token.position, tokens, drafts=drafts))
         else:
             for hop in way.route[:-1]:
-                self._hold(hop.peer, CancelFrame(token.session, token.generation))
+                self._hold(hop.peer, Cancel(token.session, token.generation))
 
     def _timings(self, under_way: InFlightStep) -> tuple[HopTiming, ...]:
         now, compute = time.perf_counter(), self._engine.forward_seconds

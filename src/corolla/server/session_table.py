@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from corolla.errors import Busy, InvalidSetting, NetworkError, ServerFault, Unauthorized
-from corolla.swarm.convert import to_prompt_name, to_settings
-from corolla.swarm.wire import CancelFrame, CloseFrame, Hop, StepFrame, WireDtype
+from corolla.messages import Cancel, Close, Hop, StepFrame, WireDtype
+from corolla.swarm.convert import to_settings
 from corolla.types import GenerationSettings, PromptName, Span
 
 _REMEMBERED = 4096  # closed sessions, whose late steps are refused
@@ -66,7 +66,7 @@ class SessionRoute:
             frame.start if frame.began is None else frame.began,
             wants_hidden=frame.output == "hidden",
             settings=None if frame.settings is None else to_settings(frame.settings),
-            prompt=to_prompt_name(frame.prompt),
+            prompt=frame.prompt,
         )
 
     @property
@@ -192,7 +192,7 @@ class SessionTable:
         self._swept = now
         yield from [(session, way) for session, way in self._ways.items() if now - way.used > idle]
 
-    def end(self, sender: str, frame: CancelFrame | CloseFrame) -> bool:
+    def end(self, sender: str, frame: Cancel | Close) -> bool:
         """Whether the engine is told that an answer or a session ends, as by somebody who may say so.
 
         Either may overtake the first step of its generation, which comes another way: then that is dropped.
@@ -203,7 +203,7 @@ class SessionTable:
             return False
         if sender != way.client and (frame.generation is None or not way.passes(sender)):
             return False
-        if isinstance(frame, CancelFrame):
+        if isinstance(frame, Cancel):
             way.cancelled = max(way.cancelled, frame.generation)
             way.over |= frame.generation == way.generation
             return True

@@ -11,6 +11,7 @@ import torch
 from corolla.engine.engine import EngineConfig
 from corolla.engine.parts import EngineParts
 from corolla.errors import InvalidSetting
+from corolla.messages import WireDtype
 from corolla.models.adapters import load_adapter
 from corolla.models.checkpoint import Checkpoint, json_object
 from corolla.models.config import ModelConfig
@@ -25,7 +26,6 @@ from corolla.server.span_manager import Offer, OfferedAdapter
 from corolla.swarm.placement import MovePolicy
 from corolla.swarm.probing import ProbeConfig
 from corolla.swarm.records import ANNOUNCE_EVERY, LIFETIME, MAX_ADAPTERS, fingerprint, is_word
-from corolla.swarm.wire import WireDtype
 from corolla.types import Span
 
 # One part of so many of the memory is what clients may make a server's engine hold, at most, and what frames on their way may take.

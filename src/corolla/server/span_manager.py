@@ -16,6 +16,7 @@ from corolla.engine.engine import Engine, EngineConfig
 from corolla.engine.parts import EngineParts
 from corolla.engine.threads import GoOn, on_passing_thread
 from corolla.errors import AdapterError, NetworkError
+from corolla.messages import AskCounters, BackwardFrame, Counters, ForwardFrame, Ping, Pong, StepFrame, WireDtype, WireMessage
 from corolla.models.adapters import load_adapter
 from corolla.models.linear import WeightFormat
 from corolla.models.span import load_span
@@ -26,7 +27,6 @@ from corolla.swarm.convert import failed_of
 from corolla.swarm.network import Network
 from corolla.swarm.probing import Probes
 from corolla.swarm.routing import Quality
-from corolla.swarm.wire import AskCounters, BackwardFrame, Counters, ForwardFrame, Ping, Pong, StepFrame, WireDtype, WireMessage
 from corolla.types import Span
 
 log = logging.getLogger(__name__)

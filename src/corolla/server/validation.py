@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from corolla.errors import InvalidSetting, ServerFault
+from corolla.messages import StepFrame
 from corolla.models.config import ModelConfig
 from corolla.server.session_table import SessionRoute
-from corolla.swarm.wire import StepFrame
 from corolla.types import Step
 
 # By dtype: integers of its size, and an infinity's bits as one.

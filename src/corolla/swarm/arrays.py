@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from corolla.errors import ProtocolError, ServerFault
-from corolla.swarm.wire import Q8_BLOCK, Array, WireDtype
+from corolla.messages import Q8_BLOCK, Array, WireDtype
 
 if TYPE_CHECKING:
     import torch

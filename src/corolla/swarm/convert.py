@@ -1,4 +1,4 @@
-"""The messages of `corolla.types` as those that travel, there and back; typed errors among them."""
+"""What an engine speaks in tensors and exceptions, as it travels in `corolla.messages`, there and back."""
 
 from __future__ import annotations
 
@@ -8,69 +8,23 @@ from dataclasses import fields
 
 from corolla import errors
 from corolla.errors import CapacityError, CorollaError, InvalidSetting, PromptTooLong, ServerFault
-from corolla.swarm.arrays import from_array, to_array
-from corolla.swarm.wire import (
+from corolla.messages import (
     MAX_TEXT,
     AdapterFrame,
-    Answer,
     BackwardFrame,
-    CachedFrame,
-    CancelFrame,
-    CloseFrame,
     FailedFrame,
     ForwardFrame,
-    GapFrame,
     HiddenFrame,
     Hop,
+    HopTiming,
     ProductFrame,
     PromptFrame,
-    PromptNameFrame,
-    Request,
-    ScoresFrame,
     SettingsFrame,
     StepFrame,
-    TimingFrame,
-    TokenFrame,
     WireDtype,
 )
-from corolla.types import (
-    AdapterPart,
-    Cached,
-    Call,
-    Cancel,
-    Close,
-    Factors,
-    Failed,
-    Gap,
-    GenerationSettings,
-    Hidden,
-    HopTiming,
-    Message,
-    PromptName,
-    PromptPart,
-    Reply,
-    Score,
-    Scores,
-    Span,
-    Step,
-    Token,
-)
-
-
-def to_message(frame: Request) -> Message:
-    """What an engine receives. Raises `InvalidSetting` for settings outside their ranges."""
-    if isinstance(frame, CancelFrame):
-        return Cancel(frame.session, frame.generation)
-    if isinstance(frame, CloseFrame):
-        return Close(frame.session, frame.generation)
-    return to_step(frame)
-
-
-def from_message(message: Cancel | Close) -> CancelFrame | CloseFrame:
-    """A step needs to know its way: see `from_step`."""
-    if isinstance(message, Cancel):
-        return CancelFrame(message.session, message.generation)
-    return CloseFrame(message.session, message.generation)
+from corolla.swarm.arrays import from_array, to_array
+from corolla.types import AdapterPart, Call, Factors, GenerationSettings, Hidden, PromptPart, Span, Step
 
 
 def to_step(frame: StepFrame) -> Step:
@@ -86,7 +40,7 @@ def to_step(frame: StepFrame) -> Step:
         asked=frame.asked,
         more=frame.more,
         wants_hidden=frame.output == "hidden",
-        prompt=to_prompt_name(frame.prompt),
+        prompt=frame.prompt,
         drafts=frame.drafts,
         began=frame.began,
     )
@@ -123,12 +77,12 @@ def from_step(
         hop,
         client,
         step.adapter,
-        from_timings(timings),
+        timings,
         asked=step.asked if route else 0,
         more=step.more,
         timed=timed,
         output="hidden" if step.wants_hidden else "token",
-        prompt=from_prompt_name(step.prompt) if route else None,
+        prompt=step.prompt if route else None,
         drafts=step.drafts,
         began=step.began if route and step.began != step.start else None,
     )
@@ -142,26 +96,17 @@ def to_call(frame: ForwardFrame | BackwardFrame, client: str) -> Call:
         span=Span(frame.start, frame.end),
         lengths=frame.lengths,
         back=isinstance(frame, BackwardFrame),
-        prompt=to_prompt_name(frame.prompt),
+        prompt=frame.prompt,
         keep=isinstance(frame, ForwardFrame) and frame.keep,
         kept=frame.kept if isinstance(frame, BackwardFrame) else 0,
     )
-
-
-def to_prompt_name(frame: PromptNameFrame | None) -> PromptName | None:
-    return None if frame is None else PromptName(frame.name, frame.tokens, frame.deep)
-
-
-def from_prompt_name(name: PromptName | None) -> PromptNameFrame | None:
-    return None if name is None else PromptNameFrame(name.name, name.tokens, name.deep)
 
 
 def to_prompt_part(frame: PromptFrame) -> PromptPart:
     """Raises `ProtocolError` like `from_array`."""
     rows, tokens = from_array(frame.hidden), frame.name.tokens
     deep = rows[tokens if frame.has_input else 0 :].unflatten(0, (-1, tokens)) if frame.name.deep else None
-    name = PromptName(frame.name.name, tokens, frame.name.deep)
-    return PromptPart(name, Span(frame.start, frame.end), rows[:tokens] if frame.has_input else None, deep)
+    return PromptPart(frame.name, Span(frame.start, frame.end), rows[:tokens] if frame.has_input else None, deep)
 
 
 def from_prompt_part(part: PromptPart) -> PromptFrame:
@@ -169,8 +114,7 @@ def from_prompt_part(part: PromptPart) -> PromptFrame:
     import torch
 
     rows = [piece.flatten(0, -2) for piece in (part.input, part.deep) if piece is not None]
-    name = PromptNameFrame(part.name.name, part.name.tokens, part.name.deep)
-    return PromptFrame(name, part.span.start, part.span.end, to_array(torch.cat(rows), "float32"), has_input=part.input is not None)
+    return PromptFrame(part.name, part.span.start, part.span.end, to_array(torch.cat(rows), "float32"), has_input=part.input is not None)
 
 
 _ADAPTER_ROW = 1024  # values
@@ -199,14 +143,6 @@ def to_adapter_part(frame: AdapterFrame) -> AdapterPart:
     return AdapterPart(frame.digest, Span(frame.block, frame.block + 1), (block,), frame.digests)
 
 
-def from_timings(timings: tuple[HopTiming, ...]) -> tuple[TimingFrame, ...]:
-    return tuple(TimingFrame(each.peer, each.queue, each.compute, each.transfer) for each in timings)
-
-
-def to_timings(frames: tuple[TimingFrame, ...]) -> tuple[HopTiming, ...]:
-    return tuple(HopTiming(each.peer, each.queue_s, each.compute_s, each.transfer_s) for each in frames)
-
-
 def to_settings(frame: SettingsFrame) -> GenerationSettings:
     """Raises `InvalidSetting` for a value outside its range."""
     return GenerationSettings(**{name: getattr(frame, name) for name in frame.__struct_fields__})
@@ -217,53 +153,9 @@ def from_settings(settings: GenerationSettings) -> SettingsFrame:
     return SettingsFrame(**{name: getattr(settings, name) for name, default in travelling.items() if getattr(settings, name) != default})
 
 
-def to_reply(frame: Answer) -> Reply:
-    """What a session receives. Raises `ProtocolError` like `from_array`."""
-    if isinstance(frame, TokenFrame):
-        return Token(
-            frame.session,
-            frame.generation,
-            frame.position,
-            frame.token_id,
-            frame.logprob,
-            frame.top_logprobs,
-            frame.finish,
-            to_timings(frame.timings),
-        )
-    if isinstance(frame, ScoresFrame):
-        return Scores(frame.session, frame.generation, frame.start, tuple(Score(*score) for score in frame.scores))
-    if isinstance(frame, HiddenFrame):
-        return Hidden(frame.session, frame.generation, frame.start, from_array(frame.hidden))
-    if isinstance(frame, CachedFrame):
-        return Cached(frame.session, frame.generation, frame.position)
-    if isinstance(frame, GapFrame):
-        return Gap(frame.session, frame.generation, frame.have)
-    return Failed(frame.session, frame.generation, error_of(frame))
-
-
-def from_reply(reply: Reply, *, peer: str = "", wire_dtype: WireDtype = "bfloat16", timings: tuple[HopTiming, ...] = ()) -> Answer:
-    """A reply on its way from the server `peer`. Raises `ServerFault` like `to_array`."""
-    session, generation = reply.session, reply.generation
-    if isinstance(reply, Token):
-        return TokenFrame(
-            session,
-            generation,
-            reply.position,
-            reply.token_id,
-            reply.logprob,
-            reply.top_logprobs,
-            reply.finish,
-            from_timings(timings or reply.timings),
-        )
-    if isinstance(reply, Scores):
-        return ScoresFrame(session, generation, reply.start, tuple((score.logprob, score.top_logprobs) for score in reply.scores))
-    if isinstance(reply, Hidden):
-        return HiddenFrame(session, generation, reply.start, to_array(reply.hidden, wire_dtype), from_timings(timings))
-    if isinstance(reply, Cached):
-        return CachedFrame(session, generation, reply.position)
-    if isinstance(reply, Gap):
-        return GapFrame(session, generation, reply.have, peer)
-    return failed_of(reply.error, session, generation, peer=peer)
+def from_hidden(reply: Hidden, wire_dtype: WireDtype, timings: tuple[HopTiming, ...] = ()) -> HiddenFrame:
+    """Hidden states on their way to the client. Raises `ServerFault` like `to_array`."""
+    return HiddenFrame(reply.session, reply.generation, reply.start, to_array(reply.hidden, wire_dtype), timings)
 
 
 # Errors: rebuilt by class, without `__init__`, whose arguments differ from class to class.

@@ -2,7 +2,7 @@
 
     u32 length | u8 major | u8 minor | u16 header length | header (msgpack) | tensor bytes (raw, little endian)
 
-Integers are little endian; the length counts what comes after it. The header is a struct of `corolla.swarm.wire`; the tensor's
+Integers are little endian; the length counts what comes after it. The header is a struct of `corolla.messages`; the tensor's
 bytes are as many as its dtype and shape ask for. Another major version is refused. A later minor one is understood as far
 as possible: unknown fields are ignored, a message of an unknown kind is `Unknown`, to be answered with `Refused`.
 """
@@ -17,7 +17,7 @@ from typing import Annotated, get_args
 import msgspec
 
 from corolla.errors import CallerError, NetworkError, ProtocolError
-from corolla.swarm.wire import (
+from corolla.messages import (
     AdapterFrame,
     Array,
     BackwardFrame,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from corolla.errors import NetworkError
+from corolla.messages import Message, Reply
 from corolla.swarm.transport import Deliver
-from corolla.types import Message, Reply
 
 Handler = Callable[[Message, Deliver], None]
 """A server's ear: takes a message and where its replies go; may raise what `Link.send` may raise."""

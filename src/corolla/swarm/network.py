@@ -12,8 +12,8 @@ from typing import Protocol
 
 from corolla.barrier import barrier
 from corolla.errors import NetworkError
+from corolla.messages import Unknown, WireMessage
 from corolla.swarm import frames
-from corolla.swarm.wire import Unknown, WireMessage
 
 OnMessage = Callable[[str, WireMessage], None]
 """Takes (sender's id, message); called on the network's thread, so it must return quickly."""

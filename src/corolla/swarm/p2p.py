@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from corolla.barrier import barrier
 from corolla.errors import CallerError, CorollaError, DeadlineExceeded, NetworkError, Unauthorized
+from corolla.messages import Refused, Unknown, WireMessage
 from corolla.swarm import frames
 from corolla.swarm.bans import Bans
 from corolla.swarm.connection import Accepting, Channel, Channels, P2PConfig, Reading
@@ -26,7 +27,6 @@ from corolla.swarm.dialling import connect, open_stream
 from corolla.swarm.handshake import Handshake, Role
 from corolla.swarm.limits import Sparing
 from corolla.swarm.network import OnLost, OnMessage
-from corolla.swarm.wire import Refused, Unknown, WireMessage
 
 if TYPE_CHECKING:
     from hivemind import DHT

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from corolla.swarm.wire import Ping, Pong
+from corolla.messages import Ping, Pong
 
 _NEW = 0.3  # the share of a new measurement in the smoothed one
 _FORGOTTEN_AFTER = 10.0  # seconds without an answer

@@ -21,8 +21,8 @@ from typing import Literal
 
 import msgspec
 
+from corolla.messages import Array, FailedFrame, ForwardFrame, Ping, Pong, ResultFrame, WireMessage
 from corolla.swarm.records import ServerRecord
-from corolla.swarm.wire import Array, FailedFrame, ForwardFrame, Ping, Pong, ResultFrame, WireMessage
 
 Verdict = Literal["unproven", "alive", "proven", "failing", "silent"]
 """unproven: not asked yet, or not answered yet. alive: it answers pings and has computed nothing (it loads, or is busy). proven: it

@@ -15,6 +15,7 @@ from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 from corolla.errors import NoRoute
+from corolla.messages import Hop
 from corolla.swarm.records import ServerRecord
 from corolla.types import Span
 
@@ -47,15 +48,6 @@ class WantedAdapter:
 
     def served_by(self, record: ServerRecord) -> bool:
         return self.held_by(record) or (self.brought and record.takes_adapters)
-
-
-@dataclass(frozen=True, slots=True)
-class Hop:
-    """A server and the blocks `[start, end)` that it computes: its span or a part of it."""
-
-    peer: str
-    start: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)

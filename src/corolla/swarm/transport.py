@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from corolla.types import Message, Reply
+from corolla.messages import Message, Reply
 
 Deliver = Callable[[Reply], None]
 """Takes a reply; called on a thread of the transport or the engine, so it must neither block nor raise."""

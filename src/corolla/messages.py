@@ -15,9 +15,8 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from corolla.types import FinishReason
+from corolla.types import MAX_STEP_TOKENS, Failed, FinishReason, Give, Hidden, PromptName, Step
 
-MAX_STEP_TOKENS = 8192  # rows of one step; a longer history goes in several, the settings with the last
 MAX_ROWS = 2**16  # of one tensor
 MAX_HIDDEN = 2**20  # values in one row
 MAX_DRAFTS = 15  # guesses in one step
@@ -61,9 +60,9 @@ _SHORT = {
     "more": "y",
     "drafts": "q",
     "began": "z",
-    "queue_s": "q",
-    "compute_s": "c",
-    "transfer_s": "x",
+    "queue": "q",
+    "compute": "c",
+    "transfer": "x",
 }
 _NO_BYTES = memoryview(b"")
 
@@ -97,7 +96,7 @@ class Array(_Wire, frozen=True):
 
 
 class Hop(_Wire, frozen=True):
-    """One server of a route and the span `[start, end)` it computes."""
+    """A server and the blocks `[start, end)` that it computes: its span or a part of it."""
 
     peer: Name
     start: Count
@@ -108,21 +107,21 @@ class Hop(_Wire, frozen=True):
             raise ValueError(f"{self.start}:{self.end} is no range of blocks")
 
 
-class TimingFrame(_Wire, frozen=True):
-    """`types.HopTiming`."""
+class HopTiming(_Wire, frozen=True):
+    """Where one server's share of a step went, in seconds."""
 
     peer: Name
-    queue_s: float
-    compute_s: float
-    transfer_s: float
+    queue: float  # until the forward began
+    compute: float
+    transfer: float  # the way to the server: half of the round trip last measured
 
     def __post_init__(self) -> None:
-        for value in (self.queue_s, self.compute_s, self.transfer_s):
+        for value in (self.queue, self.compute, self.transfer):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{value} s is no time")
 
 
-Timings: TypeAlias = Annotated[tuple[TimingFrame, ...], msgspec.Meta(max_length=MAX_HOPS)]
+Timings: TypeAlias = Annotated[tuple[HopTiming, ...], msgspec.Meta(max_length=MAX_HOPS)]
 
 
 class SettingsFrame(_Wire, frozen=True):
@@ -139,14 +138,6 @@ class SettingsFrame(_Wire, frozen=True):
     prompt_logprobs: bool = False
     seed: Int = 0
     stop_token_ids: Annotated[tuple[Int, ...], msgspec.Meta(max_length=_MAX_STOPS)] = ()
-
-
-class PromptNameFrame(_Wire, frozen=True):
-    """`types.PromptName`."""
-
-    name: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-    tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]
-    deep: bool = False
 
 
 # To a server.
@@ -184,7 +175,7 @@ class StepFrame(_Kind, frozen=True, tag="step"):
     more: bool = False  # further rows follow in frames of their own
     timed: bool = False  # fill `timings` on the way, and send them with each token
     output: Literal["token", "hidden"] = "token"
-    prompt: PromptNameFrame | None = None
+    prompt: PromptName | None = None
     drafts: Annotated[int, msgspec.Meta(ge=0, le=MAX_DRAFTS)] = 0
     began: Count | None = None
 
@@ -215,7 +206,7 @@ class PromptFrame(_Kind, frozen=True, tag="prompt"):
     names one that it lacks is answered by a `FailedFrame` of the kind "PromptNeeded".
     """
 
-    name: PromptNameFrame
+    name: PromptName
     start: Count
     end: Count
     hidden: Array
@@ -268,34 +259,45 @@ class AdapterFrame(_Kind, frozen=True, tag="adapter"):
             raise ValueError(f"the adapter's products take {values} values, which do not make {rows} rows of {width}")
 
 
-class CancelFrame(_Kind, frozen=True, tag="cancel"):
-    """`types.Cancel`."""
+class Cancel(_Kind, frozen=True, tag="cancel"):
+    """Stop the answer that is being written; what is cached stays cached."""
 
     session: Name
     generation: Count
 
 
-class CloseFrame(_Kind, frozen=True, tag="close"):
-    """`types.Close`."""
+class Close(_Kind, frozen=True, tag="close"):
+    """Forget the session: its pages are free at once.
+
+    With a `generation`, a later one stays: a step on a new route may come before the message that ends the old one.
+    """
 
     session: Name
     generation: Count | None = None
 
 
-# Replies.
+# Replies. `position` and `start` count tokens from the beginning of the session.
 
 
-class TokenFrame(_Kind, frozen=True, tag="token"):
-    """`types.Token`, with where the time of its step went when that was asked for."""
+_Alternatives: TypeAlias = Annotated[tuple[tuple[Count, float], ...], msgspec.Meta(max_length=64)]
+
+
+class Token(_Kind, frozen=True, tag="token"):
+    """A sampled token and the place it takes in the session's history.
+
+    `more` and `drafts` are for the server of the engine that sampled it, and not sent.
+    """
 
     session: Name
     generation: Count
     position: Count
     token_id: Count
-    logprob: float
-    top_logprobs: Annotated[tuple[tuple[Count, float], ...], msgspec.Meta(max_length=64)] = ()
+    logprob: float  # natural logarithm, of the distribution that was sampled from before temperature and cuts
+    top_logprobs: _Alternatives = ()
     finish: FinishReason | None = None
-    timings: Timings = ()
+    timings: Timings = ()  # of the servers of the route, where they were asked for; with the last token of a step
+    more: bool = False  # another token of the same step follows
+    drafts: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_DRAFTS)] = ()  # guesses of the tokens that follow it
 
     def __post_init__(self) -> None:
         for value in (self.logprob, *(other for _, other in self.top_logprobs)):
@@ -303,21 +305,25 @@ class TokenFrame(_Kind, frozen=True, tag="token"):
                 raise ValueError(f"{value} is no logarithm of a probability")
 
 
-_Alternatives: TypeAlias = Annotated[tuple[tuple[Count, float], ...], msgspec.Meta(max_length=64)]
+class Score(msgspec.Struct, frozen=True, array_like=True):
+    """What the model made of a token that was given; as in `Token`."""
+
+    logprob: float
+    top_logprobs: _Alternatives = ()
 
 
-class ScoresFrame(_Kind, frozen=True, tag="scores"):
-    """`types.Scores`: each token's logarithm, and those of the likeliest ones in its place."""
+class Scores(_Kind, frozen=True, tag="scores"):
+    """The scores of a prompt's tokens from position `start` on. The first token of a session has none."""
 
     session: Name
     generation: Count
     start: Count
-    scores: Annotated[tuple[tuple[float, _Alternatives], ...], msgspec.Meta(max_length=64)]
+    scores: Annotated[tuple[Score, ...], msgspec.Meta(max_length=64)]
 
     def __post_init__(self) -> None:
-        for value, others in self.scores:
-            for logprob in (value, *(other for _, other in others)):
-                if not logprob <= 0.01:  # as in `TokenFrame`
+        for score in self.scores:
+            for logprob in (score.logprob, *(other for _, other in score.top_logprobs)):
+                if not logprob <= 0.01:  # as in `Token`
                     raise ValueError(f"{logprob} is no logarithm of a probability")
 
 
@@ -331,21 +337,20 @@ class HiddenFrame(_Kind, frozen=True, tag="hidden"):
     timings: Timings = ()
 
 
-class CachedFrame(_Kind, frozen=True, tag="cached"):
-    """`types.Cached`."""
+class Cached(_Kind, frozen=True, tag="cached"):
+    """The answer to a step without settings: the session is cached up to `position`."""
 
     session: Name
     generation: Count
     position: Count
 
 
-class GapFrame(_Kind, frozen=True, tag="gap"):
-    """`types.Gap` at the server `peer`."""
+class Gap(_Kind, frozen=True, tag="gap"):
+    """The server has fewer tokens than the step's start: send again from `have`."""
 
     session: Name
     generation: Count
     have: Count
-    peer: Name = ""
 
 
 class FailedFrame(_Kind, frozen=True, tag="failed"):
@@ -383,7 +388,7 @@ class _Call(_Kind, frozen=True):
     end: Count
     lengths: Annotated[tuple[_Length, ...], msgspec.Meta(min_length=1, max_length=_MAX_SEQUENCES)]
     hidden: Array
-    prompt: PromptNameFrame | None = None
+    prompt: PromptName | None = None
 
     @property
     def rows(self) -> int:
@@ -489,11 +494,18 @@ class Unknown(msgspec.Struct, frozen=True):
     kind: str
 
 
-Request: TypeAlias = StepFrame | CancelFrame | CloseFrame
-Answer: TypeAlias = TokenFrame | ScoresFrame | HiddenFrame | CachedFrame | GapFrame | FailedFrame
+Message: TypeAlias = Step | Cancel | Close | Give  # to an engine
+Reply: TypeAlias = Token | Scores | Hidden | Cached | Gap | Failed  # of an engine
 WireMessage: TypeAlias = (
-    Request
-    | Answer
+    StepFrame
+    | Cancel
+    | Close
+    | Token
+    | Scores
+    | HiddenFrame
+    | Cached
+    | Gap
+    | FailedFrame
     | PromptFrame
     | AdapterFrame
     | ForwardFrame
