@@ -60,7 +60,8 @@ ROUND = 1000  # messages, after which the hostile peers are gone
 DEADLINE = 60.0  # seconds for anything that should happen, on a loaded machine
 LONGEST = 300  # tokens of an honest chat; then a new one is begun
 MB = 2**20
-GROWTH = 160 * MB  # of this process since the end of its second round
+WARM = 10  # rounds, after which kernels for most numbers of rows are compiled
+GROWTH = 160 * MB  # of this process since then
 
 
 class Honest:
@@ -214,8 +215,8 @@ class Report:
 
     @property
     def growth(self) -> int:
-        """Bytes, from the end of the second round to the largest since."""
-        return max(self.memory[1:], default=0) - self.memory[1] if len(self.memory) > 1 else 0
+        """Bytes, from the end of the round `WARM`, to the largest since; 0 in a shorter run."""
+        return max(self.memory[WARM - 1 :], default=0) - self.memory[WARM - 1] if len(self.memory) >= WARM else 0
 
     def __str__(self) -> str:
         return (
