@@ -91,6 +91,7 @@ def room(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         fcntl.flock(room, how)
         fcntl.flock(door, fcntl.LOCK_UN)
         yield
+        fcntl.flock(room, fcntl.LOCK_UN)  # said, for a process that was forked meanwhile keeps what only closing would give back
 
 
 @pytest.fixture(scope="session")
