@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 
 from corolla.gateway.database import Database
 from corolla.gateway.keys import Keys
-from corolla.gateway.middleware import GuardConfig
+from corolla.gateway.middleware import AccessConfig
 from corolla.gateway.service import GatewayConfig
 from tests.browser.looking import DESKTOP, PHONE, Look, answers, ask, questions, violations, wait_done
 from tests.gateway.running import Running, TinySwarm, running
@@ -126,7 +126,7 @@ def test_the_login_stands_before_everything_where_keys_are_needed(tiny_model: Pa
     kept.close()
     swarm = TinySwarm(tiny_model)
     try:
-        with running(swarm, url, GatewayConfig(guard=GuardConfig(open=False), drain=0.5)) as gateway:
+        with running(swarm, url, GatewayConfig(access=AccessConfig(open=False), drain=0.5)) as gateway:
             page = look(gateway.url)
             field = page.get_by_label("API key")
             field.fill("corolla-wrong")

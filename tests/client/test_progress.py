@@ -12,7 +12,7 @@ def asked(progress: Progress, now: float, **said: tuple[int, int]) -> Standstill
     """One round of questions: tokens cached and rows pending at servers a and b."""
     progress.ask(now)
     for peer, (cached, pending) in said.items():
-        progress.tell(peer, Whereabouts("s", 1, cached, pending), KNOWN)
+        progress.record(peer, Whereabouts("s", 1, cached, pending), KNOWN)
     return progress.conclude(("a", "b"), now)
 
 

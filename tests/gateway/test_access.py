@@ -15,7 +15,7 @@ from websockets.sync.client import connect
 from corolla.errors import InvalidSetting
 from corolla.gateway.database import Database
 from corolla.gateway.keys import Keys
-from corolla.gateway.middleware import GuardConfig, checked_url
+from corolla.gateway.middleware import AccessConfig, checked_url
 from corolla.gateway.protocol import ConnectionLimits
 from corolla.gateway.serve import check_access
 from corolla.gateway.service import GatewayConfig
@@ -27,7 +27,7 @@ PUBLIC = {("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/api/ui/state"), ("P
 @pytest.fixture(scope="module")
 def closed(swarm: TinySwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tmp_path_factory.mktemp("closed") / "gateway.sqlite"
-    config = GatewayConfig(guard=GuardConfig(open=False, origins=("https://friend.example",)), drain=0.5)
+    config = GatewayConfig(access=AccessConfig(open=False, origins=("https://friend.example",)), drain=0.5)
     with running(swarm, file, config) as gateway:
         yield gateway
 
@@ -40,7 +40,7 @@ def key(closed: Running) -> str:
 def test_no_route_answers_without_a_key(closed: Running) -> None:
     with closed.client() as client:
         assert client.get("/openapi.json").status_code == 401
-        routes = closed.server.config.loaded_app  # the guard around CORS around the application
+        routes = closed.server.config.loaded_app  # the access middleware around CORS around the application
         schema = _schema(closed)
         assert routes is not None
         asked = 0
@@ -200,8 +200,8 @@ def test_behind_a_named_proxy_cookies_are_secure(
     with closed.client() as client:
         forwarded = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.9"}
         assert "Secure" not in client.post("/api/ui/login", json={"key": key}, headers=forwarded).headers["set-cookie"]
-    guard = GuardConfig(open=False, public_url=checked_url("https://chat.example.org/"))
-    config = GatewayConfig(guard=guard, connections=ConnectionLimits(proxies=("127.0.0.1",), of_one=2), drain=0.1)
+    access = AccessConfig(open=False, public_url=checked_url("https://chat.example.org/"))
+    config = GatewayConfig(access=access, connections=ConnectionLimits(proxies=("127.0.0.1",), of_one=2), drain=0.1)
     with running(swarm, tmp_path / "g.sqlite", config) as gateway, gateway.client() as client:
         own = gateway.gateway.keys.create("alice")
         site = {"Origin": "https://chat.example.org", "Host": "backend:80"}

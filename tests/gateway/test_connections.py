@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from corolla.gateway.middleware import GuardConfig
+from corolla.gateway.middleware import AccessConfig
 from corolla.gateway.protocol import ConnectionLimits
 from corolla.gateway.service import GatewayConfig
 from tests.gateway.running import DEADLINE, Running, TinySwarm, running
@@ -22,7 +22,7 @@ ASKED = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 @pytest.fixture(scope="module")
 def strict(swarm: TinySwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     limits = ConnectionLimits(headers=0.5, rest=1.0, idle=1, bytes=2000, of_one=8)
-    config = GatewayConfig(connections=limits, guard=GuardConfig(read=0.5), drain=0.1)
+    config = GatewayConfig(connections=limits, access=AccessConfig(read=0.5), drain=0.1)
     with running(swarm, tmp_path_factory.mktemp("strict") / "g.sqlite", config) as gateway:
         yield gateway
 

@@ -12,8 +12,8 @@ import httpx2
 import pytest
 from websockets.sync.client import connect
 
-from corolla.gateway.fair_queue import AdmissionConfig
-from corolla.gateway.middleware import GuardConfig
+from corolla.gateway.fair_queue import QueueConfig
+from corolla.gateway.middleware import AccessConfig
 from corolla.gateway.pool import PoolConfig
 from corolla.gateway.service import GatewayConfig
 from tests.gateway.running import DEADLINE, Running, TinySwarm, all_of, running
@@ -26,8 +26,8 @@ LONG = {"model": "tiny", "prompt": "What is the capital of France?", "max_tokens
 def small(swarm: TinySwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A gateway with few places, that keeps no session and has little patience."""
     config = GatewayConfig(
-        guard=GuardConfig(body=100_000, read=1.0, write=2.0),
-        admission=AdmissionConfig(streams=STREAMS, waiting=WAITING, waiting_of_one=WAITING),
+        access=AccessConfig(body=100_000, read=1.0, write=2.0),
+        queue=QueueConfig(streams=STREAMS, waiting=WAITING, waiting_of_one=WAITING),
         pool=PoolConfig(idle=0),
         drain=0.5,
         keep_alive=0.05,
@@ -40,8 +40,8 @@ def small(swarm: TinySwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(autouse=True)
 def nothing_is_left(small: Running) -> Iterator[None]:
     yield
-    small.wait_until(lambda: small.gateway.gate.active == small.gateway.gate.waiting == 0)
-    small.wait_until(lambda: not small.gateway.writers.under_way)
+    small.wait_until(lambda: small.gateway.queue.active == small.gateway.queue.waiting == 0)
+    small.wait_until(lambda: not small.gateway.tasks.under_way)
 
 
 def test_ten_times_the_capacity(small: Running) -> None:
@@ -82,7 +82,7 @@ def test_one_that_waits_and_goes_away_leaves_the_queue(small: Running) -> None:
     waiting = small.client()
     with pytest.raises(httpx2.ReadTimeout):
         waiting.post("/v1/completions", json=LONG | {"stream": False}, timeout=0.3)
-    small.wait_until(lambda: small.gateway.gate.waiting == 0)
+    small.wait_until(lambda: small.gateway.queue.waiting == 0)
     for each in entered:
         each.__exit__(None, None, None)
     for client in [*streams, waiting]:
@@ -97,8 +97,8 @@ def test_a_reader_that_takes_nothing_holds_no_place(small: Running) -> None:
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
             % (len(body), body)
         )
-        small.wait_until(lambda: small.gateway.gate.active > 0)
-        small.wait_until(lambda: small.gateway.gate.active == 0)
+        small.wait_until(lambda: small.gateway.queue.active > 0)
+        small.wait_until(lambda: small.gateway.queue.active == 0)
 
 
 def test_a_writer_that_is_slow_or_says_too_much_is_refused(small: Running) -> None:
@@ -130,7 +130,7 @@ def test_a_socket_that_goes_away_ends_its_answer(small: Running) -> None:
         connection.recv(DEADLINE)
         connection.send(json.dumps({"type": "generate", "inputs": "hello", "max_new_tokens": 1, "stop_sequence": "\x07\x07"}))
         connection.recv(DEADLINE)
-    small.wait_until(lambda: small.gateway.gate.active == 0)
+    small.wait_until(lambda: small.gateway.queue.active == 0)
 
 
 def test_an_answer_goes_on_when_a_server_dies_and_says_so(tiny_model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -7,21 +7,21 @@ import asyncio
 import pytest
 
 from corolla.errors import Busy, RateLimited
-from corolla.gateway.fair_queue import AdmissionConfig, Gate, Rates
+from corolla.gateway.fair_queue import FairQueue, QueueConfig, Rates
 
 
 def test_callers_take_turns_whoever_asked_more() -> None:
     async def work() -> list[str]:
-        gate = Gate(AdmissionConfig(streams=1, waiting=20, waiting_of_one=20))
+        queue = FairQueue(QueueConfig(streams=1, waiting=20, waiting_of_one=20))
         order: list[str] = []
 
         async def ask(caller: str) -> None:
-            async with gate.place(caller):
+            async with queue.place(caller):
                 order.append(caller)
                 await asyncio.sleep(0)
 
         await asyncio.gather(*(ask(caller) for caller in ["greedy"] * 6 + ["modest"] * 2))
-        assert (gate.active, gate.waiting) == (0, 0)
+        assert (queue.active, queue.waiting) == (0, 0)
         return order
 
     assert asyncio.run(work())[:5] == ["greedy", "greedy", "modest", "greedy", "modest"]
@@ -29,22 +29,22 @@ def test_callers_take_turns_whoever_asked_more() -> None:
 
 def test_queues_are_bounded_and_who_leaves_one_is_forgotten() -> None:
     async def work() -> None:
-        gate = Gate(AdmissionConfig(streams=1, waiting=3, waiting_of_one=2))
-        await gate.take("a")
-        waiting = [asyncio.create_task(gate.take(caller)) for caller in ("a", "a", "b")]
+        queue = FairQueue(QueueConfig(streams=1, waiting=3, waiting_of_one=2))
+        await queue.take("a")
+        waiting = [asyncio.create_task(queue.take(caller)) for caller in ("a", "a", "b")]
         await asyncio.sleep(0)
         for caller in ("a", "c"):
             with pytest.raises(Busy):
-                await gate.take(caller)
+                await queue.take(caller)
         waiting[0].cancel()
         await asyncio.sleep(0)
-        assert gate.waiting == 2
-        gate.leave("a")
+        assert queue.waiting == 2
+        queue.leave("a")
         waiting[2].cancel()  # its turn has come, and it is gone
         await asyncio.gather(*waiting, return_exceptions=True)
-        assert gate.active == 1
-        gate.leave("a")
-        assert (gate.active, gate.waiting) == (0, 0)
+        assert queue.active == 1
+        queue.leave("a")
+        assert (queue.active, queue.waiting) == (0, 0)
 
     asyncio.run(work())
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from corolla.errors import Busy
-from corolla.gateway.fair_queue import AdmissionConfig, Gate
+from corolla.gateway.fair_queue import FairQueue, QueueConfig
 from corolla.gateway.generation_tasks import GenerationRequest, TaskRunner
 from corolla.gateway.metrics import Metrics
 from corolla.gateway.model_registry import ServedModel, served_model
@@ -27,18 +27,18 @@ def model(swarm: TinySwarm) -> ServedModel:
 
 
 @asynccontextmanager
-async def opened(**admission: int) -> AsyncIterator[TaskRunner]:
-    writers = TaskRunner(Gate(AdmissionConfig(**admission)), SessionPool(), Metrics())
+async def opened(**limits: int) -> AsyncIterator[TaskRunner]:
+    tasks = TaskRunner(FairQueue(QueueConfig(**limits)), SessionPool(), Metrics())
     try:
-        yield writers
+        yield tasks
     finally:
-        await asyncio.wait_for(writers.close(), DEADLINE)
+        await asyncio.wait_for(tasks.close(), DEADLINE)
 
 
-def run(work: Work, **admission: int) -> None:
+def run(work: Work, **limits: int) -> None:
     async def whole() -> None:
-        async with opened(**admission) as writers:
-            await asyncio.wait_for(work(writers), DEADLINE)
+        async with opened(**limits) as tasks:
+            await asyncio.wait_for(work(tasks), DEADLINE)
 
     asyncio.run(whole())
 
@@ -52,10 +52,10 @@ def request(model: ServedModel, tokens: int) -> GenerationRequest:
 def test_to_stop_what_has_ended_ends_nothing_else(model: ServedModel) -> None:
     """The session of an answer goes to the next one at once, while a slow reader is still at the first."""
 
-    async def work(writers: TaskRunner) -> None:
-        first = writers.begin(request(model, 3))
+    async def work(tasks: TaskRunner) -> None:
+        first = tasks.begin(request(model, 3))
         known = await first.whole()
-        second = writers.begin(request(model, 200))
+        second = tasks.begin(request(model, 200))
         await second.begun(DEADLINE)
         first.stop()
         whole = await second.whole()
@@ -66,28 +66,28 @@ def test_to_stop_what_has_ended_ends_nothing_else(model: ServedModel) -> None:
 
 
 def test_one_that_is_stopped_before_anything_was_done_ends(model: ServedModel) -> None:
-    async def work(writers: TaskRunner) -> None:
-        answer = writers.begin(request(model, 3))
+    async def work(tasks: TaskRunner) -> None:
+        answer = tasks.begin(request(model, 3))
         answer.stop()
         await answer.ended.wait()
         assert [item async for item in answer.items(1.0)] == []
-        assert not writers.under_way
+        assert not tasks.under_way
 
     run(work)
 
 
 def test_one_that_is_stopped_while_it_waits_leaves_the_queue(model: ServedModel) -> None:
-    async def work(writers: TaskRunner) -> None:
-        first = writers.begin(request(model, 300))
+    async def work(tasks: TaskRunner) -> None:
+        first = tasks.begin(request(model, 300))
         await first.begun(DEADLINE)
-        second = writers.begin(request(model, 3))
+        second = tasks.begin(request(model, 3))
         await asyncio.sleep(0)
-        assert (second.place, writers.gate.waiting) == (1, 1)
+        assert (second.place, tasks.queue.waiting) == (1, 1)
         with pytest.raises(Busy):
-            writers.begin(request(model, 3))
+            tasks.begin(request(model, 3))
         second.stop()
         await second.ended.wait()
-        assert writers.gate.waiting == 0
+        assert tasks.queue.waiting == 0
         first.stop()
         await first.ended.wait()
         assert first.result is not None

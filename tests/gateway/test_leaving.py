@@ -68,6 +68,6 @@ def test_a_client_that_leaves_leaves_no_traceback(
                 client.recv(200)
         if abruptly:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    gateway.wait_until(lambda: not gateway.server.server_state.connections and not gateway.gateway.writers.under_way, DEADLINE)
+    gateway.wait_until(lambda: not gateway.server.server_state.connections and not gateway.gateway.tasks.under_way, DEADLINE)
     httpx2.get(f"{gateway.url}/healthz")
     assert [record.getMessage() for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR] == []

@@ -13,14 +13,14 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import status_code_conformance
 
-from corolla.gateway.fair_queue import AdmissionConfig
+from corolla.gateway.fair_queue import QueueConfig
 from corolla.gateway.service import GatewayConfig
 from tests.gateway.running import Running, TinySwarm, running
 
 
 @pytest.fixture(scope="module")
 def fuzzed(swarm: TinySwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    config = GatewayConfig(admission=AdmissionConfig(streams=8, waiting=8), drain=0.1, first_token=0.1)
+    config = GatewayConfig(queue=QueueConfig(streams=8, waiting=8), drain=0.1, first_token=0.1)
     with running(swarm, tmp_path_factory.mktemp("fuzzed") / "g.sqlite", config) as gateway:
         yield gateway
 

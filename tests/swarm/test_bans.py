@@ -77,12 +77,12 @@ def test_old_faults_are_forgotten(bans: Bans, clock: Clock) -> None:
 
 
 def test_what_is_left_of_a_ban(bans: Bans, clock: Clock) -> None:
-    assert bans.left("a") == 0.0
+    assert bans.seconds_left("a") == 0.0
     bans.blame("a")
     clock.now += 0.5
-    assert bans.left("a") == 1.5
+    assert bans.seconds_left("a") == 1.5
     clock.now += 2.0
-    assert bans.left("a") == 0.0
+    assert bans.seconds_left("a") == 0.0
 
 
 def test_new_names_fill_no_memory(clock: Clock) -> None:

@@ -174,7 +174,7 @@ def test_bytes_that_are_no_frame_ban_their_sender(
     with caplog.at_level(logging.WARNING):
         hostile = asyncio.run(attack())
     assert hostile in target.lost
-    assert target.network.bans.left(hostile)
+    assert target.network.bans.seconds_left(hostile)
     assert [getattr(entry, "peer", None) for entry in caplog.records if entry.name == "corolla.swarm.connection"] == [hostile]
     honest.ping(target.me, 10)
 
@@ -188,7 +188,7 @@ def test_bans_end_and_grow(target: Peer, tmp_path: Path) -> None:
                 await stream.write(bytes(100))
                 await stream.until_closed()
                 assert await hostile.refused()
-                bans.append(target.network.bans.left(hostile.me))
+                bans.append(target.network.bans.seconds_left(hostile.me))
                 CLOCK.now += bans[-1]
             assert not await hostile.refused()
         return bans
@@ -297,7 +297,7 @@ def test_claims_allocate_nothing(target: Peer, tmp_path: Path) -> None:
             for stream in streams:
                 await stream.write(struct.pack("<I", limit) + bytes(1000))
             grown = 0
-            while not target.network.bans.left(hostile.me):
+            while not target.network.bans.seconds_left(hostile.me):
                 grown = max(grown, psutil.Process().memory_info().rss - before)
                 await asyncio.sleep(0.05)
             return grown
@@ -316,7 +316,7 @@ def test_a_flood_is_read_slowly_and_the_others_are_served(target: Peer, honest: 
             for nonce in range(20, 40):
                 await asyncio.to_thread(honest.ping, target.me, nonce)
             assert not flood.done()
-            assert not target.network.bans.left(hostile.me)
+            assert not target.network.bans.seconds_left(hostile.me)
             flood.cancel()
 
     before = psutil.Process().memory_info().rss
@@ -389,7 +389,7 @@ def test_newcomers_hold_little_together_and_whoever_sent_a_large_frame_is_none(t
             with suppress(ConnectionError):  # it may be closed while we write
                 await later.write(struct.pack("<I", 2 * MEBIBYTE) + bytes(2 * MEBIBYTE - 1))
             await later.until_closed()
-            assert not target.network.bans.left(two.me)  # there was no room, and that is no fault of its own
+            assert not target.network.bans.seconds_left(two.me)  # there was no room, and that is no fault of its own
             await held.write(frame[-1:] + large)  # from here on the first is no newcomer
             await until(lambda: len(target.came) == 2)
             late = await two.enter()
@@ -439,7 +439,7 @@ def test_what_arrives_is_bounded_too(tmp_path: Path) -> None:
             with suppress(ConnectionError):  # it may be closed while we write
                 await third.write(part)
             await third.until_closed()
-            assert not target.network.bans.left(peers[2].me)  # there was no room, and that is no fault of its own
+            assert not target.network.bans.seconds_left(peers[2].me)  # there was no room, and that is no fault of its own
             again = await peers[2].enter()
             await again.write(large)  # more than there is room for: beside the others, and alone of its kind
             await until(lambda: len(target.came) == 1)

@@ -81,9 +81,9 @@ def gateway(
     joined = check_addresses(peers)
 
     from corolla.gateway.database import Database, default_url
-    from corolla.gateway.fair_queue import AdmissionConfig
+    from corolla.gateway.fair_queue import QueueConfig
     from corolla.gateway.keys import Keys
-    from corolla.gateway.middleware import GuardConfig, checked_url
+    from corolla.gateway.middleware import AccessConfig, checked_url
     from corolla.gateway.protocol import ConnectionLimits
     from corolla.gateway.serve import check_access, is_loopback, run
     from corolla.gateway.service import GatewayConfig
@@ -97,9 +97,9 @@ def gateway(
     try:
         free = check_access(host, Keys(kept), open_to_all=open_to_all, public_url=address)
         config = GatewayConfig(
-            guard=GuardConfig(open=free, loopback=is_loopback(host) and not open_to_all, origins=tuple(origin or ()), public_url=address),
+            access=AccessConfig(open=free, loopback=is_loopback(host) and not open_to_all, origins=tuple(origin or ()), public_url=address),
             connections=ConnectionLimits(proxies=proxies),
-            admission=AdmissionConfig(streams=streams, waiting=waiting, waiting_of_one=max(1, waiting * 3 // 4)),
+            queue=QueueConfig(streams=streams, waiting=waiting, waiting_of_one=max(1, waiting * 3 // 4)),
             debug=debug,
             drain=drain,
             prompts=prompts,

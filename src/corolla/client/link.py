@@ -165,7 +165,7 @@ class SwarmLink:
                     self._transport.bans.forgive(peer)
         self._deliver(frame)
 
-    def told(self, sender: str, answer: Whereabouts) -> None:
+    def on_status(self, sender: str, answer: Whereabouts) -> None:
         """A server said how the session is getting on."""
         with self._lock:
             step, route, progress = self._step, self._route, self._progress
@@ -173,10 +173,10 @@ class SwarmLink:
                 return
             if progress.asked is None:
                 return  # nobody asked, or it is too late
-            if progress.tell(sender, answer, self._answers.position) == len(route.peers):
+            if progress.record(sender, answer, self._answers.position) == len(route.peers):
                 self._judge(progress.conclude(route.peers, time.monotonic()))
 
-    def lost(self, peer: str, error: Exception, *, blame: bool = True) -> None:
+    def on_failure(self, peer: str, error: Exception, *, blame: bool = True) -> None:
         """A server failed: if it is one of ours, the session is told to send its history again."""
         with self._lock:
             if self._route is None or peer not in self._route.peers:
@@ -195,7 +195,7 @@ class SwarmLink:
         if step is not None:
             self._deliver(Failed(step.session, step.generation, CorollaError(f"an unexpected error in this client: {error!r}")))
 
-    def left(self, peer: str) -> None:
+    def on_leaving(self, peer: str) -> None:
         """A server wants to leave: the session goes on elsewhere if it can, and else stays for as long as it is served."""
         with self._lock:
             if self._route is None or peer not in self._route.peers:

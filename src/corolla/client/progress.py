@@ -44,7 +44,7 @@ class Progress:
         """The servers are asked how far they are."""
         self.asked, self._said = now, {}
 
-    def tell(self, sender: str, answer: Whereabouts, known: int) -> int:
+    def record(self, sender: str, answer: Whereabouts, known: int) -> int:
         """A server's answer; what it has beyond the `known` tokens is no progress. Returns how many have answered this round."""
         self._said[sender] = min(answer.cached, known), answer.pending
         return len(self._said)

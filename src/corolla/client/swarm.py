@@ -127,10 +127,10 @@ class SwarmTransport:
                 self.network.send(sender, Close(message.session, message.generation))
         elif isinstance(message, Whereabouts):
             if (link := self._link(message.session)) is not None:
-                link.told(sender, message)
+                link.on_status(sender, message)
         elif isinstance(message, Leaving):
             if self.peers.leave(sender):
-                self._each("a server's leave", lambda link: link.left(sender))
+                self._each("a server's leave", lambda link: link.on_leaving(sender))
         elif isinstance(message, Ping):
             self.network.send(sender, Pong(message.nonce))
         elif isinstance(message, Pong):
@@ -138,7 +138,7 @@ class SwarmTransport:
             self.parts.arrived(sender, message)
             if message.failing:
                 fault = ServerFault("its engine is dead, or stands still")
-                self._each("a server's failure", lambda link: link.lost(sender, fault))
+                self._each("a server's failure", lambda link: link.on_failure(sender, fault))
 
     def _lose(self, peer: str) -> None:
         self.round_trips.forget(peer)
@@ -146,7 +146,7 @@ class SwarmTransport:
         self.probes.forget(peer)
         error = NetworkError(f"the connection to {peer} broke")
         blame = not self._pauses.ended_within(_AFTER_PAUSE)
-        self._each("a server's loss", lambda link: link.lost(peer, error, blame=blame))
+        self._each("a server's loss", lambda link: link.on_failure(peer, error, blame=blame))
 
     def _link(self, session: str) -> SwarmLink | None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""The application: all routes behind the guard, errors as responses, the page's files."""
+"""The application: all routes behind the access middleware, errors as responses, the page's files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from corolla.errors import CorollaError, InvalidSetting
 from corolla.gateway import openai_chat, openai_completions, petals, petals_socket, playground, ui, ui_looks
 from corolla.gateway.error_responses import BadRequest, documented, fault, kind_of, response
 from corolla.gateway.message_runs import MessageRuns
-from corolla.gateway.middleware import Guard
+from corolla.gateway.middleware import AccessMiddleware
 from corolla.gateway.openai import router as openai
 from corolla.gateway.service import Gateway, TheGateway
 
@@ -61,10 +61,12 @@ def gateway_app(gateway: Gateway, *, static: Path = STATIC) -> ASGIApp:
     _add_operations(app)
     _add_errors(app, gateway)
     _add_page(app, static)
-    guarded: ASGIApp = Guard(app, gateway.config.guard, gateway.keys, gateway.rates, gateway.metrics, debug=gateway.config.debug)
-    if gateway.config.guard.origins:
+    guarded: ASGIApp = AccessMiddleware(
+        app, gateway.config.access, gateway.keys, gateway.rates, gateway.metrics, debug=gateway.config.debug
+    )
+    if gateway.config.access.origins:
         guarded = CORSMiddleware(
-            guarded, allow_origins=list(gateway.config.guard.origins), allow_methods=["*"], allow_headers=["Authorization", "Content-Type"]
+            guarded, allow_origins=list(gateway.config.access.origins), allow_methods=["*"], allow_headers=["Authorization", "Content-Type"]
         )
     return guarded
 
@@ -73,7 +75,7 @@ async def _prune(gateway: Gateway) -> None:
     while True:
         await asyncio.sleep(30)
         with barrier("closing idle sessions"):
-            await asyncio.to_thread(gateway.writers.pool.prune)
+            await asyncio.to_thread(gateway.tasks.pool.prune)
 
 
 def _add_operations(app: FastAPI) -> None:
@@ -120,7 +122,7 @@ def _add_errors(app: FastAPI, gateway: Gateway) -> None:
         return given
 
     async def unexpected(request: Request, error: Exception) -> Response:
-        return answer(request, fault(error, debug=gateway.config.debug))  # the guard's barrier gets the error too, and logs it
+        return answer(request, fault(error, debug=gateway.config.debug))  # AccessMiddleware's barrier logs it
 
     for kind, handler in ((CorollaError, ours), (RequestValidationError, invalid), (HTTPException, http), (Exception, unexpected)):
         app.add_exception_handler(kind, handler)

@@ -13,13 +13,13 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, ins
 
 from corolla.errors import CallerError, Conflict
 from corolla.gateway.database import Database, conversations, gateways, messages
-from corolla.gateway.fair_queue import AdmissionConfig, Gate
+from corolla.gateway.fair_queue import FairQueue, QueueConfig
 
 SETTABLE = ("title", "model", "system", "template", "prompt", "settings", "leaf")
 ENDED = ("done", "stopped", "interrupted", "failed")
 MOST_MESSAGES = 10_000  # of an imported conversation
 LEASE_SECONDS = 15.0
-_SEARCHES = AdmissionConfig(streams=2, waiting=64, waiting_of_one=8, retry_after=1.0)
+_SEARCHES = QueueConfig(streams=2, waiting=64, waiting_of_one=8, retry_after=1.0)
 _PAGE = 100  # messages
 _AROUND_A_HIT = 60  # characters before and after what was searched for
 _TITLE = 60  # characters
@@ -39,7 +39,7 @@ class Conversations:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._searching = Gate(_SEARCHES)
+        self._searching = FairQueue(_SEARCHES)
         self.writer = uuid.uuid4().hex  # this gateway's name in the database
 
     @property

@@ -14,21 +14,21 @@ from corolla.errors import Busy, RateLimited
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdmissionConfig:
+class QueueConfig:
     streams: int = 64  # answers under way at a time
     waiting: int = 128  # requests that wait for a place
     waiting_of_one: int = 96  # of these, at most so many of one caller
     retry_after: float = 2.0  # seconds, told to who is turned away
 
 
-class Gate:
+class FairQueue:
     """Places for answers. When one is free, the caller with the fewest gets it; callers with equally many take turns.
 
     For one event loop.
     """
 
-    def __init__(self, config: AdmissionConfig | None = None) -> None:
-        self.config = config or AdmissionConfig()
+    def __init__(self, config: QueueConfig | None = None) -> None:
+        self.config = config or QueueConfig()
         self._active: dict[str, int] = {}
         self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # whose turn is next comes first
 

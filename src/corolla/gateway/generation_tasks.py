@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from corolla.barrier import barrier
 from corolla.client.completion import Completion, CompletionDelta, CompletionResult
 from corolla.errors import CorollaError, Interrupted
-from corolla.gateway.fair_queue import Gate
+from corolla.gateway.fair_queue import FairQueue
 from corolla.gateway.metrics import Metrics
 from corolla.gateway.model_registry import ServedModel
 from corolla.gateway.pool import PooledSession, SessionPool
@@ -83,7 +83,7 @@ class GenerationTask:
     def __init__(
         self,
         request: GenerationRequest,
-        gate: Gate,
+        queue: FairQueue,
         threads: ThreadPoolExecutor,
         pool: SessionPool,
         metrics: Metrics,
@@ -106,8 +106,8 @@ class GenerationTask:
         self._stopped = False
         self.began = time.perf_counter()
         self._metrics = metrics
-        self.place = gate.waiting + 1  # in the queue, where there was one
-        self._task = asyncio.create_task(self._live(gate, threads, pool))
+        self.place = queue.waiting + 1  # in the queue, where there was one
+        self._task = asyncio.create_task(self._live(queue, threads, pool))
         self._task.add_done_callback(lambda _: self._end(self.error))  # one that was stopped before its turn has not said so
 
     def stop(self) -> None:
@@ -120,7 +120,7 @@ class GenerationTask:
             return
         with self._lock:
             if self._kept is not None:
-                self._kept.seam.interrupt()
+                self._kept.transport.interrupt()
 
     def when_ended(self, act: Callable[[], None]) -> None:
         """Have something done when nothing is left of the answer."""
@@ -163,10 +163,10 @@ class GenerationTask:
         assert self.result is not None, "an answer that nobody stopped has a result"
         return self.result
 
-    async def _live(self, gate: Gate, threads: ThreadPoolExecutor, pool: SessionPool) -> None:
+    async def _live(self, queue: FairQueue, threads: ThreadPoolExecutor, pool: SessionPool) -> None:
         owner = self.request.owner
         try:
-            await gate.take(owner)
+            await queue.take(owner)
         except CorollaError as error:
             self._end(error)
             return
@@ -175,7 +175,7 @@ class GenerationTask:
             with barrier("an answer", lambda _: self._end(CorollaError("a fault of the gateway; its log says more"))):
                 await self._loop.run_in_executor(threads, self._write, pool)
         finally:
-            gate.leave(owner)
+            queue.leave(owner)
             self._metrics.answered(self.request.model.name, self.queued, self.result, self.error)
             self.ended.set()
 
@@ -193,8 +193,8 @@ class GenerationTask:
         good = False
         try:
             kept = request.session or pool.take(request.model, request.owner, request.prompt, request.soft)
-            kept.seam.begin()
-            kept.seam.on_lost = self._lost
+            kept.transport.begin()
+            kept.transport.on_restart = self._restarted
             with self._lock:
                 self._kept = kept
             if self._stopped:
@@ -222,7 +222,7 @@ class GenerationTask:
                     kept.close()
             self._put(None)
 
-    def _lost(self) -> None:
+    def _restarted(self) -> None:
         self._put(LOST)
 
     def _put(self, item: CompletionDelta | Notice | None) -> None:
@@ -231,12 +231,12 @@ class GenerationTask:
 
 
 class TaskRunner:
-    """The threads that answers are written on, as many as the `gate` has places."""
+    """The threads that answers are written on, as many as the `queue` has places."""
 
-    def __init__(self, gate: Gate, pool: SessionPool, metrics: Metrics, *, timeout: float = 600.0) -> None:
-        self.gate, self.pool, self.metrics = gate, pool, metrics
+    def __init__(self, queue: FairQueue, pool: SessionPool, metrics: Metrics, *, timeout: float = 600.0) -> None:
+        self.queue, self.pool, self.metrics = queue, pool, metrics
         self._timeout = timeout
-        self._threads = ThreadPoolExecutor(gate.config.streams, thread_name_prefix="corolla-answer")
+        self._threads = ThreadPoolExecutor(queue.config.streams, thread_name_prefix="corolla-answer")
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="corolla-prompt")
         self._bell: Bell | None = None
         self.under_way: set[GenerationTask] = set()
@@ -248,9 +248,9 @@ class TaskRunner:
 
     def begin(self, request: GenerationRequest) -> GenerationTask:
         """An answer that goes on until its end or `stop`, whether or not anybody iterates. Raises `Busy`."""
-        self.gate.check(request.owner)
+        self.queue.check(request.owner)
         self._bell = self._bell or Bell()
-        answer = GenerationTask(request, self.gate, self._threads, self.pool, self.metrics, self._bell, self._timeout)
+        answer = GenerationTask(request, self.queue, self._threads, self.pool, self.metrics, self._bell, self._timeout)
         self.under_way.add(answer)
         answer.when_ended(lambda: self.under_way.discard(answer))
         return answer

@@ -185,27 +185,27 @@ class MessageRuns:
 
     def check(self, owner: str) -> None:
         """Raises `Busy` where no answer could begin now: before a message for it is made."""
-        self._gateway.gate.check(owner)
+        self._gateway.queue.check(owner)
 
     async def begin(self, owner: str, conversation: str, message: Mapping[str, Any]) -> None:
         """Write an answer, whose message stands already. What prevents it ends up in the message."""
         try:
             request = await self._request(owner, conversation, message)
-            answer = self._gateway.writers.begin(request)
+            answer = self._gateway.tasks.begin(request)
         except CorollaError as error:
             self._gateway.keeper.end(message["id"], {"state": "failed", "error": lasting(error)})
             raise
-        writing = self._by_message[message["id"]] = MessageRun(message, answer)
-        task = asyncio.create_task(writing.write(self._gateway))
+        run = self._by_message[message["id"]] = MessageRun(message, answer)
+        task = asyncio.create_task(run.write(self._gateway))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: self._by_message.pop(message["id"], None))
 
     def stop(self, message: str) -> None:
         """End an answer where it is."""
-        if (writing := self._by_message.get(message)) is not None:
-            writing.stopped = True
-            writing.answer.stop()
+        if (run := self._by_message.get(message)) is not None:
+            run.stopped = True
+            run.answer.stop()
 
     async def settle(self) -> None:
         """Wait until the last of them is kept."""
@@ -229,7 +229,7 @@ class MessageRuns:
             message["text"],
             0 if soft is None else len(soft),
         )
-        prompt = await self._gateway.writers.prepare(make)
+        prompt = await self._gateway.tasks.prepare(make)
         return GenerationRequest(model=model, owner=owner, prompt=prompt, settings=settings, keep=True, soft=soft)
 
 

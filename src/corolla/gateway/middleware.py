@@ -43,7 +43,7 @@ access = logging.getLogger("corolla.access")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GuardConfig:
+class AccessConfig:
     open: bool = True  # nobody needs a key
     loopback: bool = True  # the gateway is for this machine alone: other names for it are another site's trick (DNS rebinding)
     origins: tuple[str, ...] = ()  # other sites whose pages may call
@@ -55,17 +55,17 @@ class GuardConfig:
 
 
 def checked_url(url: str) -> str:
-    """A `GuardConfig.public_url`. Raises `InvalidSetting`."""
+    """An `AccessConfig.public_url`. Raises `InvalidSetting`."""
     found = _ORIGIN.fullmatch(url.rstrip("/"))
     if found is None or found[1] not in ("http", "https"):
         raise InvalidSetting("public-url", f"{url!r} is no address of a page: give it as https://chat.example.org, without a path")
     return found[0]
 
 
-class Guard:
+class AccessMiddleware:
     """The middleware around all routes. It leaves the caller at `scope["state"]["caller"]`."""
 
-    def __init__(self, app: ASGIApp, config: GuardConfig, keys: Keys, rates: Rates, metrics: Metrics, *, debug: bool) -> None:
+    def __init__(self, app: ASGIApp, config: AccessConfig, keys: Keys, rates: Rates, metrics: Metrics, *, debug: bool) -> None:
         self._app, self._config, self._keys, self._rates, self._metrics = app, config, keys, rates, metrics
         self._debug = debug
         self._public_host = (config.public_url or "").partition("://")[2]

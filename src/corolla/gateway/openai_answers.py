@@ -53,7 +53,7 @@ async def respond(
     answers: list[GenerationTask] = []
     try:
         for request in requests:
-            answers.append(gateway.writers.begin(request))
+            answers.append(gateway.tasks.begin(request))
         head = {
             "id": f"{shape.prefix}-{uuid.uuid4().hex}",
             "object": shape.chunk if stream else shape.object,

@@ -83,7 +83,7 @@ async def chat_completions(http: HttpRequest, asked: ChatRequest, gateway: TheGa
     ]
     if not turns:
         raise EmptyPrompt
-    prompt = await gateway.writers.prepare(partial(encode, template, model.tokenizer, system, turns))
+    prompt = await gateway.tasks.prepare(partial(encode, template, model.tokenizer, system, turns))
     soft = await gateway.soft_prompt(asked.soft_prompt, model)
     room = model.check_room(len(prompt) + (0 if soft is None else len(soft)))
     most = min(asked.max_completion_tokens or asked.max_tokens or room, room)

@@ -92,7 +92,7 @@ def _prompts(prompt: Any) -> Sequence[str | list[int]]:
 async def _tokens(gateway: Gateway, model: ServedModel, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, str):
         model.check_size(prompt)
-        tokens = await gateway.writers.prepare(partial(model.tokenizer.encode, prompt, opening=True))
+        tokens = await gateway.tasks.prepare(partial(model.tokenizer.encode, prompt, opening=True))
         if not tokens:
             raise EmptyPrompt
         return tokens

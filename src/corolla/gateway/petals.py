@@ -96,7 +96,7 @@ async def tokens_of(gateway: Gateway, model: ServedModel, text: str | None, befo
     new: list[int] = []
     if text:
         model.check_size(text)
-        new = await gateway.writers.prepare(partial(model.tokenizer.encode, text, opening=not before))
+        new = await gateway.tasks.prepare(partial(model.tokenizer.encode, text, opening=not before))
     prompt = [*before, *new]
     if not prompt:
         raise EmptyPrompt
@@ -160,7 +160,7 @@ async def _answer(
     """The answer's text, and all tokens of the session after it."""
     prompt = await tokens_of(gateway, model, asked.inputs, before)
     settings = asked.settings(asked.room(len(prompt), most), stop_token_ids=model.stop_ids())
-    answer = gateway.writers.begin(GenerationRequest(model=model, owner=owner, prompt=prompt, settings=settings, session=kept))
+    answer = gateway.tasks.begin(GenerationRequest(model=model, owner=owner, prompt=prompt, settings=settings, session=kept))
     result = await unless_gone(request, answer.whole(), answer)
     return result.text, [*prompt, *result.token_ids]
 

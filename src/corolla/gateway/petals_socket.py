@@ -147,7 +147,7 @@ async def _generate(socket: WebSocket, inbox: SocketInbox, gateway: Gateway, ses
     elif asked.extra_stop_sequences:
         raise InvalidSetting("extra_stop_sequences", "they go with a stop_sequence")
     settings = asked.settings(room, stop_sequences=stops, stop_token_ids=tuple(sorted(ends)))
-    answer = gateway.writers.begin(
+    answer = gateway.tasks.begin(
         GenerationRequest(model=session.model, owner=session.owner, prompt=prompt, settings=settings, session=session.kept)
     )
     watching = asyncio.create_task(inbox.gone.wait())

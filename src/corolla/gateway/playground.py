@@ -45,14 +45,14 @@ async def complete(http: HttpRequest, asked: Complete, gateway: TheGateway, call
     soft = await gateway.soft_prompt(asked.prompt, model)
     if asked.tokens and max(asked.tokens) >= model.vocabulary:
         raise InvalidSetting("tokens", f"token {max(asked.tokens)} is outside a vocabulary of {model.vocabulary}")
-    text = await gateway.writers.prepare(partial(model.tokenizer.encode, asked.text, opening=True))
+    text = await gateway.tasks.prepare(partial(model.tokenizer.encode, asked.text, opening=True))
     prompt = [*text, *asked.tokens]
     if not prompt:
         raise EmptyPrompt
     model.check_room(len(prompt) + (0 if soft is None else len(soft)))
     given = {name: value for name, value in asked.settings.items() if value is not None}
     settings = GenerationSettings.parse(**{"seed": gateway.new_seed(), **given, "stop_token_ids": model.stop_ids()})
-    answer = gateway.writers.begin(GenerationRequest(model=model, owner=caller.id, prompt=prompt, settings=settings, soft=soft))
+    answer = gateway.tasks.begin(GenerationRequest(model=model, owner=caller.id, prompt=prompt, settings=settings, soft=soft))
     try:
         await unless_gone(http, answer.begun(gateway.config.first_token), answer)
     except CorollaError:

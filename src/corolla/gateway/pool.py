@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from corolla.client.session import Session
+from corolla.gateway.interruptible import InterruptibleTransport
 from corolla.gateway.model_registry import ServedModel
-from corolla.gateway.seam import Seam
 
 if TYPE_CHECKING:
     from corolla.models.prompts import SoftPrompt
@@ -24,10 +24,10 @@ class PoolConfig:
 
 @dataclass(slots=True, eq=False)
 class PooledSession:
-    """A session of one caller (`owner`) with one model, and the seam that interrupts it."""
+    """A session of one caller (`owner`) with one model, and the transport that interrupts it."""
 
     session: Session
-    seam: Seam
+    transport: InterruptibleTransport
     model: str
     owner: str
     used: float = 0.0
@@ -69,7 +69,7 @@ class SessionPool:
     def give_back(self, kept: PooledSession) -> None:
         """The session's answer has ended; what it holds may be of use again."""
         kept.used = time.monotonic()
-        kept.seam.on_lost = None
+        kept.transport.on_restart = None
         with self._lock:
             self._idle.append(kept)
         self.prune()
@@ -94,8 +94,8 @@ class SessionPool:
 
 def open_session(model: ServedModel, owner: str, soft: SoftPrompt | None = None) -> PooledSession:
     """A new session. Raises `NetworkError`."""
-    seam = Seam(model.transport)
-    return PooledSession(Session(seam, model.peer, soft), seam, model.name, owner)
+    transport = InterruptibleTransport(model.transport)
+    return PooledSession(Session(transport, model.peer, soft), transport, model.name, owner)
 
 
 def _serves(session: Session, tokens: Sequence[int], soft: SoftPrompt | None) -> bool:

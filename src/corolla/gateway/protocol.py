@@ -26,7 +26,7 @@ _VITAL = (b"/healthz", b"/readyz")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
     headers: float = 20.0  # seconds until a request's headers are there
-    rest: float = 40.0  # seconds for what follows them; `GuardConfig.read` ends sooner, with an answer
+    rest: float = 40.0  # seconds for what follows them; `AccessConfig.read` ends sooner, with an answer
     idle: int = 30  # seconds that a connection stays open after an answer
     bytes: int = 64 * 2**10  # of a request's line and headers
     of_one: int = 256  # connections of one address, or of one network of IPv6 (/64)

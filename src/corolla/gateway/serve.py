@@ -67,7 +67,7 @@ def run(models: Models, database: Database, config: GatewayConfig, host: str, po
         with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:  # uvloop, where it is installed
             runner.run(server.serve([listening]))
     finally:
-        gateway.writers.interrupt()  # where a second signal left something
+        gateway.tasks.interrupt()  # where a second signal left something
         listening.close()
     if server.failure is not None:
         raise NetworkError(f"the gateway ended, for its network had failed: {server.failure}")

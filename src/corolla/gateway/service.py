@@ -17,18 +17,18 @@ from starlette.types import Receive
 from corolla.errors import Interrupted
 from corolla.gateway.conversations import Conversations
 from corolla.gateway.database import Database
-from corolla.gateway.fair_queue import AdmissionConfig, Gate, Rates
+from corolla.gateway.fair_queue import FairQueue, QueueConfig, Rates
 from corolla.gateway.generation_tasks import GenerationTask, TaskRunner
 from corolla.gateway.keeping import Keeper
 from corolla.gateway.keys import Caller, Keys
 from corolla.gateway.metrics import Metrics
-from corolla.gateway.middleware import GuardConfig
+from corolla.gateway.middleware import AccessConfig
 from corolla.gateway.model_registry import Models, ServedModel
 from corolla.gateway.open_sessions import OpenSessions
 from corolla.gateway.pool import PoolConfig, SessionPool
+from corolla.gateway.prompt_library import PromptLibrary
 from corolla.gateway.protocol import ConnectionLimits
 from corolla.gateway.sse import KEEP_ALIVE_SECONDS
-from corolla.gateway.tuned import PromptLibrary
 
 if TYPE_CHECKING:
     from corolla.models.prompts import SoftPrompt
@@ -38,9 +38,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
-    guard: GuardConfig = field(default_factory=GuardConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
-    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    queue: QueueConfig = field(default_factory=QueueConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     debug: bool = False  # real tracebacks for clients
     keep_alive: float = KEEP_ALIVE_SECONDS  # of silent event streams
@@ -61,8 +61,8 @@ class Gateway:
         self.conversations = Conversations(database)
         self.keeper = Keeper(self.conversations)
         self.metrics = Metrics()
-        self.gate = Gate(config.admission)
-        self.writers = TaskRunner(self.gate, SessionPool(config.pool), self.metrics, timeout=config.token_timeout)
+        self.queue = FairQueue(config.queue)
+        self.tasks = TaskRunner(self.queue, SessionPool(config.pool), self.metrics, timeout=config.token_timeout)
         self.rates = Rates()
         self.sessions = OpenSessions()
         self.prompts = PromptLibrary(config.prompts, models)
@@ -77,9 +77,9 @@ class Gateway:
             for name, count in model.counters().items():
                 counted[f"swarm_{name}"] = counted.get(f"swarm_{name}", 0) + count
         return {
-            "streams": self.gate.active,
-            "waiting": self.gate.waiting,
-            "sessions": self.writers.pool.size,
+            "streams": self.queue.active,
+            "waiting": self.queue.waiting,
+            "sessions": self.tasks.pool.size,
             "blocks_missing": missing,
             **counted,
         }
@@ -118,15 +118,15 @@ class Gateway:
         """
         if not self.closing.is_set():
             self._deadline = time.monotonic() + self.config.drain
-            asyncio.get_running_loop().call_later(self.config.drain, self.writers.interrupt)
+            asyncio.get_running_loop().call_later(self.config.drain, self.tasks.interrupt)
             self.closing.set()
 
     async def close(self) -> None:
         """Interrupt what is still under way when its time is over."""
         self.begin_to_close()
-        await self.writers.drain(self._deadline)
+        await self.tasks.drain(self._deadline)
         self.sessions.close_all()
-        await self.writers.close()
+        await self.tasks.close()
 
 
 def gateway_of(connection: HTTPConnection) -> Gateway:

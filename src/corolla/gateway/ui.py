@@ -87,7 +87,7 @@ class Imported(ConversationBody):
 @router.get("/state")
 async def state(gateway: TheGateway, caller: TheCaller) -> dict[str, Any]:
     """What the page needs first."""
-    is_open = gateway.config.guard.open
+    is_open = gateway.config.access.open
     login = "none" if is_open else "done" if caller.id else "needed"
     shown = login != "needed"
     return {
@@ -125,7 +125,7 @@ async def login(asked: Login, http: HttpRequest, gateway: TheGateway) -> Respons
     """Exchange a key for a cookie."""
     cookie = await gateway.keys.log_in(asked.key)
     response = Response(status_code=204)
-    secure = http.url.scheme == "https" or (gateway.config.guard.public_url or "").startswith("https:")
+    secure = http.url.scheme == "https" or (gateway.config.access.public_url or "").startswith("https:")
     response.set_cookie(COOKIE, cookie, max_age=LOGIN_SECONDS, httponly=True, samesite="strict", secure=secure, path="/")
     return response
 
@@ -213,8 +213,8 @@ def _whole(gateway: Gateway, runs: MessageRuns, conversation: dict[str, Any], **
         before = b"\n"
         async for page in gateway.conversations.pages(conversation["id"]):
             for message in page:
-                if (writing := runs.get(message["id"])) is not None:
-                    message["text"] = writing.text
+                if (run := runs.get(message["id"])) is not None:
+                    message["text"] = run.text
                 yield before + json.dumps(message).encode()
                 before = b",\n"
         yield b"\n]}\n"
@@ -264,9 +264,9 @@ async def stop(message: str, gateway: TheGateway, runs: TheRuns, caller: TheCall
 async def events(message: str, gateway: TheGateway, runs: TheRuns, caller: TheCaller) -> Response:
     """How an answer gets on."""
     for _ in range(_TRIES):
-        writing = runs.get(message)
-        if writing is not None and writing.answer.request.owner == caller.id:
-            return EventStream(writing.watch(gateway.config.keep_alive, gateway.closing))
+        run = runs.get(message)
+        if run is not None and run.answer.request.owner == caller.id:
+            return EventStream(run.watch(gateway.config.keep_alive, gateway.closing))
         known = await gateway.conversations.message(caller.id, message)
         if known["state"] != "writing":
             break

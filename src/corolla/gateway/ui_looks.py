@@ -74,9 +74,9 @@ def look(gateway: Gateway) -> dict[str, Any]:
         "time": time.time(),
         "models": [_model(gateway, model) for model in gateway.models],
         "gateway": {
-            "streams": gateway.gate.active,
-            "waiting": gateway.gate.waiting,
-            "tokens_per_second": gateway.writers.tokens_per_second,
+            "streams": gateway.queue.active,
+            "waiting": gateway.queue.waiting,
+            "tokens_per_second": gateway.tasks.tokens_per_second,
             **{name: counters.get(name, 0) for name in ("replays", "faults", "moves")},
         },
     }

@@ -141,7 +141,7 @@ class RemoteCalls:
                     parts.append(CallPart(hop, hidden_TxE, call if keep else 0))
                     hidden_TxE, at = left, hop.end
             except (Fault, Declined) as error:
-                retries.bear(error)
+                retries.on_failure(error)
             finally:
                 servers.give_back(taken)
         return hidden_TxE, Trail(lengths, tuple(parts), quality)
@@ -162,7 +162,7 @@ class RemoteCalls:
                 parts[-1] = replace(part, call=0)
                 continue
             except (Fault, Declined) as error:
-                retries.bear(error)
+                retries.on_failure(error)
                 if isinstance(error, Fault) or servers.goes_around(error.peer):
                     again = self._again(part, trail, prompt)
                     if again.quality == trail.quality:

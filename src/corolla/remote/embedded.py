@@ -128,9 +128,9 @@ class EmbeddedNetwork:
             self._answer(ResultFrame(frame.call, result))
 
     def _compute(self, frame: ForwardFrame | BackwardFrame) -> Generator[None, None, Array]:
-        came = from_array(frame.hidden)
-        _check(came, self._engine.model.arch.hidden)
-        result = yield from self._answering.answer(to_call(frame, self.me), came)
+        received = from_array(frame.hidden)
+        _check(received, self._engine.model.arch.hidden)
+        result = yield from self._answering.answer(to_call(frame, self.me), received)
         return to_array(result, frame.hidden.dtype)
 
 

@@ -121,7 +121,7 @@ class Mailbox:
             if not isinstance(message, ResultFrame) and message.generation != generation:
                 continue
             if isinstance(message, Whereabouts):
-                if progress.asked is not None and progress.tell(sender, message, end) == len(peers):
+                if progress.asked is not None and progress.record(sender, message, end) == len(peers):
                     self._judge(progress, peers, time.monotonic())
                 continue
             if isinstance(message, FailedFrame):

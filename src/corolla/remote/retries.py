@@ -24,7 +24,7 @@ class Retries:
         self._full_since: float | None = None
         self._refused = False
 
-    def bear(self, error: Fault | Declined) -> None:
+    def on_failure(self, error: Fault | Declined) -> None:
         """Ban the server that failed for a while; go around a full one, or wait for it where nobody else holds its blocks; ask
         others once what one says is the caller's fault.
 

@@ -290,7 +290,7 @@ class _Turn:
                     self._bear_gap(self._sequence.hops[-1].peer)
             except (Fault, Declined) as error:
                 self._sequence.leave()
-                self._retries.bear(error)
+                self._retries.on_failure(error)
             self._servers.network.send_all(self.messages())
 
     @property
@@ -304,7 +304,7 @@ class _Turn:
             raise Fault(peer, ProtocolError("it asks for the same rows again and again"))
 
     def _collect(self) -> torch.Tensor:
-        sequence, came = self._sequence, list[torch.Tensor]()
+        sequence, received = self._sequence, list[torch.Tensor]()
         at = self._start
         while at < self._end:
             peers = [hop.peer for hop in sequence.hops]
@@ -315,13 +315,13 @@ class _Turn:
                 self._bear_gap(sender)
                 sequence.cached = min(answer.have, self._start)  # behind that a later chunk got lost: all of them are sent again
                 self._servers.network.send_all(self.messages())
-                at, came = self._start, []
+                at, received = self._start, []
             elif isinstance(answer, HiddenFrame) and sender == peers[-1] and answer.start == at:
                 rows = min(answer.hidden.shape[0], self._end - at)
-                came.append(checked(answer.hidden, (rows, self._new.shape[1]), sender))
+                received.append(checked(answer.hidden, (rows, self._new.shape[1]), sender))
                 at += rows
             else:
                 raise Fault(sender, ProtocolError("it answered what nobody asked it for"))
         for hop in sequence.hops:
             self._servers.bans.forgive(hop.peer)
-        return torch.cat(came)[-len(self._new) :].to(self._new)
+        return torch.cat(received)[-len(self._new) :].to(self._new)

@@ -70,7 +70,7 @@ class Bans:
             if ban is not None and self._clock() >= ban.until:
                 del self._bans[peer]
 
-    def left(self, peer: str) -> float:
+    def seconds_left(self, peer: str) -> float:
         """Seconds until `peer` is not banned any more; 0 if it is not."""
         ban = self._bans.get(peer)
         return 0.0 if ban is None else max(0.0, ban.until - self._clock())

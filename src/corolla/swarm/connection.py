@@ -48,7 +48,7 @@ class P2PConfig:
 
 
 @dataclass(slots=True, eq=False)
-class Channel:
+class Connection:
     """What waits for one peer, and the tasks that carry it."""
 
     rate: Rate
@@ -60,7 +60,7 @@ class Channel:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
 
-class Channels:
+class Connections:
     """Used on the network's event loop alone, but for `len`.
 
     Attributes:
@@ -79,19 +79,19 @@ class Channels:
         self.waiting = 0
         self.queues_limit = config.queues_limit
         self._config, self._loop = config, loop
-        self._open: dict[str, Channel] = {}
+        self._open: dict[str, Connection] = {}
         self._rates: dict[str, Rate] = {}  # of those connected last, so that a new connection is no new start
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def __iter__(self) -> Iterator[Channel]:
+    def __iter__(self) -> Iterator[Connection]:
         return iter(self._open.values())
 
     def __contains__(self, peer: str) -> bool:
         return peer in self._open
 
-    def get(self, peer: str) -> Channel | None:
+    def get(self, peer: str) -> Connection | None:
         return self._open.get(peer)
 
     def clear(self) -> None:
@@ -99,25 +99,25 @@ class Channels:
         self._open.clear()
         self.waiting = 0
 
-    def open(self, peer: str) -> Channel:
-        """A channel to a peer that has none."""
+    def open(self, peer: str) -> Connection:
+        """A connection to a peer that has none."""
         rate = self._rates.pop(peer, None) or Rate(self._config.frames_per_second)
         self._rates[peer] = rate
         if len(self._rates) > 2 * self._config.peers:
             del self._rates[next(iter(self._rates))]
-        channel = self._open[peer] = Channel(rate, asyncio.Queue(self._config.queue))
-        return channel
+        connection = self._open[peer] = Connection(rate, asyncio.Queue(self._config.queue))
+        return connection
 
-    def start(self, channel: Channel, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task that ends with the channel."""
+    def start(self, connection: Connection, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that ends with the connection."""
         task = self._loop.create_task(work)
-        channel.tasks.add(task)
-        task.add_done_callback(channel.tasks.discard)
+        connection.tasks.add(task)
+        task.add_done_callback(connection.tasks.discard)
         return task
 
-    def hold(self, channel: Channel, size: int) -> None:
-        """So many bytes more wait in a channel's outbox, or fewer. Where that is too much in all, the peer that most waits for is lost."""
-        channel.waiting += size
+    def hold(self, connection: Connection, size: int) -> None:
+        """Count `size` more bytes in a connection's outbox, or fewer. Where all outboxes hold too much, the fullest connection ends."""
+        connection.waiting += size
         self.waiting += size
         if size > 0 and self.waiting > self.queues_limit:
             peer, slowest = max(self._open.items(), key=lambda entry: entry[1].waiting)
@@ -130,20 +130,20 @@ class Channels:
         seconds = self.bans.blame(peer)
         self.counts["banned"] += 1
         log.warning("peer %s is banned for %.0f s: %s", peer, seconds, reason, extra={"peer": peer})
-        channel = self._open.get(peer)
-        if channel is not None:
-            self.lose(peer, channel, reason)
+        connection = self._open.get(peer)
+        if connection is not None:
+            self.lose(peer, connection, reason)
 
-    def lose(self, peer: str, channel: Channel, reason: str) -> None:
-        """End a channel and its tasks, and tell of it."""
-        if self._open.get(peer) is not channel:
+    def lose(self, peer: str, connection: Connection, reason: str) -> None:
+        """End a connection and its tasks, and tell of it."""
+        if self._open.get(peer) is not connection:
             return  # already lost, or replaced
         del self._open[peer]
-        self.waiting -= channel.waiting
-        channel.waiting = 0
+        self.waiting -= connection.waiting
+        connection.waiting = 0
         log.info("peer %s is lost: %s", peer, reason, extra={"peer": peer})
         current = asyncio.current_task(self._loop)
-        for task in channel.tasks:
+        for task in connection.tasks:
             if task is not current:
                 task.cancel()
         self.tell_lost(peer)
@@ -158,7 +158,7 @@ class Channels:
 OnStream = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-class Accepting:
+class StreamAcceptor:
     """On the network's event loop.
 
     Args:
@@ -166,8 +166,8 @@ class Accepting:
         carry: what a peer that has proved itself sends and gets, until its stream ends.
     """
 
-    def __init__(self, config: P2PConfig, channels: Channels, *, shake_hands: OnStream, carry: OnStream) -> None:
-        self._config, self._channels, self._shake_hands, self._carry = config, channels, shake_hands, carry
+    def __init__(self, config: P2PConfig, connections: Connections, *, shake_hands: OnStream, carry: OnStream) -> None:
+        self._config, self._connections, self._shake_hands, self._carry = config, connections, shake_hands, carry
         self._streams: Counter[str] = Counter()  # that each peer has opened
         self._serving: set[asyncio.Task[None]] = set()  # those streams
         self.strangers = 0  # streams that have not proved the secret yet
@@ -182,7 +182,7 @@ class Accepting:
         peer = info.peer_id.to_base58()
         refusal = self._no_stream(peer)
         if refusal is not None:
-            self._channels.counts["refused"] += 1
+            self._connections.counts["refused"] += 1
             log.debug("a stream of peer %s was refused: %s", peer, refusal, extra={"peer": peer})
             writer.close()
             return
@@ -201,18 +201,18 @@ class Accepting:
     async def _serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with barrier("a stream that a peer opened"):
             admitted = await self._admit(peer, reader, writer)
-            if admitted and not self._channels.bans.left(peer):  # for what it did on another stream meanwhile
+            if admitted and not self._connections.bans.seconds_left(peer):  # for what it did on another stream meanwhile
                 await self._carry(peer, reader, writer)
 
     def _no_stream(self, peer: str) -> str | None:
         """Why `peer` may not open a stream now, if it may not."""
-        if self._channels.bans.left(peer):
-            return f"it is banned for another {self._channels.bans.left(peer):.0f} s"
+        if self._connections.bans.seconds_left(peer):
+            return f"it is banned for another {self._connections.bans.seconds_left(peer):.0f} s"
         if self._streams[peer] >= self._config.streams_per_peer:
             return f"it has {self._streams[peer]} already"
         if self.strangers >= self._config.strangers:
             return f"{self.strangers} others are shaking hands already"
-        if peer not in self._channels and len(self._channels) >= self._config.peers:
+        if peer not in self._connections and len(self._connections) >= self._config.peers:
             return f"{self._config.peers} peers are connected already"
         return None
 
@@ -224,7 +224,7 @@ class Accepting:
                 await self._shake_hands(peer, reader, writer)
             return True
         except (Unauthorized, TimeoutError) as error:
-            self._channels.ban(peer, str(error) or f"it did not finish the handshake within {self._config.handshake_timeout:g} s")
+            self._connections.ban(peer, str(error) or f"it did not finish the handshake within {self._config.handshake_timeout:g} s")
         except (OSError, EOFError) as error:
             log.info("peer %s gave up the handshake: %r", peer, error, extra={"peer": peer})
         finally:
@@ -237,7 +237,7 @@ _SHOWN = 2**20  # bytes: who sent a frame of so many whole is no newcomer
 _SMALL = 8 * 2**10  # bytes of a frame for which there is always room
 
 
-class Reading:
+class FrameReader:
     """Hands each frame of a peer to `handle`, on the network's event loop.
 
     A peer that has shown nothing yet is a newcomer, and all newcomers share `newcomers_limit`. A frame that is larger than its peer
@@ -246,9 +246,9 @@ class Reading:
     """
 
     def __init__(
-        self, config: P2PConfig, channels: Channels, handle: Callable[[str, memoryview], None], *, known: Callable[[str], bool]
+        self, config: P2PConfig, connections: Connections, handle: Callable[[str, memoryview], None], *, known: Callable[[str], bool]
     ) -> None:
-        self._config, self._channels, self._handle, self._known = config, channels, handle, known
+        self._config, self._connections, self._handle, self._known = config, connections, handle, known
         self._unfinished = Room(each=min(config.frame_limit, config.unfinished_limit), total=config.unfinished_limit)
         self._newcomers = Room(each=config.newcomers_limit, total=config.newcomers_limit)
         self._large = asyncio.Lock()  # held by the peer that sends more than it may have room for
@@ -264,39 +264,39 @@ class Reading:
         comes beside them."""
         self._unfinished.resize(each=min(self._config.frame_limit, size // 2), total=size)
 
-    async def read(self, peer: str, channel: Channel, reader: asyncio.StreamReader) -> None:
+    async def read(self, peer: str, connection: Connection, reader: asyncio.StreamReader) -> None:
         """Handle a peer's frames until the stream ends; the peer is lost then, or banned."""
         reason = "its message could not be handled"
         handled = 0
         try:
             while (length := await frames.read_length(reader, self._config.frame_limit)) is not None:
-                self._handle(peer, await self._body(peer, channel, reader, length))
+                self._handle(peer, await self._body(peer, connection, reader, length))
                 handled += 1
-                pause = channel.rate.take()
+                pause = connection.rate.take()
                 if pause:
-                    self._channels.counts["slowed"] += 1
+                    self._connections.counts["slowed"] += 1
                 if pause or handled % _TURN == 0:
                     await asyncio.sleep(pause)
             reason = "it closed the stream"
         except ProtocolError as error:
-            self._channels.ban(peer, str(error))
+            self._connections.ban(peer, str(error))
         except TimeoutError:
-            self._channels.ban(peer, "the rest of a frame did not come")
+            self._connections.ban(peer, "the rest of a frame did not come")
         except (CorollaError, OSError, EOFError) as error:
             reason = f"reading failed: {error}"
         finally:
-            self._channels.lose(peer, channel, reason)
+            self._connections.lose(peer, connection, reason)
 
-    async def _body(self, peer: str, channel: Channel, reader: asyncio.StreamReader, length: int) -> memoryview:
-        channel.shown = channel.shown or self._known(peer)
-        rooms = (self._unfinished,) if channel.shown or length <= _SMALL else (self._unfinished, self._newcomers)
+    async def _body(self, peer: str, connection: Connection, reader: asyncio.StreamReader, length: int) -> memoryview:
+        connection.shown = connection.shown or self._known(peer)
+        rooms = (self._unfinished,) if connection.shown or length <= _SMALL else (self._unfinished, self._newcomers)
         if length <= min(room.each for room in rooms):
             body = await self._within(peer, reader, length, self._config.slowest, *rooms)
         else:
             slowest = max(self._config.slowest, self._config.large_slowest)
             async with self._large:
                 body = await self._within(peer, reader, length, slowest, self._large_held)
-        channel.shown = channel.shown or length >= _SHOWN
+        connection.shown = connection.shown or length >= _SHOWN
         return body
 
     async def _within(self, peer: str, reader: asyncio.StreamReader, length: int, slowest: int, *rooms: Room) -> memoryview:

@@ -135,8 +135,8 @@ async def read_body(reader: asyncio.StreamReader, length: int, arrived: Callable
     return memoryview(body).toreadonly()
 
 
-def _cut(came: int, expected: int) -> NetworkError:
-    return NetworkError(f"the stream ended within a frame: {came} of {expected} bytes came")
+def _cut(received: int, expected: int) -> NetworkError:
+    return NetworkError(f"the stream ended within a frame: {received} of {expected} bytes came")
 
 
 def _array_of(message: WireMessage) -> Array | None:

@@ -1,4 +1,4 @@
-"""The seam between peers: who carries wire messages from one peer to another.
+"""The interface between peers: who carries wire messages from one peer to another.
 
 Two sides implement it: `LocalNetwork` within one process, and `p2p.P2PNetwork` over hivemind.
 """

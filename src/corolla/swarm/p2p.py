@@ -22,7 +22,7 @@ from corolla.errors import CallerError, CorollaError, DeadlineExceeded, NetworkE
 from corolla.messages import Refused, Unknown, WireMessage
 from corolla.swarm import frames
 from corolla.swarm.bans import Bans
-from corolla.swarm.connection import Accepting, Channel, Channels, P2PConfig, Reading
+from corolla.swarm.connection import Connection, Connections, FrameReader, P2PConfig, StreamAcceptor
 from corolla.swarm.dialling import connect, open_stream
 from corolla.swarm.handshake import Handshake, Role
 from corolla.swarm.limits import Sparing
@@ -55,9 +55,9 @@ class P2PNetwork:
         self._addresses: dict[str, tuple[str, ...]] = {}
         self._kept: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
-        self._channels = Channels(config, self._loop, self.bans)
-        self._reading = Reading(config, self._channels, self._handle, known=lambda peer: peer in self._addresses)
-        self._accepting = Accepting(config, self._channels, shake_hands=self._listen_to, carry=self._carry)
+        self._connections = Connections(config, self._loop, self.bans)
+        self._frame_reader = FrameReader(config, self._connections, self._handle, known=lambda peer: peer in self._addresses)
+        self._acceptor = StreamAcceptor(config, self._connections, shake_hands=self._listen_to, carry=self._carry)
         self._thread = threading.Thread(target=self._loop.run_forever, name="corolla-p2p", daemon=True)
         self._thread.start()
         self._p2p: P2P = self.run(dht.replicate_p2p(), _START_TIMEOUT)
@@ -69,32 +69,32 @@ class P2PNetwork:
     @property
     def counts(self) -> Mapping[str, int]:
         """How often peers were `banned`, their streams `refused`, and the reading from them `slowed`, since the start."""
-        return {name: self._channels.counts[name] for name in ("banned", "refused", "slowed")}
+        return {name: self._connections.counts[name] for name in ("banned", "refused", "slowed")}
 
     @property
     def peers(self) -> int:
         """How many are connected, or being dialled."""
-        return len(self._channels)
+        return len(self._connections)
 
     @property
     def strangers(self) -> int:
         """How many streams have not proved the secret yet."""
-        return self._accepting.strangers
+        return self._acceptor.strangers
 
     @property
     def unfinished(self) -> int:
         """Bytes held now of frames that came in part."""
-        return self._reading.unfinished
+        return self._frame_reader.unfinished
 
     @property
     def waiting(self) -> int:
         """Bytes held now of frames that wait to be sent."""
-        return self._channels.waiting
+        return self._connections.waiting
 
     @property
     def failure(self) -> str | None:
         """Why nothing goes out or comes in any more, if so, in words; for any thread. A network that was closed has not failed."""
-        if self._channels.closed:
+        if self._connections.closed:
             return None
         if not self._thread.is_alive():
             return "the network's thread has ended"
@@ -115,15 +115,15 @@ class P2PNetwork:
     def bound(self, size: int) -> None:
         """Frames that came in part, and frames that wait to be sent, take `size` bytes at most from here on: a third and two thirds of
         it. One frame at a time may be larger, of each kind. For any thread."""
-        self._reading.bound(size // 3)
-        self._channels.queues_limit = size // 3 * 2
+        self._frame_reader.bound(size // 3)
+        self._connections.queues_limit = size // 3 * 2
 
     def listen(self, on_message: OnMessage, on_lost: OnLost) -> None:
         """See `Network.listen`."""
         listening = self._on_message is not None
-        self._on_message, self._channels.on_lost = on_message, on_lost
+        self._on_message, self._connections.on_lost = on_message, on_lost
         if not listening:
-            self.run(self._p2p.add_binary_stream_handler(PROTOCOL, self._accepting.accept), _START_TIMEOUT)
+            self.run(self._p2p.add_binary_stream_handler(PROTOCOL, self._acceptor.accept), _START_TIMEOUT)
 
     def send(self, peer: str, message: WireMessage) -> None:
         """See `Network.send`; also raises `CallerError` for a message that no frame holds."""
@@ -143,7 +143,7 @@ class P2PNetwork:
 
     def _hand_over(self, encoded: list[tuple[str, list[bytes | memoryview], int]]) -> None:
         try:
-            if self._channels.closed:
+            if self._connections.closed:
                 raise NetworkError("this peer has left the swarm")
             self._loop.call_soon_threadsafe(self._enqueue_all, encoded)
         except RuntimeError as error:  # the loop was closed just now
@@ -164,9 +164,9 @@ class P2PNetwork:
 
     def close(self) -> None:
         """See `Network.close`."""
-        if self._channels.closed:
+        if self._connections.closed:
             return
-        self._channels.closed = True
+        self._connections.closed = True
         self.run(self._leave(), _START_TIMEOUT)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -188,67 +188,67 @@ class P2PNetwork:
         if peer == self._me:
             self._handle(peer, memoryview(b"".join(buffers))[frames.LENGTH.size :])
             return
-        channel = self._channels.get(peer)
-        if channel is None:
+        connection = self._connections.get(peer)
+        if connection is None:
             refusal = self._no_dial(peer)
             if refusal is not None:
                 log.info("peer %s is not dialled: %s", peer, refusal, extra={"peer": peer})
-                self._channels.tell_lost(peer)
+                self._connections.tell_lost(peer)
                 return
-            channel = self._channels.open(peer)
-            channel.dialled = True
-            self._channels.start(channel, self._dial(peer, channel))
-        limit = self._config.queue_limit if channel.shown else self._config.newcomers_limit
-        limit = min(limit, self._channels.queues_limit)
-        if channel.outbox.full() or (channel.waiting and channel.waiting + size > limit):
-            self._channels.lose(peer, channel, "it takes nothing any more")
+            connection = self._connections.open(peer)
+            connection.dialled = True
+            self._connections.start(connection, self._dial(peer, connection))
+        limit = self._config.queue_limit if connection.shown else self._config.newcomers_limit
+        limit = min(limit, self._connections.queues_limit)
+        if connection.outbox.full() or (connection.waiting and connection.waiting + size > limit):
+            self._connections.lose(peer, connection, "it takes nothing any more")
             return
-        if channel.writer is not None and not channel.waiting and not channel.writer.transport.get_write_buffer_size():
-            channel.writer.writelines(buffers)  # nothing is before it: it need not wait for the task's turn
+        if connection.writer is not None and not connection.waiting and not connection.writer.transport.get_write_buffer_size():
+            connection.writer.writelines(buffers)  # nothing is before it: it need not wait for the task's turn
             return
-        channel.outbox.put_nowait((buffers, size))
-        self._channels.hold(channel, size)
+        connection.outbox.put_nowait((buffers, size))
+        self._connections.hold(connection, size)
 
     def _no_dial(self, peer: str) -> str | None:
         """Why `peer` may not be dialled now, if it may not."""
-        if self.bans.left(peer):
-            return f"it is banned for another {self.bans.left(peer):.0f} s"
-        if len(self._channels) >= self._config.peers:
+        if self.bans.seconds_left(peer):
+            return f"it is banned for another {self.bans.seconds_left(peer):.0f} s"
+        if len(self._connections) >= self._config.peers:
             return f"{self._config.peers} peers are connected already"
-        if sum(channel.dialled for channel in self._channels) >= self._config.dials:
+        if sum(connection.dialled for connection in self._connections) >= self._config.dials:
             return f"{self._config.dials} others are being dialled already"
         return None
 
-    async def _dial(self, peer: str, channel: Channel) -> None:
+    async def _dial(self, peer: str, connection: Connection) -> None:
         from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
 
         writer = None
         try:
-            with barrier("dialling a peer", lambda error: self._not_dialled(peer, channel, error)):
+            with barrier("dialling a peer", lambda error: self._not_dialled(peer, connection, error)):
                 try:
                     async with asyncio.timeout(self._config.dial_timeout):
                         await self._connect(peer)
                         reader, writer = await open_stream(self._p2p, PeerID.from_base58(peer), PROTOCOL)
                         await self._shake_hands(peer, reader, writer, "dialer")
                 except Unauthorized as error:
-                    self._channels.ban(peer, str(error))
+                    self._connections.ban(peer, str(error))
                     return
                 except (CorollaError, OSError, EOFError, TimeoutError, P2PDaemonError, P2PHandlerError, ValueError) as error:
-                    self._not_dialled(peer, channel, error)
+                    self._not_dialled(peer, connection, error)
                     return
-                channel.dialled = False
-                if channel.writer is None:
-                    self._channels.start(channel, self._write(peer, channel, writer))
-                await self._reading.read(peer, channel, reader)
+                connection.dialled = False
+                if connection.writer is None:
+                    self._connections.start(connection, self._write(peer, connection, writer))
+                await self._frame_reader.read(peer, connection, reader)
         finally:
-            channel.dialled = False
+            connection.dialled = False
             if writer is not None:
                 writer.close()
 
-    def _not_dialled(self, peer: str, channel: Channel, error: Exception) -> None:
+    def _not_dialled(self, peer: str, connection: Connection, error: Exception) -> None:
         """A peer that came by itself meanwhile is served on the stream that it opened."""
-        if channel.writer is None:
-            self._channels.lose(peer, channel, f"dialling failed: {error!r}")
+        if connection.writer is None:
+            self._connections.lose(peer, connection, f"dialling failed: {error!r}")
 
     async def _connect(self, peer: str) -> None:
         """At the addresses that it announces, where they are known. Where none of them answers, libp2p may know others."""
@@ -264,33 +264,33 @@ class P2PNetwork:
             with suppress(P2PDaemonError):
                 await connect(self._p2p, PeerID.from_base58(peer), parsed)
 
-    async def _write(self, peer: str, channel: Channel, writer: asyncio.StreamWriter) -> None:
-        channel.writer = writer
-        with barrier("writing to a peer", lambda error: self._channels.lose(peer, channel, f"writing failed: {error!r}")):
+    async def _write(self, peer: str, connection: Connection, writer: asyncio.StreamWriter) -> None:
+        connection.writer = writer
+        with barrier("writing to a peer", lambda error: self._connections.lose(peer, connection, f"writing failed: {error!r}")):
             try:
                 while True:
-                    buffers, size = await channel.outbox.get()
-                    while size < _ONE_WRITE and not channel.outbox.empty():
-                        more, count = channel.outbox.get_nowait()
+                    buffers, size = await connection.outbox.get()
+                    while size < _ONE_WRITE and not connection.outbox.empty():
+                        more, count = connection.outbox.get_nowait()
                         buffers += more
                         size += count
                     writer.writelines(buffers)
                     async with asyncio.timeout(self._config.write_timeout + size / self._config.slowest):
                         await writer.drain()
-                    self._channels.hold(channel, -size)
+                    self._connections.hold(connection, -size)
             except (OSError, TimeoutError) as error:
-                self._channels.lose(peer, channel, f"writing failed: {error!r}")
+                self._connections.lose(peer, connection, f"writing failed: {error!r}")
 
     # What comes in.
 
     async def _carry(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Replies go back on the stream that the peer opened: one stream for each pair. So does what waits while it is dialled:
         a peer that can dial this one may be one that cannot be dialled."""
-        channel = self._channels.get(peer) or self._channels.open(peer)
-        if channel.writer is None:
-            channel.writer = writer
-            self._channels.start(channel, self._write(peer, channel, writer))
-        await self._channels.start(channel, self._reading.read(peer, channel, reader))
+        connection = self._connections.get(peer) or self._connections.open(peer)
+        if connection.writer is None:
+            connection.writer = writer
+            self._connections.start(connection, self._write(peer, connection, writer))
+        await self._connections.start(connection, self._frame_reader.read(peer, connection, reader))
 
     async def _listen_to(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._shake_hands(peer, reader, writer, "listener")
@@ -323,8 +323,8 @@ class P2PNetwork:
             raise expected
 
     async def _leave(self) -> None:
-        tasks = [*self._kept, *self._accepting.tasks, *(task for channel in self._channels for task in channel.tasks)]
-        self._channels.clear()
+        tasks = [*self._kept, *self._acceptor.tasks, *(task for connection in self._connections for task in connection.tasks)]
+        self._connections.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -274,5 +274,5 @@ def _computed(answer: Array, claim: _Claim) -> bool:
     width = claim[2]
     if answer.dtype != "float32" or answer.shape != (1, width) or answer.data.nbytes != answer.nbytes:
         return False
-    came = bytes(answer.data)
-    return math.isfinite(sum(array("f", came))) and came != _row(width)
+    received = bytes(answer.data)
+    return math.isfinite(sum(array("f", received))) and received != _row(width)

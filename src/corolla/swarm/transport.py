@@ -1,4 +1,4 @@
-"""The seam between a client and a server: who carries messages there and replies back.
+"""The interface between a client and a server: who carries messages there and replies back.
 
 Two sides implement it: `local` within one process, and peer to peer over a network.
 """

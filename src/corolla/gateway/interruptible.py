@@ -1,4 +1,4 @@
-"""A session's way to the swarm that can be interrupted from another thread, and that notices lost servers."""
+"""A transport whose session can be interrupted from another thread, and that tells when an answer is sent again."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from corolla.swarm.transport import Deliver, Link, Transport
 from corolla.types import Failed, Step
 
 
-class Seam:
+class InterruptibleTransport:
     """A `Transport` of one session, and its link at the same time.
 
     A session waits for replies on a thread of its own. `interrupt` ends that wait from any thread: the session gets `Failed`
-    with `Interrupted`, the servers get `Cancel`. `on_lost` is called (on a thread of the network) when an answer that had begun
+    with `Interrupted`, the servers get `Cancel`. `on_restart` is called (on a thread of the network) when an answer that had begun
     has to be sent again, because a server of the route is gone or has moved.
     """
 
@@ -28,9 +28,9 @@ class Seam:
         self._step: Step | None = None  # under way
         self._begun = False  # the answer under way has a token
         self._interrupted = False
-        self.on_lost: Callable[[], None] | None = None
+        self.on_restart: Callable[[], None] | None = None
 
-    def connect(self, peer: str, deliver: Deliver) -> Seam:
+    def connect(self, peer: str, deliver: Deliver) -> InterruptibleTransport:
         """See `Transport.connect`."""
         self._deliver = deliver
         self._link = self._transport.connect(peer, self._reply)
@@ -71,6 +71,6 @@ class Seam:
     def _reply(self, reply: Reply) -> None:
         if isinstance(reply, Token):
             self._begun = True
-        elif isinstance(reply, Gap) and self._begun and self.on_lost is not None:
-            self.on_lost()
+        elif isinstance(reply, Gap) and self._begun and self.on_restart is not None:
+            self.on_restart()
         self._deliver(reply)
