@@ -1,4 +1,4 @@
-"""Thin clients stay thin, and nothing unpickles. Layers and circles are contracts in pyproject.toml, held by `make lint`."""
+"""Thin clients stay thin, nothing unpickles, a class name means one thing. Layers and circles are contracts in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def test_modules_are_imported_by_their_full_names_and_nothing_loads_pickles() ->
         assert "torch.load" not in imports(file), file
         for node in ast.walk(ast.parse(file.read_text())):
             assert not (isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.package")), f"{file}:{node.lineno}"
+
+
+def test_no_public_class_name_stands_in_two_modules() -> None:
+    modules: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                modules.setdefault(node.name, []).append(module_name(file))
+    assert {name: found for name, found in modules.items() if len(found) > 1} == {}
 
 
 def test_thin_clients_import_nothing_heavy() -> None:

@@ -27,7 +27,7 @@ _LONGEST = 600.0  # seconds for one test, on a loaded machine
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="module")  # not "session": while it lives an event loop runs on this thread, and other rooms' tests need their own
+@pytest.fixture(scope="module")  # not "session": while it lives an event loop runs on this thread, and other packages' tests need their own
 def browser() -> Iterator[Browser]:
     found = next((path for path in map(shutil.which, _NAMES) if path), None)
     if found is None and os.environ.get("CI"):
