@@ -30,7 +30,7 @@ up: environment  ## a swarm on this machine and its page; MODEL=alias, directory
 chat: environment  ## a conversation in this terminal; MODEL=alias, directory or hub id, ARGS="--temperature 0"
 	@$(BIN)/corolla chat $(MODEL) $(ARGS)
 
-check: environment  ## ruff, mypy and every test that starts no process, in a minute and a half
+check: environment  ## ruff, mypy and every test that starts no process
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync lint quick
 
 test: lint  ## every check, then every test
