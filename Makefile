@@ -6,8 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  ?=
 ARGS   ?=
-# Two workers, which take a file at a time, in the order that tests/conftest.py gives them.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# With WORKERS=2 the tests run side by side, a file at a time, in the order that tests/conftest.py gives them; by default one by one.
+WORKERS ?= 0
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help environment up chat check test quick lint format bench fuzz soak tiny-chat clean
@@ -37,7 +38,7 @@ test: lint  ## every check, then every test
 	$(PYTEST) $(ARGS)
 
 quick: environment
-	$(PYTEST) --dist worksteal -m 'not long' $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not long' $(ARGS)
 
 lint: environment  ## ruff, mypy and the contracts of imports
 	$(BIN)/ruff check .
